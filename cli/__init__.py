@@ -1,0 +1,1 @@
+"""The `graft` command: argument parsing and printing, one file per group of commands."""

@@ -1,0 +1,38 @@
+"""`graft`: one Typer application; each module of this package adds its own commands.
+
+Heavy imports (torch, the web server) happen inside the commands that need them,
+so that `graft inspect` and `graft --help` answer at once.
+"""
+
+import sys
+
+import typer
+
+from cli.console import CommandError, fail
+from merge.errors import MergeError
+
+app = typer.Typer(
+    name="graft",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep, find, download, merge, bake, train and publish adapters."""
+
+
+def main() -> None:
+    """Run a command; exit 0 on success, 1 on failure with one sentence, 2 on wrong usage."""
+    try:
+        app()
+    except (CommandError, MergeError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

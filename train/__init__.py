@@ -1,0 +1,1 @@
+"""Training and publishing. Talks to a hub only over HTTP; sees only merge's formats and algorithms."""
