@@ -1,0 +1,130 @@
+"""A diffusers folder: its components, their shards and variants, and one digest for the whole.
+
+`model_index.json` names the components; each has a folder with `config.json` and either one
+weight file or shards with an index that says which file holds which key.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge.errors import BadCheckpoint
+from merge.formats.hashes import sha256_file
+
+_INDEX = ".safetensors.index"
+# diffusers calls its weights diffusion_pytorch_model, transformers calls them model.
+_STEMS = ("diffusion_pytorch_model", "model")
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One model of a pipeline. `files` are its weight files, all shards of one variant."""
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    files: tuple[Path, ...]
+    index: Path | None
+    variant: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A diffusers folder; `components` holds those that have weights."""
+
+    path: Path
+    components: Mapping[str, Component]
+
+
+def read_folder(path: Path, *, variant: str | None = None) -> Folder:
+    """What the folder holds, from file names and indices alone; no header is read.
+
+    `variant` ("fp16") picks among copies of the weights; without it the plain files are taken.
+    BadCheckpoint names what is missing: an index, a shard, a component's weights.
+    """
+    index = _read_json(path / "model_index.json", path.name)
+    components = {}
+    for name, entry in index.items():
+        is_component = isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
+        if name.startswith("_") or not is_component or not (path / name / "config.json").is_file():
+            continue
+        components[name] = read_component(path / name, variant=variant)
+    if not components:
+        raise BadCheckpoint(path.name, "model_index.json names no component with weights")
+    return Folder(path, components)
+
+
+def read_component(path: Path, *, variant: str | None = None) -> Component:
+    """The weights of one model folder (`unet/`, `text_encoder/`, a transformers model)."""
+    config = _read_json(path / "config.json", path.name)
+    infix = f".{variant}" if variant else ""
+    for stem in _STEMS:
+        single = path / f"{stem}{infix}.safetensors"
+        if single.is_file():
+            return Component(path.name, path, config, (single,), None, variant)
+        index = path / f"{stem}{_INDEX}{infix}.json"
+        if index.is_file():
+            files = tuple(path / name for name in _shards(index, path))
+            return Component(path.name, path, config, files, index, variant)
+    what = f"the variant {variant}" if variant else "its weights"
+    raise BadCheckpoint(path.name, f"there is no safetensors file with {what}")
+
+
+def read_weight_map(component: Component) -> dict[str, str]:
+    """Key -> file name, as the index of a sharded component says; BadCheckpoint if it is not one."""
+    assert component.index is not None, f"{component.name} is not sharded"
+    return _weight_map(component.index, component.path)
+
+
+def folder_digest(path: Path) -> str:
+    """SHA-256 over sorted lines "relative path NUL sha256" of the weight and config files.
+
+    Hidden files and folders do not count: download clients keep their caches there.
+    """
+    digest = hashlib.sha256()
+    for relative, file in sorted(_counted_files(path)):
+        digest.update(f"{relative}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _counted_files(path: Path) -> Iterator[tuple[str, Path]]:
+    for file in path.rglob("*"):
+        relative = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if file.suffix in {".safetensors", ".json"} and not hidden and file.is_file():
+            yield relative.as_posix(), file
+
+
+def _shards(index: Path, folder: Path) -> list[str]:
+    names = sorted(set(_weight_map(index, folder).values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise BadCheckpoint(folder.name, f"{index.name} names {name}, which is missing")
+    return names
+
+
+def _weight_map(index: Path, folder: Path) -> dict[str, str]:
+    weight_map = _read_json(index, folder.name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadCheckpoint(folder.name, f"{index.name} has no weight_map")
+    for key, name in weight_map.items():
+        # A shard is a file beside its index; anything else would reach outside the folder.
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise BadCheckpoint(folder.name, f"{index.name} puts {key} into {name!r}")
+    return weight_map
+
+
+def _read_json(path: Path, folder: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise BadCheckpoint(folder, f"{path.name}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(folder, f"{path.name} is not JSON") from error
+    if not isinstance(value, dict):
+        raise BadCheckpoint(folder, f"{path.name} is not a JSON object")
+    return value

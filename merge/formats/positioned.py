@@ -1,0 +1,107 @@
+"""Reading and writing at an offset without moving a shared file position.
+
+Linux has system calls for it; elsewhere a lock around seek and read or write does the same.
+Both ways are tested, and `copy_between` likewise has a portable way beside Linux's.
+"""
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+
+_lock = threading.Lock()
+_COPY_BYTES = 8 * 2**20
+
+
+def read_at(fd: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from `offset`; the number of bytes read is smaller only at the end of file."""
+    done = 0
+    while done < len(buffer):
+        n = _read_some(fd, buffer[done:], offset + done)
+        if n == 0:
+            break
+        done += n
+    return done
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    done = 0
+    while done < len(data):
+        done += _write_some(fd, data[done:], offset + done)
+
+
+def copy_between(source: int, source_offset: int, target: int, target_offset: int, n: int) -> int:
+    """Copy `n` bytes from one open file to another; fewer only at the end of the source."""
+    done = 0
+    while done < n:
+        step = _copy_some(source, source_offset + done, target, target_offset + done, n - done)
+        if step == 0:
+            break
+        done += step
+    return done
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Make a rename inside this folder survive a power cut, where the system can promise it."""
+    if os.name == "nt":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read_portably(fd: int, buffer: memoryview, offset: int) -> int:
+    with _lock:
+        os.lseek(fd, offset, os.SEEK_SET)
+        chunk = os.read(fd, len(buffer))
+    buffer[: len(chunk)] = chunk
+    return len(chunk)
+
+
+def _write_portably(fd: int, data: memoryview, offset: int) -> int:
+    with _lock:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, data)
+
+
+def _copy_portably(source: int, source_offset: int, target: int, target_offset: int, n: int) -> int:
+    buffer = memoryview(bytearray(min(n, _COPY_BYTES)))
+    got = read_at(source, buffer, source_offset)
+    write_at(target, buffer[:got], target_offset)
+    return got
+
+
+def _read_with_preadv(fd: int, buffer: memoryview, offset: int) -> int:
+    return os.preadv(fd, [buffer], offset)
+
+
+def _write_with_pwrite(fd: int, data: memoryview, offset: int) -> int:
+    return os.pwrite(fd, data, offset)
+
+
+def _copy_in_kernel(
+    source: int, source_offset: int, target: int, target_offset: int, n: int
+) -> int:
+    try:
+        return os.copy_file_range(source, target, n, source_offset, target_offset)
+    except OSError as error:
+        if error.errno not in _NO_KERNEL_COPY:
+            raise
+        return _copy_portably(source, source_offset, target, target_offset, n)
+
+
+# Another file system, or one that cannot do it: the man page of copy_file_range(2).
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+
+_read_some: Callable[[int, memoryview, int], int] = (
+    _read_with_preadv if hasattr(os, "preadv") else _read_portably
+)
+_write_some: Callable[[int, memoryview, int], int] = (
+    _write_with_pwrite if hasattr(os, "pwrite") else _write_portably
+)
+_copy_some: Callable[[int, int, int, int, int], int] = (
+    _copy_in_kernel if hasattr(os, "copy_file_range") else _copy_portably
+)
