@@ -1,0 +1,333 @@
+"""REF, the way every command names an adapter or a checkpoint, and how its bytes get here.
+
+    path/to/file.safetensors            a file or folder here; so does anything starting ./ ../ / ~
+    namespace/name[@revision][:file]    on the hub of `graft login`
+    hf://namespace/name[@revision][/file]   on huggingface.co, or HF_ENDPOINT
+    s3://bucket/key
+    https://…
+
+A path that exists is a path, even if it could be read as `namespace/name`.
+`REF=0.8` is a REF with a strength: the text after the last `=` if it is a number.
+A REF that itself ends in `=` and a number is written with its strength: `v=2.safetensors=1`
+needs nothing, `https://host/get?id=7` is written `https://host/get?id=7=1`.
+"""
+
+import hashlib
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any, Self
+from urllib.parse import unquote, urlsplit
+
+from rich.progress import Progress
+
+from cli.connection import Connection, connection, explained
+from cli.console import CommandError, byte_progress
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+MAX_BYTES = 64 * 2**30
+IDLE_S = 30
+TOTAL_S = 6 * 3600
+CHUNK = 2**20
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_NAME = r"[A-Za-z0-9_][\w.-]{0,95}/[\w.-]{1,96}"
+_ON_HUB = re.compile(rf"(?P<repo>{_NAME})(@(?P<rev>[^:]+))?(:(?P<file>.+))?", re.ASCII)
+_ON_HF = re.compile(rf"(?P<repo>{_NAME})(@(?P<rev>[^:/]+))?([:/](?P<file>.+))?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class OnHub:
+    """A file of a repo, or with `file` None the one adapter or the pipeline that the repo holds."""
+
+    repo: str
+    revision: str | None
+    file: str | None
+    huggingface: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OnS3:
+    bucket: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class OnWeb:
+    url: str
+
+
+Ref = Local | OnHub | OnS3 | OnWeb
+
+
+def parse_weighted(text: str) -> tuple[str, float]:
+    """`REF=0.8` as (REF, 0.8); the strength is 1.0 where none is written."""
+    ref, equals, number = text.rpartition("=")
+    if equals and _NUMBER.fullmatch(number):
+        strength = float(number)
+        if not math.isfinite(strength):
+            raise CommandError(f"{text}: the strength is too large")
+        if not ref:
+            raise CommandError(f"{text}: there is no REF before the strength")
+        return ref, strength
+    if equals and number.lower().lstrip("+-") in {"", "nan", "inf", "infinity"}:
+        raise CommandError(f"{text}: a strength is a number, as in REF=0.8")
+    return text, 1.0
+
+
+def parse_ref(text: str) -> Ref:
+    """What a REF names; nothing is looked up but whether it is a path that exists."""
+    scheme, colon, rest = text.partition("://")
+    if colon and re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+        return _of_scheme(text, scheme, rest)
+    if not text:
+        raise CommandError("an empty REF names nothing")
+    path = Path(text).expanduser()
+    plainly_local = text.startswith(("/", "./", "../", "~", ".\\", "..\\")) or path.is_absolute()
+    found = None if plainly_local or os.path.lexists(path) else _ON_HUB.fullmatch(text)
+    if found is None:
+        return Local(path)
+    return OnHub(found["repo"], found["rev"], found["file"])
+
+
+def _of_scheme(text: str, scheme: str, rest: str) -> Ref:
+    if scheme == "hf":
+        found = _ON_HF.fullmatch(rest.rstrip("/"))
+        if found is None:
+            raise CommandError(f"{text}: write hf://namespace/name[@revision][/file]")
+        revision = unquote(found["rev"]) if found["rev"] else None
+        return OnHub(found["repo"], revision, found["file"], huggingface=True)
+    if scheme == "s3":
+        bucket, _, key = rest.partition("/")
+        if not bucket or not key:
+            raise CommandError(f"{text}: write s3://bucket/key")
+        return OnS3(bucket, key)
+    if scheme == "https" or (scheme == "http" and _is_loopback(text)):
+        return OnWeb(text)
+    raise CommandError(f"{text}: REFs are paths, namespace/name, hf://, s3:// and https://")
+
+
+def _is_loopback(url: str) -> bool:
+    return urlsplit(url).hostname in {"127.0.0.1", "::1", "localhost"}
+
+
+def fetch(text: str) -> Path:
+    """The file or folder that a REF names, downloaded first if it is not on this machine.
+
+    A file that decides how another one is read (adapter_config.json beside a PEFT adapter) is
+    fetched with it. CommandError in one sentence; nothing partial is ever returned.
+    """
+    ref = parse_ref(text)
+    match ref:
+        case Local():
+            return _local(text, ref.path)
+        case OnHub():
+            return _from_hub(text, ref)
+        case OnS3():
+            return _from_s3(text, ref)
+        case OnWeb():
+            return _from_web(ref.url)
+
+
+def _local(text: str, path: Path) -> Path:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        hint = "" if not text.count("=") else " (a strength is written REF=0.8)"
+        raise CommandError(f"{text}: there is no such file or folder{hint}") from None
+    except OSError as error:
+        raise CommandError(f"{text}: {error.strerror}") from error
+    return path
+
+
+def _from_hub(text: str, ref: OnHub) -> Path:
+    hub = _huggingface() if ref.huggingface else connection()
+    api = hub.api()
+    with explained(hub, ref.repo):
+        info = api.model_info(ref.repo, revision=ref.revision, files_metadata=True)
+        sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+        target, files = _wanted(text, ref.file, list(sizes))
+        root = _download(api, ref.repo, str(info.sha), files, sizes)
+    return root / target
+
+
+def _huggingface() -> Connection:
+    from huggingface_hub import get_token
+
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return Connection(endpoint, get_token())
+
+
+def _wanted(text: str, file: str | None, names: list[str]) -> tuple[str, list[str]]:
+    """What the REF names inside the repo ("" is all of it), and the files that it needs."""
+    if file is None and "model_index.json" in names:
+        return "", names
+    if file is None:
+        file = _only_weights(text, names)
+    folder = file.rstrip("/") + "/"
+    inside = [name for name in names if name.startswith(folder)]
+    if file not in names and not inside:
+        raise CommandError(f"{text}: the repo has no such file")
+    config = str(PurePosixPath(file).with_name("adapter_config.json"))
+    return file, inside or [file, *({config} & set(names) - {file})]
+
+
+def _only_weights(text: str, names: list[str]) -> str:
+    found = [name for name in names if name.endswith(".safetensors")]
+    if not found:
+        raise CommandError(f"{text}: the repo holds no .safetensors file")
+    if len(found) > 1:
+        some = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
+        raise CommandError(f"{text}: which file? write {text}:FILE with one of {some}")
+    return found[0]
+
+
+def _download(
+    api: "HfApi", repo: str, commit: str, files: list[str], sizes: dict[str, int]
+) -> Path:
+    """Into the cache that Hugging Face clients share; its files are complete or absent."""
+    with byte_progress(repo, sum(sizes[name] for name in files)) as progress:
+        bar = bar_class(progress)
+        for name in files:
+            path = Path(api.hf_hub_download(repo, name, revision=commit, tqdm_class=bar))
+    return path.parents[len(PurePosixPath(name).parts) - 1]
+
+
+def bar_class(progress: Progress) -> Any:
+    """What huggingface_hub takes for a tqdm class; its bars advance the one of `progress`."""
+    task = progress.task_ids[0]
+
+    class Bar:
+        def __init__(self, *, initial: int = 0, **ignored: object) -> None:
+            self.update(initial)
+
+        def update(self, count: float | None = 1) -> None:
+            progress.advance(task, count or 0)
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+    return Bar
+
+
+def _from_s3(text: str, ref: OnS3) -> Path:
+    try:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{text}: S3 needs boto3: pip install 'grafthub[train]'") from error
+    # The default asks for checksums that servers other than AWS get wrong on reads.
+    config = Config(
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        connect_timeout=10,
+        read_timeout=IDLE_S,
+        retries={"mode": "standard", "max_attempts": 3},
+    )
+    try:
+        client = boto3.Session().client("s3", config=config)
+        answer = client.get_object(Bucket=ref.bucket, Key=ref.key)
+        size = int(answer["ContentLength"])
+        body = answer["Body"].iter_chunks(CHUNK)
+        return _save(text, ref.key, answer["ETag"], size, body)
+    except NoCredentialsError as error:
+        raise CommandError(f"{text}: no S3 credentials (AWS_ACCESS_KEY_ID …)") from error
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "an error")
+        why = {"NoSuchKey": "there is no such object", "NoSuchBucket": "there is no such bucket"}
+        raise CommandError(f"{text}: {why.get(code, f'the server answers {code}')}") from error
+    except BotoCoreError as error:
+        raise CommandError(f"{text}: {error}") from error
+
+
+def _from_web(url: str) -> Path:
+    import httpx2
+
+    try:
+        with httpx2.stream(
+            "GET",
+            url,
+            headers={"Accept-Encoding": "identity"},
+            follow_redirects=True,
+            timeout=httpx2.Timeout(IDLE_S, connect=10),
+        ) as answer:
+            if answer.status_code != 200:
+                raise CommandError(f"{url}: the server answers {answer.status_code}")
+            if answer.url.scheme != "https" and not _is_loopback(str(answer.url)):
+                raise CommandError(f"{url}: it redirects to an address that is not https")
+            length = answer.headers.get("Content-Length", "")
+            size = int(length) if length.isdecimal() else None
+            name = answer.url.path
+            version = answer.headers.get("ETag")
+            return _save(url, name, version, size, answer.iter_bytes(CHUNK))
+    except httpx2.TimeoutException as error:
+        raise CommandError(f"{url}: the server stopped answering") from error
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        raise CommandError(f"{url}: {error}") from error
+
+
+def _save(
+    source: str, name: str, version: str | None, size: int | None, body: Iterator[bytes]
+) -> Path:
+    """Keep what `source` sends in the cache; a second fetch of the same version reads no bytes."""
+    key = hashlib.sha256(f"{source}\n{version}".encode()).hexdigest()[:32]
+    safe = re.sub(r"[^\w.-]", "_", PurePosixPath(name).name, flags=re.ASCII)[-128:].lstrip(".")
+    target = _cache() / key / (safe or "file")
+    if version is not None and target.exists() and size in (None, target.stat().st_size):
+        return target
+    if size is not None and size > MAX_BYTES:
+        raise CommandError(f"{source}: {size} bytes are more than {MAX_BYTES}")
+    deadline = time.monotonic() + TOTAL_S
+    with _whole(source, target) as file, byte_progress(target.name, size) as progress:
+        seen = 0
+        for chunk in body:
+            seen += len(chunk)
+            if seen > MAX_BYTES:
+                raise CommandError(f"{source}: it sends more than {MAX_BYTES} bytes")
+            if time.monotonic() > deadline:
+                raise CommandError(f"{source}: the download took more than {TOTAL_S} s")
+            file.write(chunk)
+            progress.advance(progress.task_ids[0], len(chunk))
+        if size not in (None, seen):
+            raise CommandError(f"{source}: the download ended after {seen} of {size} bytes")
+    return target
+
+
+@contextmanager
+def _whole(source: str, target: Path) -> Iterator[IO[bytes]]:
+    """A file that appears at `target` when the block ends well, and leaves nothing otherwise."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
+            try:
+                yield file
+                file.flush()
+                os.replace(file.name, target)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise CommandError(
+            f"{source}: cannot keep it in {target.parent}: {error.strerror}"
+        ) from error
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "graft" / "refs"
