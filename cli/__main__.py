@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from cli import serve
 from cli.console import CommandError, fail
 from merge.errors import MergeError
 
@@ -17,6 +18,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+# One row per module, in the order of `graft --help`.
+for module in (serve,):
+    module.register(app)
 
 
 @app.callback()

@@ -1,0 +1,145 @@
+"""`graft serve` and `graft worker`: the processes of a hub."""
+
+import errno
+import ipaddress
+import signal
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from cli.console import CommandError, err, out
+
+if TYPE_CHECKING:
+    from hub.settings import Settings
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(serve)
+    app.command()(worker)
+
+
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one [8470].")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the hub's data [data].")] = None,
+    demo: Annotated[bool | None, typer.Option(help="Fill an empty hub with adapters.")] = None,
+) -> None:
+    """Start the hub: the web page, the API, the Hugging Face protocol and the jobs."""
+    settings = load_settings(host=host, port=port, data_dir=data, demo=demo)
+    _require_public_url(settings)
+    from hub.context import open_hub
+    from hub.errors import CannotStart
+
+    with _listen(settings.host, settings.port) as listener:
+        signal.signal(signal.SIGTERM, _stop)
+        try:
+            with open_hub(settings) as hub:
+                if settings.demo:
+                    from hub.demo import seed
+
+                    seed(hub, demo_folders())
+                _greet(settings, listener, hub.admin_token)
+                _run(settings, hub, listener)
+        except CannotStart as error:
+            raise CommandError(error.message) from error
+
+
+def worker() -> None:
+    """Run jobs of a hub on PostgreSQL on this machine."""
+    settings = load_settings()
+    if settings.database_url is None:
+        raise CommandError(
+            "with SQLite `graft serve` runs the jobs itself; workers need GRAFT_DATABASE_URL"
+        )
+
+
+def load_settings(**options: Any) -> "Settings":
+    """Environment under the given options; CommandError names the one that is wrong."""
+    from pydantic import ValidationError
+    from pydantic_settings import SettingsError
+
+    from hub.settings import Settings
+
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        where = f"--{name.removesuffix('_dir')}" if name in given else f"GRAFT_{name.upper()}"
+        raise CommandError(f"{where}: {first['msg']}") from error
+    except SettingsError as error:
+        raise CommandError(str(error)) from error
+
+
+def demo_folders() -> Mapping[str, Path]:
+    """Repo name -> folder, for everything that ships with the package."""
+    import train
+
+    home = Path(train.__file__).parent
+    folders = {"demo/tiny-sd": home / "tiny" / "pipeline"}
+    catalogue = home / "demo" / "catalogue"
+    folders |= {f"{path.parent.name}/{path.name}": path for path in catalogue.glob("*/*")}
+    return {name: path for name, path in folders.items() if path.is_dir()}
+
+
+def _require_public_url(settings: "Settings") -> None:
+    if settings.public_url is None and not _is_loopback(settings.host):
+        raise CommandError(
+            f"{settings.host} can be reached from other machines: say under which address in"
+            f" GRAFT_PUBLIC_URL, for example http://{socket.gethostname()}:{settings.port}"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise CommandError(
+                f"port {port} on {host} is in use; choose another one with --port"
+            ) from error
+        raise CommandError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def _greet(settings: "Settings", listener: socket.socket, admin_token: str | None) -> None:
+    host, port = listener.getsockname()[:2]
+    where = f"[{host}]" if ":" in host else host
+    out.print(f"Grafthub is at {settings.public_url or f'http://{where}:{port}'}")
+    file = settings.data_dir.resolve() / "admin.token"
+    if admin_token is not None:
+        out.print(f"Token of the user admin, shown this once: {admin_token}")
+    out.print(f"Token file: {file}", markup=False)
+    err.print("Stop with Ctrl-C.", style="dim")
+
+
+def _run(settings: "Settings", hub: Any, listener: socket.socket) -> None:
+    import uvicorn
+
+    from hub.app import create_app
+
+    config = uvicorn.Config(
+        create_app(settings, hub=hub),
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _stop(*_: Any) -> NoReturn:
+    # uvicorn raises the signal again once it has shut down; this unwinds to the open hub.
+    raise SystemExit(0)

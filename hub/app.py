@@ -1,0 +1,85 @@
+"""The only place where the parts of the hub are joined."""
+
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, nullcontext
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import RouteContext, iter_route_contexts
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from hub import errors, operations
+from hub.context import Hub, open_hub
+from hub.deps import POLICIES
+from hub.http import EveryResponse, Traffic
+from hub.settings import Settings
+
+SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
+
+
+def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
+    """The hub as an ASGI application.
+
+    Without an opened `hub` it opens its data when it starts, not when it is made.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with nullcontext(hub) if hub is not None else open_hub(settings) as opened:
+            app.state.hub = opened
+            yield
+
+    app = FastAPI(
+        title="Grafthub",
+        lifespan=lifespan,
+        openapi_url="/api/openapi.json",
+        docs_url=None,  # Both would load scripts from a CDN.
+        redoc_url=None,
+        max_body_size=settings.max_body_bytes,
+    )
+    app.state.traffic = Traffic()
+    # Outermost last: the headers belong on the refusal of a wrong host too.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=_hosts(settings), www_redirect=False)
+    app.add_middleware(EveryResponse, traffic=app.state.traffic)
+    errors.install(app, renderers={})
+
+    app.include_router(operations.router)
+
+    _require_policies(app)
+    return app
+
+
+def mutating_routes(app: FastAPI) -> Iterator[RouteContext]:
+    """Every route with a method that may change something."""
+    for route in iter_route_contexts(app.routes):
+        if (route.methods or set()) - SAFE_METHODS:
+            yield route
+
+
+def policies_of(route: RouteContext) -> set[Callable[..., object]]:
+    """The policies among a route's dependencies, its router's included."""
+    dependant = getattr(route, "dependant", None)
+    return set() if dependant is None else {c for c in _calls(dependant) if c in POLICIES}
+
+
+def _require_policies(app: FastAPI) -> None:
+    for route in mutating_routes(app):
+        assert policies_of(route), f"{route.methods} {route.path} names no policy, see hub/deps.py"
+
+
+def _calls(dependant: Dependant) -> Iterator[Callable[..., object]]:
+    if dependant.call is not None:
+        yield dependant.call
+    for inner in dependant.dependencies:
+        yield from _calls(inner)
+
+
+def _hosts(settings: Settings) -> list[str]:
+    names = ["localhost", "127.0.0.1", "[::1]", settings.host, *settings.allowed_hosts]
+    if settings.public_url is not None:
+        names.append(urlsplit(settings.public_url).hostname or "")
+    else:
+        names.append(socket.gethostname())
+    return [name for name in names if name and name not in ("0.0.0.0", "::")]

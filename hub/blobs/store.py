@@ -1,0 +1,119 @@
+"""What every blob store can do, and the value it answers with."""
+
+import hashlib
+import re
+from collections.abc import AsyncIterable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NewType, Protocol
+
+from hub.errors import BadField
+
+# 64 lower-case hexadecimal digits.
+Sha256 = NewType("Sha256", str)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+# A git object id is kept beside the digest up to this size; larger files are Git LFS objects,
+# whose git object is the small pointer file.
+MAX_GIT_BYTES = 256 * 2**20
+
+
+def parse_sha256(text: str, param: str | None = None) -> Sha256:
+    """The one way from a string of a client to a digest; BadField otherwise."""
+    if not _SHA256.fullmatch(text):
+        raise BadField(f"{text!r} is not a SHA-256 in 64 lower-case hexadecimal digits", param)
+    return Sha256(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Bytes that a store holds durably; `git_oid` is the SHA-1 of the git blob object."""
+
+    sha256: Sha256
+    git_oid: str | None
+    size: int
+
+
+class BlobStore(Protocol):
+    """Whole blobs only: after a failed `put` nothing of it is visible."""
+
+    @property
+    def id(self) -> str:
+        """Identity of this store; the catalogue remembers it and refuses another one."""
+
+    def put(
+        self, chunks: Iterable[bytes], *, expected: Sha256 | None = None, size: int | None = None
+    ) -> Stored:
+        """Durable when it returns. DigestMismatch, BadUpload (size), NoSpace."""
+
+    async def put_stream(
+        self,
+        chunks: AsyncIterable[bytes],
+        *,
+        expected: Sha256 | None = None,
+        size: int | None = None,
+    ) -> Stored:
+        """As `put`, from a request body."""
+
+    def adopt(self, path: Path) -> Stored:
+        """Take over a finished local file, which is gone from `path` afterwards."""
+
+    def open(self, sha256: Sha256, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The bytes [start, end); FileNotFoundError at once if the store lacks the blob."""
+
+    def path(self, sha256: Sha256) -> Path | None:
+        """The local file, if this store has one and it exists."""
+
+    def local(self, sha256: Sha256) -> AbstractContextManager[Path]:
+        """A local file with these bytes while the block runs; not to be changed."""
+
+    def size(self, sha256: Sha256) -> int | None:
+        """Bytes, or None when the store lacks the blob."""
+
+    def delete(self, sha256: Sha256) -> None:
+        """No error if it is already gone."""
+
+    def is_writable(self) -> bool:
+        """Whether an upload could succeed now; asked by the readiness probe."""
+
+
+class Hashes:
+    """SHA-256 of bytes as they pass, and their git object id if their number is known before."""
+
+    def __init__(self, size: int | None) -> None:
+        self.size = 0
+        self._sha256 = hashlib.sha256()
+        self._git = None
+        if size is not None and size <= MAX_GIT_BYTES:
+            self._git = git_blob_hash(size)
+
+    def update(self, chunk: bytes) -> None:
+        self.size += len(chunk)
+        self._sha256.update(chunk)
+        if self._git is not None:
+            self._git.update(chunk)
+
+    @property
+    def sha256(self) -> Sha256:
+        return Sha256(self._sha256.hexdigest())
+
+    @property
+    def git_oid(self) -> str | None:
+        return self._git.hexdigest() if self._git is not None else None
+
+
+def git_blob_hash(size: int) -> "hashlib._Hash":
+    """SHA-1 as git starts it for a blob of `size` bytes (git-hash-object(1))."""
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+
+def lfs_pointer_oid(sha256: Sha256, size: int) -> str:
+    """Git object id of the pointer file that stands for an LFS object in a git tree.
+
+    Git LFS specification, "The Pointer", version 1.
+    """
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
+    hashed = git_blob_hash(len(pointer))
+    hashed.update(pointer.encode())
+    return hashed.hexdigest()

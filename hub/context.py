@@ -1,0 +1,93 @@
+"""The opened hub: everything a request or a job needs, made once per process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlmodel import Field, Session, SQLModel, select
+
+from hub.blobs.files import FileBlobStore
+from hub.blobs.store import BlobStore
+from hub.db import Database
+from hub.errors import CannotStart
+from hub.settings import Settings
+from hub.signing import Signer, secret_in, write_secret
+from hub.users import service as users
+from hub.users.models import User
+
+ADMIN = "admin"
+DAY_S = 24 * 3600
+
+
+class StoreIdentity(SQLModel, table=True):
+    """Which blob store this catalogue describes; one row."""
+
+    __tablename__ = "store_identity"
+
+    store_id: str = Field(primary_key=True)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """`admin_token` is set only by the start that made it, so that it can be printed once."""
+
+    settings: Settings
+    db: Database
+    store: BlobStore
+    signer: Signer
+    admin_token: str | None = None
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for what jobs write before it becomes a blob; emptied at each start."""
+        return self.settings.data_dir / "scratch"
+
+
+@contextmanager
+def open_hub(settings: Settings) -> Iterator[Hub]:
+    """Make or open the data folder, migrate the catalogue, check that store and catalogue match.
+
+    CannotStart says in one sentence why not.
+    """
+    from hub.migrations import migrate
+
+    data = settings.data_dir
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        (data / "scratch").mkdir(exist_ok=True)
+        store = FileBlobStore(data / "store", min_free_bytes=settings.min_free_bytes)
+    except OSError as error:
+        raise CannotStart(f"cannot write to the data folder {data}: {error.strerror}") from error
+    url = settings.database_url
+    database = Database(data, url.get_secret_value() if url is not None else None)
+    try:
+        # The lock says that nobody else uses the folder; several servers on PostgreSQL share one.
+        store.sweep(older_than_s=0 if database.is_sqlite else DAY_S)
+        migrate(database)
+        secret = settings.secret_key
+        signer = Signer(secret.get_secret_value() if secret else secret_in(data / "secret.key"))
+        with database.write() as session:
+            _pair(session, store.id)
+            token = _first_admin(session)
+            if token is not None:
+                write_secret(data / "admin.token", token)
+        yield Hub(settings, database, store, signer, token)
+    finally:
+        database.close()
+
+
+def _pair(session: Session, store_id: str) -> None:
+    known = session.exec(select(StoreIdentity)).first()
+    if known is None:
+        session.add(StoreIdentity(store_id=store_id))
+    elif known.store_id != store_id:
+        raise CannotStart(
+            f"the catalogue describes blob store {known.store_id}, but this one is {store_id}"
+        )
+
+
+def _first_admin(session: Session) -> str | None:
+    if session.exec(select(User.id)).first() is not None:
+        return None
+    return users.issue_token(session, users.create_user(session, ADMIN, admin=True), "first start")

@@ -1,0 +1,156 @@
+"""The catalogue's database: SQLite with exactly one writer, or PostgreSQL by URL.
+
+SQLite 3.7.0 to 3.51.2 (Debian 12 ships 3.40.1) can corrupt a WAL database when two connections
+write or checkpoint at the same time (sqlite.org/wal.html, "WAL-reset bug").
+So one connection in one process writes and checkpoints, every other connection is `query_only`,
+and a file lock keeps a second server away.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from sqlalchemy import DateTime, Dialect, Engine, QueuePool, create_engine, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.types import TypeDecorator
+from sqlmodel import Session, SQLModel
+
+from hub.errors import CannotStart
+
+# Before any table is declared: names that migrations can rely on, on both databases.
+SQLModel.metadata.naming_convention = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+WRITER_WAIT_S = 30
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """An aware time stamp in UTC; SQLite has no time zones, so its rows are naive UTC."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        assert value.tzinfo is not None, "a time stamp without a time zone"
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+def now() -> datetime:
+    """The present time, aware, in UTC."""
+    return datetime.now(UTC)
+
+
+class Database:
+    """Opened once per process; `read()` and `write()` are the only ways in."""
+
+    def __init__(self, data_dir: Path, url: str | None = None) -> None:
+        self.is_sqlite = url is None
+        self._lock: FileLock | None = None
+        if url is None:
+            self._lock = _take_lock(data_dir / "hub.lock")
+            path = data_dir / "hub.sqlite3"
+            self._writer = _sqlite(path, writer=True)
+            self._reader = _sqlite(path, writer=False)
+        else:
+            self._writer = self._reader = _postgresql(url)
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A snapshot of the catalogue; on SQLite any attempt to write fails."""
+        with Session(self._reader, expire_on_commit=False) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """One transaction, committed when the block ends without an exception.
+
+        On SQLite the next writer waits until this block has ended, from its first statement on:
+        no streaming, hashing or network inside.
+        """
+        with Session(self._writer, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @property
+    def writer(self) -> Engine:
+        """For migrations only."""
+        return self._writer
+
+    def close(self) -> None:
+        """Readers first, so that the writer is the last connection and does the checkpoint."""
+        self._reader.dispose()
+        if self.is_sqlite:
+            with self._writer.connect() as connection:
+                connection.connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._writer.dispose()
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _take_lock(path: Path) -> FileLock:
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise CannotStart(f"another hub is running on {path.parent}") from None
+    return lock
+
+
+def _sqlite(path: Path, *, writer: bool) -> Engine:
+    engine = create_engine(
+        f"sqlite:///{path}",
+        poolclass=QueuePool,
+        pool_size=1 if writer else 8,
+        # A reader is a file handle: more of them never wait for each other.
+        max_overflow=0 if writer else -1,
+        pool_timeout=WRITER_WAIT_S,
+        connect_args={"check_same_thread": False, "timeout": 5},
+    )
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: sqlite3.Connection, record: Any) -> None:
+        # The driver would begin (deferred) transactions by itself, and only before writes.
+        connection.isolation_level = None
+        pragmas = ["foreign_keys=ON", "trusted_schema=OFF", "synchronous=FULL", "mmap_size=0"]
+        pragmas += ["journal_mode=WAL"] if writer else ["query_only=ON", "wal_autocheckpoint=0"]
+        for pragma in pragmas:
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writer else "BEGIN")
+
+    return engine
+
+
+def _postgresql(url: str) -> Engine:
+    parsed = make_url(url)
+    if not parsed.drivername.startswith("postgresql"):
+        raise CannotStart(f"GRAFT_DATABASE_URL names {parsed.drivername}; use postgresql://…")
+    return create_engine(
+        parsed.set(drivername="postgresql+psycopg"),
+        pool_size=16,
+        max_overflow=48,
+        pool_timeout=WRITER_WAIT_S,
+        pool_pre_ping=True,
+        connect_args={
+            "connect_timeout": 10,
+            "options": "-c statement_timeout=60s -c lock_timeout=20s"
+            " -c idle_in_transaction_session_timeout=120s",
+        },
+    )

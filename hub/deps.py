@@ -1,0 +1,115 @@
+"""What routes ask for by type: the hub, a session, who is asking, and the right to write.
+
+Every route that changes something names its policy: `WriterDep`, or one of `Open` and `Signed`
+as a dependency; `hub.app` refuses to start otherwise.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request
+from sqlmodel import Session
+
+from hub.context import DAY_S, Hub
+from hub.errors import Forbidden, Unauthorized
+from hub.users import service as users
+from hub.users.service import ANONYMOUS, Viewer
+
+SESSION_COOKIE = "graft_session"
+_SAFE = ("GET", "HEAD", "OPTIONS")
+
+
+def hub_of(request: Request) -> Hub:
+    hub: Hub = request.app.state.hub
+    return hub
+
+
+HubDep = Annotated[Hub, Depends(hub_of)]
+
+
+def _read(hub: HubDep) -> Iterator[Session]:
+    with hub.db.read() as session:
+        yield session
+
+
+def _write(hub: HubDep) -> Iterator[Session]:
+    with hub.db.write() as session:
+        yield session
+
+
+# "function": the transaction ends before the response begins, so a failed commit is a 500.
+ReadSession = Annotated[Session, Depends(_read, scope="function")]
+# The writer is taken by the first statement. Use it in the route's own body only, never in another
+# dependency: a request that held it between two threads could wait for those that wait for it.
+WriteSession = Annotated[Session, Depends(_write, scope="function")]
+
+
+def viewer(request: Request, hub: HubDep) -> Viewer:
+    """From `Authorization: Bearer`, else from the signed cookie; an invalid token is refused."""
+    scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
+    if scheme:
+        if scheme.lower() != "bearer":
+            raise Unauthorized("Invalid credentials in Authorization header")
+        with hub.db.read() as session:
+            return users.viewer_of(session, secret.strip())
+    return _of_cookie(request, hub)
+
+
+ViewerDep = Annotated[Viewer, Depends(viewer)]
+
+
+def writer(viewer: ViewerDep) -> Viewer:
+    viewer.require_write()
+    return viewer
+
+
+# A viewer whose token may write; whether also here is the service's question.
+WriterDep = Annotated[Viewer, Depends(writer)]
+
+
+def open_to_all() -> None:
+    """Policy of a route that changes nothing, or only the caller's own cookie."""
+
+
+def signed_address() -> None:
+    """Policy of a route whose address carries a signature that the route checks."""
+
+
+Open = Depends(open_to_all)
+Signed = Depends(signed_address)
+POLICIES: tuple[Callable[..., object], ...] = (writer, open_to_all, signed_address)
+
+
+def public_url(request: Request) -> str:
+    """How the caller reaches this hub, without a final slash; the Host was checked before."""
+    configured = hub_of(request).settings.public_url
+    return (configured or str(request.base_url)).rstrip("/")
+
+
+def session_cookie(hub: Hub, viewer: Viewer) -> str:
+    """The value of the web page's cookie after a login with a token; it dies with that token."""
+    return hub.signer.sign("session", viewer.token_id)
+
+
+def _of_cookie(request: Request, hub: Hub) -> Viewer:
+    cookie = request.cookies.get(SESSION_COOKIE)
+    if cookie is None:
+        return ANONYMOUS
+    token_id = hub.signer.unsign("session", cookie, hub.settings.session_days * DAY_S)
+    if token_id is None:
+        return ANONYMOUS
+    if request.method not in _SAFE:
+        _require_same_origin(request)
+    with hub.db.read() as session:
+        try:
+            return users.viewer_of_token_id(session, token_id)
+        except Unauthorized:
+            return ANONYMOUS
+
+
+def _require_same_origin(request: Request) -> None:
+    # A cookie is sent by any page the browser shows; the Origin says which page asked.
+    origin = request.headers.get("Origin")
+    if origin is None or urlsplit(origin)[:2] != urlsplit(public_url(request))[:2]:
+        raise Forbidden("this request did not come from a page of this hub")

@@ -1,0 +1,236 @@
+"""Errors of the hub, and the one table that gives each family its HTTP status.
+
+HubError
+├── NotFound            RepoNotFound RevisionNotFound EntryNotFound JobNotFound RecipeNotFound
+│                       HashNotFound UserNotFound PageNotFound
+├── Conflict            RepoExists RefExists NameTaken
+│   └── StaleParent     the branch has moved since the caller looked
+├── Invalid             the request asks for something impossible; `param` says where
+│   ├── BadName BadPath BadField BadUpload DigestMismatch
+│   └── BadRequest      the request cannot be read at all
+├── Unauthorized        no valid token
+├── Forbidden           a valid token that may not do this
+├── TooLarge            more bytes than a setting allows
+├── NoSpace             the disk is, or would become, full
+├── Busy                the database did not become free in time
+├── NotImplementedHere  a feature of the protocol that this hub does not have
+└── CannotStart         the hub cannot open its data; never reaches a client
+
+Services raise these and know no HTTP.
+A façade whose clients expect another body gives `install` a renderer under the tag of its routes.
+"""
+
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+
+from merge.errors import MergeError
+
+
+class HubError(Exception):
+    """A refusal. `code` is stable and is what clients switch on; the message may change."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    @property
+    def code(self) -> str:
+        return type(self).__name__
+
+
+class NotFound(HubError): ...
+
+
+class RepoNotFound(NotFound): ...
+
+
+class RevisionNotFound(NotFound): ...
+
+
+class EntryNotFound(NotFound):
+    """A revision without this path; `commit` is what the revision resolved to."""
+
+    def __init__(self, message: str, param: str | None = None, commit: str | None = None) -> None:
+        super().__init__(message, param)
+        self.commit = commit
+
+
+class JobNotFound(NotFound): ...
+
+
+class RecipeNotFound(NotFound): ...
+
+
+class HashNotFound(NotFound): ...
+
+
+class UserNotFound(NotFound): ...
+
+
+class PageNotFound(NotFound): ...
+
+
+class Conflict(HubError): ...
+
+
+class RepoExists(Conflict): ...
+
+
+class RefExists(Conflict): ...
+
+
+class NameTaken(Conflict): ...
+
+
+class StaleParent(Conflict): ...
+
+
+class Invalid(HubError): ...
+
+
+class BadName(Invalid): ...
+
+
+class BadPath(Invalid): ...
+
+
+class BadField(Invalid): ...
+
+
+class BadUpload(Invalid): ...
+
+
+class DigestMismatch(Invalid): ...
+
+
+class BadRequest(Invalid): ...
+
+
+class Unauthorized(HubError): ...
+
+
+class Forbidden(HubError): ...
+
+
+class TooLarge(HubError): ...
+
+
+class NoSpace(HubError): ...
+
+
+class Busy(HubError): ...
+
+
+class NotImplementedHere(HubError): ...
+
+
+class CannotStart(HubError): ...
+
+
+STATUS: Mapping[type[HubError], HTTPStatus] = {
+    NotFound: HTTPStatus.NOT_FOUND,
+    Conflict: HTTPStatus.CONFLICT,
+    StaleParent: HTTPStatus.PRECONDITION_FAILED,
+    Invalid: HTTPStatus.UNPROCESSABLE_ENTITY,
+    BadRequest: HTTPStatus.BAD_REQUEST,
+    Unauthorized: HTTPStatus.UNAUTHORIZED,
+    Forbidden: HTTPStatus.FORBIDDEN,
+    TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    NoSpace: HTTPStatus.INSUFFICIENT_STORAGE,
+    Busy: HTTPStatus.SERVICE_UNAVAILABLE,
+    NotImplementedHere: HTTPStatus.NOT_IMPLEMENTED,
+    CannotStart: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+
+
+def status_of(error: type[HubError]) -> HTTPStatus:
+    """The status of the nearest family in the table."""
+    return next(STATUS[cls] for cls in error.__mro__ if cls in STATUS)
+
+
+Renderer = Callable[[Request, HubError, HTTPStatus], Response]
+
+
+def render(request: Request, error: HubError, status: HTTPStatus) -> Response:
+    """The body of our own API: `{"error": {"code", "message", "param"}}`."""
+    body = {"error": {"code": error.code, "message": error.message, "param": error.param}}
+    headers = {"WWW-Authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else None
+    return JSONResponse(body, status, headers)
+
+
+def install(app: FastAPI, renderers: Mapping[str, Renderer]) -> None:
+    """Give every refusal one body; `renderers` maps a route tag to its façade's own."""
+
+    def answer(request: Request, error: HubError, status: HTTPStatus | None = None) -> Response:
+        tags = getattr(request.scope.get("route"), "tags", None) or []
+        chosen = next((renderers[tag] for tag in tags if tag in renderers), render)
+        return chosen(request, error, status or status_of(type(error)))
+
+    @app.exception_handler(HubError)
+    def refused(request: Request, error: HubError) -> Response:
+        return answer(request, error)
+
+    @app.exception_handler(MergeError)
+    def not_mergeable(request: Request, error: MergeError) -> Response:
+        return answer(request, _of_merge(error), HTTPStatus.UNPROCESSABLE_ENTITY)
+
+    @app.exception_handler(RequestValidationError)
+    def bad_field(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+        param = ".".join(place) or None
+        return answer(request, BadField(f"{param or 'the request'}: {first['msg']}", param))
+
+    @app.exception_handler(HTTPException)
+    def routing(request: Request, error: HTTPException) -> Response:
+        response = answer(request, _of_status(error), HTTPStatus(error.status_code))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(PoolTimeout)
+    def busy(request: Request, error: PoolTimeout) -> Response:
+        return answer(request, Busy("the database is busy; try again"))
+
+    @app.exception_handler(Exception)
+    def bug(request: Request, error: Exception) -> Response:
+        status = HTTPStatus.INTERNAL_SERVER_ERROR
+        return answer(
+            request, _Named("InternalError", "the hub made an error; see its log"), status
+        )
+
+
+class _Named(HubError):
+    """An error that another library or package named; only its code is ours."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self._code = code
+
+    @property
+    def code(self) -> str:
+        return self._code
+
+
+def _of_merge(error: MergeError) -> HubError:
+    fields = ("param", "module", "key", "file")
+    param = next((getattr(error, name) for name in fields if hasattr(error, name)), None)
+    return _Named(error.code, str(error), param)
+
+
+def _of_status(error: HTTPException) -> HubError:
+    match error.status_code:
+        case HTTPStatus.NOT_FOUND:
+            return PageNotFound("there is nothing at this address")
+        case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            return TooLarge("the body of the request is too large for this address")
+        case HTTPStatus.BAD_REQUEST:
+            return BadRequest(str(error.detail))
+        case status:
+            return _Named(HTTPStatus(status).phrase.replace(" ", ""), str(error.detail))

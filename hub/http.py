@@ -1,0 +1,106 @@
+"""What every response carries, and what every request is measured by."""
+
+import re
+import time
+import uuid
+from collections import Counter
+from threading import Lock
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
+    " img-src 'self' data: blob:; font-src 'self'; connect-src 'self'; form-action 'self';"
+    " base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+class Traffic:
+    """Counts for `/metrics`: requests by route, method and status, and their time."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._requests: Counter[tuple[str, str, int]] = Counter()
+        self._seconds: Counter[str] = Counter()
+
+    def count(self, route: str, method: str, status: int, seconds: float) -> None:
+        with self._lock:
+            self._requests[route, method, status] += 1
+            self._seconds[route] += seconds  # type: ignore[assignment]
+
+    def text(self) -> str:
+        """In the text format of Prometheus."""
+        with self._lock:
+            requests, seconds = dict(self._requests), dict(self._seconds)
+        lines = ["# TYPE graft_requests_total counter"]
+        lines += [
+            f'graft_requests_total{{route="{route}",method="{method}",status="{status}"}} {n}'
+            for (route, method, status), n in sorted(requests.items())
+        ]
+        lines += ["# TYPE graft_request_seconds_total counter"]
+        lines += [
+            f'graft_request_seconds_total{{route="{route}"}} {total:.6f}'
+            for route, total in sorted(seconds.items())
+        ]
+        return "\n".join(lines) + "\n"
+
+
+class EveryResponse:
+    """Adds a request id and the security headers, refuses encoded bodies, counts."""
+
+    def __init__(self, app: ASGIApp, traffic: Traffic) -> None:
+        self._app = app
+        self._traffic = traffic
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request = Headers(scope=scope)
+        request_id = _request_id(request)
+        status = 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        # A compressed body would pass every limit on its size.
+        app = self._app
+        if request.get("Content-Encoding", "identity").lower() != "identity":
+            app = JSONResponse(
+                {
+                    "error": {
+                        "code": "BadRequest",
+                        "message": "send bodies unencoded",
+                        "param": None,
+                    }
+                },
+                415,
+            )
+        try:
+            await app(scope, receive, send_with_headers)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self._traffic.count(route, scope["method"], status, time.perf_counter() - started)
+
+
+def _request_id(headers: Headers) -> str:
+    # huggingface_hub sends the second one and prints it with its errors.
+    for name in ("X-Request-Id", "X-Amzn-Trace-Id"):
+        if (value := headers.get(name)) is not None and _REQUEST_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex

@@ -1,0 +1,45 @@
+"""The schema's history, forward only. `MODELS` lists every module that declares tables."""
+
+from importlib import import_module
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import MetaData
+from sqlmodel import SQLModel
+
+from hub.db import Database
+from hub.errors import CannotStart
+
+MODELS = (
+    "hub.audit",
+    "hub.context",
+    "hub.users.models",
+    "hub.repos.models",
+)
+
+
+def metadata() -> MetaData:
+    """All tables as the code declares them."""
+    for module in MODELS:
+        import_module(module)
+    return SQLModel.metadata
+
+
+def migrate(database: Database) -> None:
+    """Bring the schema to this version; CannotStart if a newer version has changed it."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent))
+    script = ScriptDirectory.from_config(config)
+    with database.writer.connect() as connection, connection.begin():
+        present = MigrationContext.configure(connection).get_current_revision()
+        if present == script.get_current_head():
+            return
+        if present is not None and present not in {r.revision for r in script.walk_revisions()}:
+            raise CannotStart(
+                f"the catalogue was changed by a newer version of Grafthub (schema {present})"
+            )
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")

@@ -1,0 +1,545 @@
+"""Repos: names, visibility, commits, branches and tags. Sessions are passed in.
+
+Reading never tells a missing repo from one the viewer may not see.
+Writing checks the right to do so again inside the transaction.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy import delete, insert
+from sqlmodel import Session, col, or_, select
+
+from hub.audit import record
+from hub.blobs.store import Sha256, Stored
+from hub.db import now
+from hub.errors import (
+    BadField,
+    BadName,
+    EntryNotFound,
+    Forbidden,
+    RefExists,
+    RepoExists,
+    RepoNotFound,
+    RevisionNotFound,
+    StaleParent,
+)
+from hub.repos import operations as ops
+from hub.repos.models import (
+    Blob,
+    BlobState,
+    Commit,
+    CommitEntry,
+    Event,
+    Hold,
+    Redirect,
+    Ref,
+    RefKind,
+    Repo,
+    RepoType,
+)
+from hub.repos.paths import check_ref_name
+from hub.users import service as users
+from hub.users.models import NameTombstone, User
+from hub.users.names import check_name, check_namespace, key_of
+from hub.users.service import Viewer
+
+MAIN = "main"
+HOLD_FOR = timedelta(hours=48)
+
+
+# Repos
+
+
+def create_repo(
+    session: Session,
+    viewer: Viewer,
+    namespace: str,
+    name: str,
+    *,
+    private: bool = False,
+    type: str = RepoType.MODEL,
+    exist_ok: bool = False,
+) -> Repo:
+    """An empty repo: one commit without files on `main`.
+
+    RepoExists, BadName, Forbidden; with `exist_ok` the repo that is there.
+    """
+    user = _require_writer(session, viewer, check_namespace(namespace))
+    check_name(name, "name")
+    canonical = users.canonical_namespace(session, namespace)
+    if canonical is None:
+        raise BadName(f"there is no user or organisation {namespace!r}", "namespace")
+    key = key_of(f"{namespace}/{name}")
+    if (existing := _find(session, key, RepoType(type))) is not None:
+        if exist_ok:
+            return existing
+        raise RepoExists(f"You already created this {type} repo: {existing.full_name}", "name")
+    _claim(session, key, RepoType(type), user)
+    repo = Repo(
+        type=RepoType(type),
+        namespace=canonical,
+        name=name,
+        namespace_key=key_of(namespace),
+        key=key,
+        private=private,
+        owner_id=user.id,
+    )
+    session.add(repo)
+    session.flush()
+    first = _insert_commit(session, repo, user.name, MAIN, None, {}, {}, "initial commit", "")
+    session.add(Ref(repo_id=_id(repo), kind=RefKind.BRANCH, name=MAIN, commit_id=first.id))
+    repo.head = first.id
+    _tell(session, "repo.created", repo)
+    record(session, user.id, "repo.create", repo.full_name)
+    return repo
+
+
+def get_repo(
+    session: Session, viewer: Viewer, namespace: str, name: str, *, type: str = RepoType.MODEL
+) -> Repo:
+    """RepoNotFound if it is missing, or private and not for this viewer."""
+    repo = _find(session, key_of(f"{namespace}/{name}"), RepoType(type))
+    if repo is None or not _may_read(session, viewer, repo):
+        raise RepoNotFound("Repository not found")
+    return repo
+
+
+def moved_to(
+    session: Session, viewer: Viewer, namespace: str, name: str, *, type: str = RepoType.MODEL
+) -> Repo | None:
+    """The repo that had this name before it was moved, if the viewer may see it."""
+    old = session.get(Redirect, (RepoType(type), key_of(f"{namespace}/{name}")))
+    repo = session.get(Repo, old.repo_id) if old is not None else None
+    return repo if repo is not None and _may_read(session, viewer, repo) else None
+
+
+def list_repos(
+    session: Session,
+    viewer: Viewer,
+    *,
+    type: str = RepoType.MODEL,
+    namespace: str | None = None,
+    search: str | None = None,
+    limit: int = 100,
+    before: Repo | None = None,
+) -> list[Repo]:
+    """Visible repos, last changed first; `before` is the last one of the previous page."""
+    query = select(Repo).where(Repo.type == RepoType(type))
+    if namespace is not None:
+        query = query.where(Repo.namespace_key == key_of(namespace))
+    if search:
+        query = query.where(col(Repo.key).contains(search.lower(), autoescape=True))
+    visible = users.private_namespaces(session, viewer)
+    if visible is not None:
+        query = query.where(or_(col(Repo.private).is_(False), col(Repo.namespace_key).in_(visible)))
+    if before is not None:
+        changed, seen = col(Repo.last_modified), col(Repo.id)
+        query = query.where(
+            or_(
+                changed < before.last_modified,
+                (changed == before.last_modified) & (seen < before.id),
+            )
+        )
+    query = query.order_by(col(Repo.last_modified).desc(), col(Repo.id).desc()).limit(limit)
+    return list(session.exec(query))
+
+
+def update_settings(
+    session: Session, viewer: Viewer, repo: Repo, *, private: bool | None = None
+) -> Repo:
+    """Only what is given is changed."""
+    user = _require_writer(session, viewer, repo.namespace)
+    repo = _locked(session, repo)
+    if private is not None and private != repo.private:
+        repo.private = private
+        _tell(session, "repo.visibility", repo)
+        record(session, user.id, "repo.private" if private else "repo.public", repo.full_name)
+    return repo
+
+
+def move_repo(session: Session, viewer: Viewer, repo: Repo, namespace: str, name: str) -> Repo:
+    """A new name; the old one redirects and stays its owner's. RepoExists, BadName, Forbidden."""
+    user = _require_writer(session, viewer, repo.namespace)
+    _require_writer(session, viewer, check_namespace(namespace))
+    check_name(name, "name")
+    canonical = users.canonical_namespace(session, namespace)
+    if canonical is None:
+        raise BadName(f"there is no user or organisation {namespace!r}", "namespace")
+    repo = _locked(session, repo)
+    old_name, old_key = repo.full_name, repo.key
+    key = key_of(f"{namespace}/{name}")
+    if key != old_key:
+        if _find(session, key, repo.type) is not None:
+            raise RepoExists(f"A {repo.type} repository called {namespace}/{name} already exists")
+        _claim(session, key, repo.type, user, returning=repo)
+        _bury(session, old_key, repo.type, user)
+        session.add(Redirect(type=repo.type, key=old_key, repo_id=_id(repo)))
+    repo.namespace, repo.name = canonical, name
+    repo.namespace_key, repo.key = key_of(namespace), key
+    _tell(session, "repo.moved", repo)
+    record(session, user.id, "repo.move", f"{old_name} -> {repo.full_name}")
+    return repo
+
+
+def is_unused(session: Session, full_name: str, *, type: str = RepoType.MODEL) -> bool:
+    """Whether no repo has or ever had this name."""
+    key = key_of(full_name)
+    query = select(NameTombstone.id).where(NameTombstone.type == type, NameTombstone.key == key)
+    return _find(session, key, type) is None and session.exec(query).first() is None
+
+
+def delete_repo(session: Session, viewer: Viewer, repo: Repo) -> None:
+    """Its rows go, its name stays taken, its blobs stay until nothing else refers to them."""
+    user = _require_writer(session, viewer, repo.namespace)
+    repo = _locked(session, repo)
+    for old in session.exec(select(Redirect).where(Redirect.repo_id == repo.id)).all():
+        session.delete(old)
+    _bury(session, repo.key, repo.type, user)
+    _tell(session, "repo.deleted", repo)
+    record(session, user.id, "repo.delete", repo.full_name)
+    session.flush()
+    session.execute(delete(Repo).where(col(Repo.id) == repo.id))
+    session.expunge(repo)
+
+
+# Reading
+
+
+def resolve(session: Session, repo: Repo, revision: str = MAIN) -> Commit:
+    """Branch, then tag, then commit id or its unambiguous first 7 or more digits.
+
+    `refs/heads/…` and `refs/tags/…` name their kind. RevisionNotFound.
+    """
+    for prefix, kinds in (
+        ("refs/heads/", (RefKind.BRANCH,)),
+        ("refs/tags/", (RefKind.TAG,)),
+        ("", (RefKind.BRANCH, RefKind.TAG)),
+    ):
+        if not revision.startswith(prefix):
+            continue
+        for kind in kinds:
+            ref = session.get(Ref, (repo.id, kind, revision.removeprefix(prefix)))
+            commit = session.get(Commit, ref.commit_id) if ref is not None else None
+            if commit is not None:
+                return commit
+    if (commit := _by_prefix(session, repo, revision)) is not None:
+        return commit
+    raise RevisionNotFound(f"Invalid rev id: {revision[:200]}", "revision")
+
+
+def entries(session: Session, commit: Commit, under: str = "") -> list[CommitEntry]:
+    """The files below a folder, by path; EntryNotFound if there is no such folder."""
+    query = select(CommitEntry).where(CommitEntry.commit_id == commit.id)
+    folder = under.strip("/")
+    if folder:
+        # "0" follows "/" in ASCII: the range holds all paths that begin with the folder.
+        path = col(CommitEntry.path)
+        query = query.where(path >= f"{folder}/", path < f"{folder}0")
+    found = list(session.exec(query.order_by(col(CommitEntry.path))))
+    if folder and not found:
+        raise EntryNotFound(f"there is no folder {folder}", "path", commit.id)
+    return found
+
+
+def entry(session: Session, commit: Commit, path: str) -> CommitEntry:
+    """EntryNotFound, which carries the commit that was looked in."""
+    found = session.get(CommitEntry, (commit.id, path))
+    if found is None:
+        raise EntryNotFound(f"there is no file {path[:200]}", "path", commit.id)
+    return found
+
+
+def commits(
+    session: Session, repo: Repo, commit: Commit, limit: int = 50, cursor: str | None = None
+) -> tuple[list[Commit], str | None]:
+    """History from `commit` back, newest first, and the cursor of the next page."""
+    at = session.get(Commit, cursor or commit.id)
+    found: list[Commit] = []
+    while at is not None and at.repo_id == repo.id and len(found) < limit:
+        found.append(at)
+        at = session.get(Commit, at.parent_id) if at.parent_id else None
+    return found, at.id if at is not None and at.repo_id == repo.id else None
+
+
+@dataclass(frozen=True, slots=True)
+class Refs:
+    """Names to commit ids, each by name."""
+
+    branches: Mapping[str, str]
+    tags: Mapping[str, str]
+
+
+def refs(session: Session, repo: Repo) -> Refs:
+    """All branches and tags."""
+    rows = session.exec(select(Ref).where(Ref.repo_id == repo.id).order_by(col(Ref.name))).all()
+    return Refs(
+        {row.name: row.commit_id for row in rows if row.kind == RefKind.BRANCH},
+        {row.name: row.commit_id for row in rows if row.kind == RefKind.TAG},
+    )
+
+
+# Writing
+
+
+def commit(
+    session: Session,
+    viewer: Viewer,
+    repo: Repo,
+    *,
+    branch: str = MAIN,
+    operations: Sequence[ops.Operation],
+    message: str,
+    description: str = "",
+    parent: str | None = None,
+) -> Commit:
+    """One new commit with all operations, or the present head if they change nothing.
+
+    StaleParent if `parent` is given and the branch has moved; RevisionNotFound without the branch.
+    """
+    user = _require_writer(session, viewer, repo.namespace)
+    if not message or len(message) > 1000:
+        raise BadField("a commit's message has 1 to 1000 characters", "message")
+    repo = _locked(session, repo)
+    ref = session.get(Ref, (repo.id, RefKind.BRANCH, branch.removeprefix("refs/heads/")))
+    if ref is None:
+        raise RevisionNotFound(f"Invalid rev id: {branch[:200]}", "branch")
+    head = session.get_one(Commit, ref.commit_id)
+    if parent is not None and not (len(parent) >= 5 and head.id.startswith(parent)):
+        raise StaleParent("A commit has happened since. Please refresh and try again.", "parent")
+    before = {e.path: e for e in entries(session, head)}
+    files = ops.files_of(before.values())
+    after = ops.apply(
+        files,
+        operations,
+        lambda revision: ops.files_of(entries(session, resolve(session, repo, revision))),
+    )
+    if after == files:
+        return head
+    _keep(session, [o.stored for o in operations if isinstance(o, ops.Add)])
+    made = _insert_commit(
+        session, repo, user.name, ref.name, head, before, after, message, description
+    )
+    ref.commit_id = made.id
+    repo.last_modified = made.created_at
+    if ref.name == MAIN:
+        repo.head = made.id
+    _tell(session, "repo.committed", repo, made)
+    record(session, user.id, "repo.commit", f"{repo.full_name}@{ref.name} {made.id}")
+    return made
+
+
+def create_branch(
+    session: Session, viewer: Viewer, repo: Repo, name: str, start: str = MAIN
+) -> Ref:
+    """RefExists; RevisionNotFound for an unknown start."""
+    return _create_ref(session, viewer, repo, RefKind.BRANCH, name, start)
+
+
+def create_tag(
+    session: Session, viewer: Viewer, repo: Repo, name: str, revision: str = MAIN
+) -> Ref:
+    """RefExists; RevisionNotFound for an unknown revision."""
+    return _create_ref(session, viewer, repo, RefKind.TAG, name, revision)
+
+
+def delete_branch(session: Session, viewer: Viewer, repo: Repo, name: str) -> None:
+    """RevisionNotFound; `main` cannot be deleted. Its commits stay readable by their ids."""
+    if name == MAIN:
+        raise BadName("Cannot delete refs/heads/main", "branch")
+    _delete_ref(session, viewer, repo, RefKind.BRANCH, name)
+
+
+def delete_tag(session: Session, viewer: Viewer, repo: Repo, name: str) -> None:
+    """RevisionNotFound."""
+    _delete_ref(session, viewer, repo, RefKind.TAG, name)
+
+
+# Bytes on their way into a commit
+
+
+def hold(session: Session, viewer: Viewer, stored: Stored) -> None:
+    """Remember that this user has sent these bytes; they are kept for 48 hours without a commit."""
+    user = viewer.require_write()
+    _keep(session, [stored])
+    assert user.id is not None
+    query = select(Hold).where(Hold.sha256 == stored.sha256, Hold.user_id == user.id)
+    held = session.exec(query).first()
+    until = now() + HOLD_FOR
+    if held is None:
+        held = Hold(sha256=stored.sha256, user_id=user.id, expires_at=until)
+    held.expires_at = until
+    session.add(held)
+
+
+def known(session: Session, viewer: Viewer, sha256: Sha256) -> Stored | None:
+    """The blob if the viewer has sent it or can read it in some repo; else None.
+
+    Knowing a digest is no right to the bytes, so everybody else has to send them again.
+    """
+    blob = session.get(Blob, sha256)
+    if blob is None:
+        return None
+    stored = Stored(sha256, blob.git_oid, blob.size)
+    if viewer.user_id is not None:
+        query = select(Hold.id).where(Hold.sha256 == sha256, Hold.user_id == viewer.user_id)
+        if session.exec(query).first() is not None:
+            return stored
+    readable = (
+        select(Repo)
+        .join(Commit, col(Commit.repo_id) == col(Repo.id))
+        .join(CommitEntry, col(CommitEntry.commit_id) == col(Commit.id))
+        .where(CommitEntry.sha256 == sha256)
+        .distinct()
+    )
+    if any(_may_read(session, viewer, repo) for repo in session.exec(readable)):
+        return stored
+    return None
+
+
+# Inside
+
+
+def _id(repo: Repo) -> int:
+    assert repo.id is not None, "a repo that is not in the database yet"
+    return repo.id
+
+
+def _find(session: Session, key: str, type: str) -> Repo | None:
+    return session.exec(select(Repo).where(Repo.type == type, Repo.key == key)).first()
+
+
+def _locked(session: Session, repo: Repo) -> Repo:
+    """The row as it is now; on PostgreSQL other writers of this repo wait from here on."""
+    query = select(Repo).where(Repo.id == repo.id).with_for_update()
+    found = session.exec(query.execution_options(populate_existing=True)).first()
+    if found is None:
+        raise RepoNotFound("Repository not found")
+    return found
+
+
+def _may_read(session: Session, viewer: Viewer, repo: Repo) -> bool:
+    return not repo.private or users.may_read_private(session, viewer, repo.namespace)
+
+
+def _require_writer(session: Session, viewer: Viewer, namespace: str) -> User:
+    user = viewer.require_write()
+    users.recheck(session, viewer)
+    if not users.may_write(session, viewer, namespace):
+        raise Forbidden(f"{user.name} may not write to {namespace}")
+    return user
+
+
+def _claim(
+    session: Session, key: str, type: str, user: User, *, returning: Repo | None = None
+) -> None:
+    """Take a name out of the graveyard: its last owner may, an admin may, a repo coming back may."""
+    query = select(NameTombstone).where(NameTombstone.type == type, NameTombstone.key == key)
+    stone = session.exec(query).first()
+    old = session.get(Redirect, (type, key))
+    comes_back = old is not None and returning is not None and old.repo_id == returning.id
+    if stone is not None and not comes_back and not (user.is_admin or stone.user_id == user.id):
+        raise RepoExists(f"the name {key} was used by another repo and stays reserved", "name")
+    if stone is not None:
+        session.delete(stone)
+    if old is not None:
+        session.delete(old)
+    session.flush()
+
+
+def _bury(session: Session, key: str, type: str, user: User) -> None:
+    session.add(NameTombstone(type=type, key=key, user_id=user.id))
+
+
+def _tell(session: Session, kind: str, repo: Repo, made: Commit | None = None) -> None:
+    session.add(Event(kind=kind, repo_id=_id(repo), commit_id=made.id if made else None))
+    session.flush()
+
+
+def _keep(session: Session, stored: Sequence[Stored]) -> None:
+    for item in stored:
+        blob = session.get(Blob, item.sha256)
+        if blob is None:
+            blob = Blob(sha256=item.sha256, size=item.size, git_oid=item.git_oid)
+        blob.state = BlobState.PRESENT
+        session.add(blob)
+    session.flush()
+
+
+def _insert_commit(
+    session: Session,
+    repo: Repo,
+    author: str,
+    branch: str,
+    parent: Commit | None,
+    before: Mapping[str, CommitEntry],
+    after: ops.Files,
+    message: str,
+    description: str,
+) -> Commit:
+    made = Commit(
+        id="",
+        repo_id=_id(repo),
+        parent_id=parent.id if parent is not None else None,
+        author=author,
+        message=message,
+        description=description,
+        created_at=now(),
+    )
+    made.id = ops.commit_id(made, after, repo=f"{repo.type}/{repo.id}", branch=branch)
+    session.add(made)
+    session.flush()
+    unchanged = ops.files_of(before.values())
+    rows = [
+        {
+            "commit_id": made.id,
+            "path": path,
+            "sha256": file.sha256,
+            "git_oid": file.git_oid,
+            "size": file.size,
+            "lfs": file.lfs,
+            "last_commit_id": before[path].last_commit_id
+            if unchanged.get(path) == file
+            else made.id,
+        }
+        for path, file in sorted(after.items())
+    ]
+    if rows:
+        session.execute(insert(CommitEntry), rows)
+    return made
+
+
+def _by_prefix(session: Session, repo: Repo, revision: str) -> Commit | None:
+    text = revision.lower()
+    if not 7 <= len(text) <= 40 or any(c not in "0123456789abcdef" for c in text):
+        return None
+    query = select(Commit).where(Commit.repo_id == repo.id, col(Commit.id).startswith(text))
+    found = session.exec(query.limit(2)).all()
+    return found[0] if len(found) == 1 else None
+
+
+def _create_ref(
+    session: Session, viewer: Viewer, repo: Repo, kind: RefKind, name: str, revision: str
+) -> Ref:
+    user = _require_writer(session, viewer, repo.namespace)
+    repo = _locked(session, repo)
+    check_ref_name(name, kind)
+    folder = {RefKind.BRANCH: "heads", RefKind.TAG: "tags"}[kind]
+    if session.get(Ref, (repo.id, kind, name)) is not None:
+        raise RefExists(f"Reference refs/{folder}/{name} already exists", kind)
+    target = resolve(session, repo, revision)
+    ref = Ref(repo_id=_id(repo), kind=kind, name=name, commit_id=target.id)
+    session.add(ref)
+    record(session, user.id, f"{kind}.create", f"{repo.full_name}@{name} {target.id}")
+    return ref
+
+
+def _delete_ref(session: Session, viewer: Viewer, repo: Repo, kind: RefKind, name: str) -> None:
+    user = _require_writer(session, viewer, repo.namespace)
+    repo = _locked(session, repo)
+    ref = session.get(Ref, (repo.id, kind, name))
+    if ref is None:
+        raise RevisionNotFound(f"Invalid rev id: {name[:200]}", kind)
+    session.delete(ref)
+    record(session, user.id, f"{kind}.delete", f"{repo.full_name}@{name} {ref.commit_id}")

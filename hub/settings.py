@@ -1,0 +1,50 @@
+"""Environment of the hub: every field is `GRAFT_<NAME>` and a row in docs/settings.md."""
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+KiB, MiB, GiB = 2**10, 2**20, 2**30
+
+
+class Settings(BaseSettings):
+    """Made once by the program that starts, passed to whoever needs it."""
+
+    model_config = SettingsConfigDict(env_prefix="GRAFT_", frozen=True, extra="forbid")
+
+    data_dir: Path = Field(
+        Path("data"), description="folder of the catalogue, the blobs and the keys; one file system"
+    )
+    database_url: SecretStr | None = Field(
+        None, description="`postgresql://…`; without it the catalogue is SQLite in the data folder"
+    )
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8470, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    public_url: str | None = Field(
+        None,
+        description="how people reach the hub; used in links, required when `host` is not loopback",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="further names this hub answers to, as a JSON list"
+    )
+    demo: bool = Field(True, description="fill an empty hub with the demo catalogue")
+    secret_key: SecretStr | None = Field(
+        None, description="signs sessions and upload links; without it `secret.key` is made"
+    )
+    session_days: int = Field(30, gt=0, description="how long a login of the web page lasts")
+    max_regular_bytes: int = Field(
+        64 * MiB, gt=0, description="larger files are asked for over Git LFS"
+    )
+    max_commit_bytes: int = Field(
+        512 * MiB, gt=0, description="largest body of one commit with the files in it"
+    )
+    max_upload_bytes: int = Field(64 * GiB, gt=0, description="largest single file")
+    max_body_bytes: int = Field(2 * MiB, gt=0, description="largest body of any other request")
+    min_free_bytes: int = Field(
+        256 * MiB, ge=0, description="uploads that would leave less free space are refused"
+    )
+    workers: int = Field(1, ge=0, description="jobs that run at the same time; 0 runs none")
+    job_memory_bytes: int = Field(
+        8 * GiB, gt=0, description="memory one job's process may use before it is stopped"
+    )

@@ -1,0 +1,50 @@
+"""Signed values that come back from a browser or a client: sessions, upload links."""
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+from itsdangerous import BadSignature, URLSafeTimedSerializer
+
+from hub.blobs import durable
+
+
+class Signer:
+    """Signs JSON values for one purpose each, so that none can stand in for another."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+
+    def sign(self, purpose: str, value: Any) -> str:
+        """ASCII that is safe in a URL, a header and a cookie; it is readable, not secret."""
+        signed = self._serializer(purpose).dumps(value)
+        return signed if isinstance(signed, str) else signed.decode()
+
+    def unsign(self, purpose: str, text: str, max_age_s: int) -> Any | None:
+        """The value, or None if the text was changed, is too old or has another purpose."""
+        try:
+            return self._serializer(purpose).loads(text, max_age=max_age_s)
+        except BadSignature:
+            return None
+
+    def _serializer(self, purpose: str) -> URLSafeTimedSerializer:
+        return URLSafeTimedSerializer(self._secret, salt=purpose)
+
+
+def secret_in(path: Path) -> str:
+    """The secret kept in a file with mode 0600, made on first use."""
+    if not path.exists():
+        write_secret(path, secrets.token_urlsafe(32))
+    return path.read_text().strip()
+
+
+def write_secret(path: Path, secret: str) -> None:
+    """Whole or not at all, and readable by its owner only."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    descriptor = durable.create_exclusive(temporary)
+    with open(descriptor, "w", encoding="ascii") as file:
+        file.write(secret + "\n")
+        file.flush()
+        durable.sync_file(file.fileno())
+    temporary.replace(path)
+    durable.sync_folder(path.parent)

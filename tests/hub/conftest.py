@@ -1,0 +1,47 @@
+"""A hub opened in this process on a real SQLite file, its users, and a client of its routes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from hub.app import create_app
+from hub.context import Hub, open_hub
+from hub.settings import Settings
+from hub.users import service as users
+from hub.users.models import Scope
+from hub.users.service import Viewer
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with open_hub(Settings(data_dir=tmp_path / "data", min_free_bytes=0)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def admin(hub: Hub) -> Viewer:
+    assert hub.admin_token is not None
+    with hub.db.read() as session:
+        return users.viewer_of(session, hub.admin_token)
+
+
+@pytest.fixture
+def client(hub: Hub) -> Iterator[TestClient]:
+    """Anonymous; `headers=bearer(hub.admin_token)` is the administrator."""
+    app = create_app(hub.settings, hub=hub)
+    with TestClient(app, base_url="http://127.0.0.1:8470", follow_redirects=False) as opened:
+        yield opened
+
+
+def bearer(token: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def make_user(hub: Hub, name: str, scope: Scope = Scope.WRITE) -> tuple[Viewer, str]:
+    """A new user who acts with a token of that scope, and the token."""
+    with hub.db.write() as session:
+        secret = users.issue_token(session, users.create_user(session, name), "test", scope)
+    with hub.db.read() as session:
+        return users.viewer_of(session, secret), secret

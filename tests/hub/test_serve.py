@@ -1,0 +1,85 @@
+"""`graft serve` as a person runs it: a process, a port, a data folder."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+
+from tests.fixtures.server import running_hub, start_hub
+
+ROOT = Path(__file__).parents[2]
+
+
+def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cli", "serve", *arguments],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_serve_answers_and_stops_cleanly_and_starts_again_on_the_same_data(tmp_path: Path) -> None:
+    with running_hub(tmp_path) as hub:
+        assert httpx2.get(f"{hub.url}/healthz").json() == {"status": "ok"}
+        assert httpx2.get(f"{hub.url}/readyz").status_code == 200
+        assert httpx2.get(f"{hub.url}/metrics", headers=hub.auth).status_code == 200
+        token = hub.admin_token
+        assert (hub.data_dir / "admin.token").stat().st_mode & 0o777 == 0o600
+        assert (hub.data_dir / "secret.key").stat().st_mode & 0o777 == 0o600
+        assert hub.stop() == 0
+    assert not (tmp_path / "data" / "hub.sqlite3-wal").exists()
+    with running_hub(tmp_path) as hub:
+        assert hub.admin_token == token
+        assert httpx2.get(f"{hub.url}/metrics", headers=hub.auth).status_code == 200
+
+
+def test_a_second_server_on_the_same_data_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with running_hub(tmp_path) as hub:
+        second = serve("--port", "0", "--data", str(hub.data_dir))
+    assert second.returncode == 1
+    assert second.stdout == ""
+    assert second.stderr == f"error: another hub is running on {hub.data_dir}\n"
+
+
+def test_a_killed_server_leaves_the_data_folder_usable(tmp_path: Path) -> None:
+    hub = start_hub(tmp_path)
+    hub.kill()
+    with running_hub(tmp_path) as hub:
+        assert httpx2.get(f"{hub.url}/readyz").status_code == 200
+
+
+def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = serve("--port", str(port), "--data", str(tmp_path / "data"))
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"error: port {port} on 127.0.0.1 is in use; choose another one with --port\n"
+    )
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_data_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = serve("--port", "0", "--data", str(tmp_path / "file" / "data"))
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: cannot write to the data folder {tmp_path}/file/data")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_public_address_needs_to_be_told_how_it_is_reached(tmp_path: Path) -> None:
+    result = serve("--host", "0.0.0.0", "--port", "0", "--data", str(tmp_path / "data"))
+    assert result.returncode == 1
+    assert "GRAFT_PUBLIC_URL" in result.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
+    result = serve("--port", "99999", "--data", str(tmp_path / "data"))
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: --port: ")
