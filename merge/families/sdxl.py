@@ -1,0 +1,24 @@
+"""Stable Diffusion XL: CLIP-L and CLIP-G, cross-attention width 2048.
+
+Pony, Illustrious, NoobAI and other descendants have the same keys and shapes.
+"""
+
+from merge.families.family import Family
+
+SDXL = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    architecture="stable-diffusion-xl-v1-base",
+    base_versions=("sdxl_base_v1-0", "sdxl_1.0", "sdxl"),
+    kohya={
+        "unet": ("lora_unet",),
+        "text_encoder": ("lora_te1", "lora_te"),
+        "text_encoder_2": ("lora_te2",),
+    },
+    kohya_names="ldm",
+    single_file={
+        "unet": ("model.diffusion_model.", "ldm"),
+        "text_encoder": ("conditioner.embedders.0.transformer.", "hf"),
+        "text_encoder_2": ("conditioner.embedders.1.model.", "openclip"),
+    },
+)
