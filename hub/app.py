@@ -13,6 +13,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from hub import errors, operations
 from hub.context import Hub, open_hub
 from hub.deps import POLICIES
+from hub.hf import routes as hf_routes
+from hub.hf import routing as hf
 from hub.http import EveryResponse, Traffic
 from hub.settings import Settings
 
@@ -43,9 +45,12 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
     # Outermost last: the headers belong on the refusal of a wrong host too.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=_hosts(settings), www_redirect=False)
     app.add_middleware(EveryResponse, traffic=app.state.traffic)
-    errors.install(app, renderers={})
+    errors.install(app, renderers={hf.TAG: hf.render})
 
     app.include_router(operations.router)
+    app.include_router(hf_routes.router)
+    # Last: it answers whatever else is asked for under /api.
+    app.include_router(hf_routes.fallback)
 
     _require_policies(app)
     return app

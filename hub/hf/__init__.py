@@ -1,0 +1,12 @@
+"""The Hugging Face Hub protocol over this hub's repos and blobs.
+
+Unmodified `huggingface_hub`, `hf`, diffusers, peft and transformers work with HF_ENDPOINT set to us.
+
+routing     routes matched on the raw path; errors rendered as those clients read them
+bodies      request bodies          ranges    the Range header
+ndjson      the commit body, streamed          info   answers built from rows
+cards       front matter of README.md
+repos       create, settings, info, listing, tree, refs          files   download
+commits     preupload and commit               lfs    batch, upload, verify
+routes      the routers that `hub.app` includes
+"""

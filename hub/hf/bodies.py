@@ -1,0 +1,140 @@
+"""Request bodies of the Hugging Face protocol.
+
+Unknown fields are ignored: clients of other versions send more than we need.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from hub.errors import BadRequest
+
+Oid = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=0, le=2**53, strict=True)]
+Path = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+RepoType = Literal["model", "dataset", "space"]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+Parsed = TypeVar("Parsed", bound=_Body)
+
+
+def parse(kind: type[Parsed], body: bytes | dict[str, Any], where: str = "the body") -> Parsed:
+    """A body that a route reads by itself; BadRequest names the field that is wrong."""
+    try:
+        if isinstance(body, bytes):
+            return kind.model_validate_json(body)
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise BadRequest(f"{where}: {field}: {first['msg']}", field or None) from error
+
+
+class _Visible(_Body):
+    """`private` up to huggingface_hub 1.8, `visibility` after; whoever reads only one of the two
+    makes private repos public."""
+
+    private: bool | None = None
+    visibility: str | None = None
+
+    def is_private(self) -> bool | None:
+        """None where the client said nothing; any visibility but "public" is private."""
+        if self.visibility is not None:
+            return self.visibility != "public"
+        return self.private
+
+
+class CreateRepo(_Visible):
+    name: str
+    organization: str | None = None
+    type: RepoType | None = None
+
+
+class DeleteRepo(_Body):
+    name: str
+    organization: str | None = None
+    type: RepoType | None = None
+
+
+class MoveRepo(_Body):
+    fromRepo: str
+    toRepo: str
+    type: RepoType | None = None
+
+
+class Settings(_Visible):
+    gated: Literal["auto", "manual"] | bool | None = None
+
+
+class Card(_Body):
+    content: str = Field(max_length=8 * 2**20)
+    repoType: str | None = None
+
+
+class PreuploadFile(_Body):
+    path: Path
+    size: Size
+    sample: str = ""
+
+
+class Preupload(_Body):
+    files: list[PreuploadFile] = Field(max_length=10_000)
+    gitIgnore: str | None = Field(None, max_length=2**20)
+
+
+class CreateBranch(_Body):
+    startingPoint: str | None = None
+
+
+class CreateTag(_Body):
+    tag: str
+    message: str | None = None
+
+
+class LFSObject(_Body):
+    oid: Oid
+    size: Size
+
+
+class LFSBatch(_Body):
+    operation: Literal["upload", "download"]
+    transfers: list[str] = ["basic"]
+    objects: list[LFSObject] = Field(max_length=1000)
+    hash_algo: str = "sha256"
+
+
+class PathsInfo(_Body):
+    paths: list[str] = Field(max_length=10_000)
+    expand: bool = False
+
+
+class CommitHeader(_Body):
+    summary: str = Field(max_length=4096)
+    description: str = Field("", max_length=2**16)
+    parentCommit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{5,40}$")] | None = None
+
+
+class RegularFile(_Body):
+    path: Path
+    encoding: Literal["base64", "utf-8"] = "base64"
+
+
+class LFSFile(_Body):
+    path: Path
+    oid: Oid
+    algo: Literal["sha256"] = "sha256"
+    size: Size | None = None
+
+
+class DeletedFile(_Body):
+    path: Path
+
+
+class CopiedFile(_Body):
+    path: Path
+    srcPath: Path
+    srcRevision: str | None = None

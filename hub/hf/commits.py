@@ -1,0 +1,187 @@
+"""Preupload and commit: how regular files arrive, and how all files become visible together."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from anyio import to_thread
+from fastapi import Request
+from sqlmodel import Session
+
+from hub.adapters.service import publish
+from hub.blobs.store import Sha256, Stored
+from hub.context import Hub
+from hub.deps import HubDep, ReadSession, WriterDep, public_url
+from hub.errors import BadRequest, Forbidden, NotImplementedHere, TooLarge
+from hub.hf import bodies, info
+from hub.hf.deps import RepoDep, TypeDep
+from hub.hf.ndjson import Line, read_lines
+from hub.hf.routing import UNLIMITED, hf_router
+from hub.repos import service as repos
+from hub.repos.models import Blob, Repo, RepoType
+from hub.repos.operations import Add, Copy, Delete, DeleteFolder, Operation
+from hub.repos.paths import check_path
+from hub.users import service as users
+from hub.users.service import Viewer
+
+API = "/api/{kind:repos}/{namespace}/{name}"
+
+# Files that other clients expect to be Git LFS objects, so that they see and check the SHA-256.
+LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".npz", ".zip")
+LFS_BYTES = 10 * 2**20
+
+router = hf_router()
+
+
+@router.post(API + "/preupload/{revision}")
+def preupload(
+    hub: HubDep,
+    session: ReadSession,
+    viewer: WriterDep,
+    repo: RepoDep,
+    revision: str,
+    body: bodies.Preupload,
+    create_pr: str = "",
+) -> dict[str, Any]:
+    """How each file is to be sent, and what is at its path now.
+
+    Rights are checked here already: a commit that is refused makes clients try it in pieces.
+    """
+    _require_writable(session, viewer, repo, create_pr)
+    head = repos.resolve(session, repo, revision)
+    before = {entry.path: entry for entry in repos.entries(session, head)}
+    answers = []
+    for file in body.files:
+        check_path(file.path)
+        is_lfs = file.size > hub.settings.max_regular_bytes
+        answer: dict[str, Any] = {
+            "path": file.path,
+            "uploadMode": "lfs" if is_lfs else "regular",
+            "shouldIgnore": False,
+        }
+        entry = before.get(file.path)
+        blob = session.get(Blob, entry.sha256) if entry is not None else None
+        if blob is not None:
+            # Clients leave a file out if this is its own digest, in the kind of the mode above.
+            answer["oid"] = blob.sha256 if is_lfs else blob.git_oid
+        answers.append(answer)
+    return {"files": answers, "commitOid": head.id}
+
+
+@router.post(API + "/commit/{revision}", max_body_size=UNLIMITED)
+async def commit(
+    request: Request,
+    hub: HubDep,
+    viewer: WriterDep,
+    type: TypeDep,
+    namespace: str,
+    name: str,
+    revision: str,
+    create_pr: str = "",
+) -> dict[str, Any]:
+    """All operations of the body as one commit; a commit that changes nothing is the head."""
+    # Not RepoDep: its session would keep a snapshot of the catalogue for the whole upload.
+    repo = await to_thread.run_sync(_writable, hub, viewer, type, namespace, name, create_pr)
+    header, operations = await _read_commit(hub, viewer, request)
+    made = await to_thread.run_sync(
+        lambda: publish(
+            hub,
+            viewer,
+            namespace,
+            name,
+            branch=revision,
+            operations=operations,
+            message=header.summary,
+            description=header.description,
+            parent=header.parentCommit,
+            type=type,
+        )
+    )
+    return {
+        "success": True,
+        "commitOid": made.id,
+        "commitUrl": f"{info.repo_url(public_url(request), repo)}/commit/{made.id}",
+        "hookOutput": "",
+        "pullRequestUrl": None,
+    }
+
+
+def _writable(
+    hub: Hub, viewer: Viewer, type: RepoType, namespace: str, name: str, create_pr: str
+) -> Repo:
+    with hub.db.read() as session:
+        repo = repos.get_repo(session, viewer, namespace, name, type=type)
+        _require_writable(session, viewer, repo, create_pr)
+        return repo
+
+
+def _require_writable(session: Session, viewer: Viewer, repo: Repo, create_pr: str) -> None:
+    if create_pr.lower() in ("1", "true"):
+        raise NotImplementedHere("this hub has no pull requests")
+    user = viewer.require_write()
+    if not users.may_write(session, viewer, repo.namespace):
+        raise Forbidden(f"{user.name} may not write to {repo.full_name}")
+
+
+async def _read_commit(
+    hub: Hub, viewer: Viewer, request: Request
+) -> tuple[bodies.CommitHeader, list[Operation]]:
+    limits = hub.settings
+    body = _capped(request.stream(), limits.max_commit_bytes)
+    header: bodies.CommitHeader | None = None
+    operations: list[Operation] = []
+
+    async def keep(content: AsyncIterator[bytes]) -> Stored:
+        return await hub.store.put_stream(_capped(content, limits.max_upload_bytes))
+
+    async for line in read_lines(body, keep):
+        if line.key == "header":
+            header = bodies.parse(bodies.CommitHeader, line.value, f"line {line.number}")
+        else:
+            operations.append(await _operation(hub, viewer, line))
+    if header is None:
+        raise BadRequest("a commit has a header line")
+    return header, operations
+
+
+async def _operation(hub: Hub, viewer: Viewer, line: Line[Stored]) -> Operation:
+    where = f"line {line.number}"
+    match line.key:
+        case "file":
+            file = bodies.parse(bodies.RegularFile, line.value, where)
+            assert line.kept is not None
+            return Add(file.path, line.kept, is_lfs(file.path, line.kept.size))
+        case "lfsFile":
+            lfs = bodies.parse(bodies.LFSFile, line.value, where)
+            return Add(lfs.path, await to_thread.run_sync(_sent, hub, viewer, lfs), lfs=True)
+        case "deletedFile":
+            return Delete(bodies.parse(bodies.DeletedFile, line.value, where).path)
+        case "deletedFolder":
+            return DeleteFolder(bodies.parse(bodies.DeletedFile, line.value, where).path)
+        case "copyFile":
+            copied = bodies.parse(bodies.CopiedFile, line.value, where)
+            return Copy(copied.srcPath, copied.path, copied.srcRevision)
+        case other:
+            raise BadRequest(f"{where}: this hub knows no operation {other[:50]!r}")
+
+
+def is_lfs(path: str, size: int) -> bool:
+    """Whether a file is shown as a Git LFS object, however it arrived."""
+    return size > LFS_BYTES or path.lower().endswith(LFS_SUFFIXES)
+
+
+def _sent(hub: Hub, viewer: Viewer, file: bodies.LFSFile) -> Stored:
+    """The blob, if this user has sent it or can read it: a digest alone is no right to bytes."""
+    with hub.db.read() as session:
+        stored = repos.known(session, viewer, Sha256(file.oid))
+    if stored is None or file.size not in (None, stored.size):
+        raise BadRequest(f"{file.path}: LFS pointer pointed to a file that does not exist")
+    return stored
+
+
+async def _capped(chunks: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:
+    seen = 0
+    async for chunk in chunks:
+        seen += len(chunk)
+        if seen > limit:
+            raise TooLarge(f"more than {limit} bytes; send fewer files at once or over LFS")
+        yield chunk

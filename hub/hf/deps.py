@@ -1,0 +1,60 @@
+"""What the façade's routes ask for by type: the repo of an address and the commit of a revision."""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from hub.deps import ReadSession, ViewerDep
+from hub.errors import NotImplementedHere, RepoNotFound
+from hub.hf.routing import RepoMoved
+from hub.repos import service as repos
+from hub.repos.models import Commit, Repo, RepoType
+
+TYPES = {"models": RepoType.MODEL, "datasets": RepoType.DATASET}
+
+
+def repo_type(kind: str = "models") -> RepoType:
+    """From the first segment of an address, which model files do not have."""
+    if kind not in TYPES:
+        raise NotImplementedHere("this hub has no spaces")
+    return TYPES[kind]
+
+
+TypeDep = Annotated[RepoType, Depends(repo_type)]
+
+
+def type_named(type: str | None) -> RepoType:
+    """From the field of a body, which is left out for models."""
+    return repo_type(f"{type or 'model'}s")
+
+
+def repo(
+    request: Request,
+    session: ReadSession,
+    viewer: ViewerDep,
+    type: TypeDep,
+    namespace: str,
+    name: str,
+) -> Repo:
+    """The repo if the viewer may see it, by any name it ever had: RepoNotFound, RepoMoved."""
+    try:
+        return repos.get_repo(session, viewer, namespace, name, type=type)
+    except RepoNotFound:
+        moved = repos.moved_to(session, viewer, namespace, name, type=type)
+        if moved is None:
+            raise
+        path = request.scope["raw_path"].decode("ascii")
+        location = path.replace(f"/{namespace}/{name}", f"/{moved.full_name}", 1)
+        query = request.url.query
+        raise RepoMoved(f"{location}?{query}" if query else location) from None
+
+
+RepoDep = Annotated[Repo, Depends(repo)]
+
+
+def commit(session: ReadSession, repo: RepoDep, revision: str = repos.MAIN) -> Commit:
+    """What the revision of an address means now; RevisionNotFound."""
+    return repos.resolve(session, repo, revision)
+
+
+CommitDep = Annotated[Commit, Depends(commit)]

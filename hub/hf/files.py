@@ -1,0 +1,114 @@
+"""Downloads: HEAD from the catalogue alone, GET with one range, straight from the blob."""
+
+import mimetypes
+from collections.abc import AsyncIterator
+from threading import Event
+from urllib.parse import quote
+
+from anyio import to_thread
+from fastapi import BackgroundTasks, Request, Response
+from fastapi.responses import StreamingResponse
+from sqlalchemy import update
+from sqlmodel import col
+
+from hub.blobs.store import BlobStore, Sha256
+from hub.context import Hub
+from hub.deps import HubDep, ReadSession
+from hub.hf.deps import CommitDep, RepoDep
+from hub.hf.ranges import RangeNotSatisfiable, parse_range
+from hub.hf.routing import hf_router
+from hub.repos import service as repos
+from hub.repos.models import Commit, CommitEntry, Repo
+
+# One download of each of these is one download of the repo.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".gguf", ".onnx")
+# Safe to show in a page; everything else, SVG and HTML before all, is only bytes to us.
+SHOWN = {"image/png", "image/jpeg", "image/webp", "image/gif"}
+
+router = hf_router()
+
+
+@router.api_route("/{namespace}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
+@router.api_route(
+    "/{kind:repos}/{namespace}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"]
+)
+def resolve(
+    request: Request,
+    hub: HubDep,
+    session: ReadSession,
+    repo: RepoDep,
+    commit: CommitDep,
+    path: str,
+    tasks: BackgroundTasks,
+) -> Response:
+    """One file of a revision, never a redirect: X-Repo-Commit says what the revision meant."""
+    entry = repos.entry(session, commit, path)
+    headers = _headers(repo, commit, entry)
+    if request.headers.get("If-None-Match") == headers["ETag"]:
+        return Response(status_code=304, headers=headers)
+    if request.method == "HEAD":
+        return Response(headers=headers | {"Content-Length": str(entry.size)})
+    try:
+        asked = parse_range(_range(request, headers["ETag"]), entry.size)
+    except RangeNotSatisfiable as error:
+        headers |= {"Content-Range": f"bytes */{error.size}", "X-Error-Message": str(error)}
+        return Response(status_code=416, headers=headers)
+    start, end = asked or (0, entry.size)
+    headers["Content-Length"] = str(end - start)
+    if asked is not None:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{entry.size}"
+    sent = Event()
+    if start == 0 and end == entry.size and path.endswith(WEIGHTS) and repo.id is not None:
+        tasks.add_task(_count, hub, repo.id, sent)
+    return StreamingResponse(
+        read_blob(hub.store, Sha256(entry.sha256), start, end, sent),
+        206 if asked is not None else 200,
+        headers,
+        background=tasks,
+    )
+
+
+def _headers(repo: Repo, commit: Commit, entry: CommitEntry) -> dict[str, str]:
+    # The digest for LFS files, the git id for regular ones, as huggingface.co does: clients name
+    # files in their cache by it, and check a download against it if it has 64 digits.
+    etag = f'"{entry.sha256 if entry.lfs else entry.git_oid}"'
+    name = quote(entry.path.rpartition("/")[2], safe="")
+    media, _ = mimetypes.guess_type(entry.path)
+    return {
+        "X-Repo-Commit": commit.id,
+        "X-Linked-Size": str(entry.size),
+        "X-Linked-ETag": etag,
+        "ETag": etag,
+        "Accept-Ranges": "bytes",
+        "Content-Type": media if media in SHOWN else "application/octet-stream",
+        "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
+        "Cache-Control": "private, no-store" if repo.private else "no-cache",
+    }
+
+
+def _range(request: Request, etag: str) -> str | None:
+    """The Range header, unless If-Range says it was meant for other bytes."""
+    if request.headers.get("If-Range", etag) != etag:
+        return None
+    return request.headers.get("Range")
+
+
+async def read_blob(
+    store: BlobStore, sha256: Sha256, start: int, end: int, sent: Event | None = None
+) -> AsyncIterator[bytes]:
+    """The bytes [start, end) for a response; `sent` is set when the last ones were taken."""
+    pieces = await to_thread.run_sync(store.open, sha256, start, end)
+    while piece := await to_thread.run_sync(next, pieces, b""):
+        yield piece
+    if sent is not None:
+        sent.set()
+
+
+def _count(hub: Hub, repo_id: int, sent: Event) -> None:
+    """Runs when the response is over, however it ended: a download that broke is none."""
+    if not sent.is_set():
+        return
+    with hub.db.write() as session:
+        session.exec(
+            update(Repo).where(col(Repo.id) == repo_id).values(downloads=Repo.downloads + 1)
+        )

@@ -1,0 +1,140 @@
+"""Git LFS, basic transfers: which objects to send, the bytes, and the question whether they came."""
+
+from typing import Any
+
+from anyio import to_thread
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from hub.blobs.store import Sha256, Stored
+from hub.context import Hub
+from hub.deps import HubDep, Open, ReadSession, Signed, ViewerDep, WriterDep, public_url
+from hub.errors import BadRequest, EntryNotFound, Forbidden, Unauthorized
+from hub.hf import bodies
+from hub.hf.deps import RepoDep
+from hub.hf.files import read_blob
+from hub.hf.routing import UNLIMITED, hf_router
+from hub.repos import service as repos
+from hub.users import service as users
+from hub.users.service import Viewer
+
+MEDIA_TYPE = "application/vnd.git-lfs+json"
+# Long enough for the largest file on a slow line to begin; the upload itself may take longer.
+LINK_S = 6 * 3600
+PURPOSE = "lfs-upload"
+
+router = hf_router()
+
+LFS = "/{namespace}/{name}.git/info/lfs/objects"
+LFS_OF_TYPE = "/{kind:repos}" + LFS
+
+
+@router.post(LFS + "/batch", dependencies=[Open])
+@router.post(LFS_OF_TYPE + "/batch", dependencies=[Open])
+def batch(
+    request: Request,
+    hub: HubDep,
+    session: ReadSession,
+    viewer: ViewerDep,
+    repo: RepoDep,
+    body: bodies.LFSBatch,
+) -> Response:
+    """For each object where to send it or get it; none where it is here and the viewer's to use."""
+    if body.hash_algo != "sha256":
+        raise BadRequest("LFS objects are named by sha256 here")
+    upload = body.operation == "upload"
+    if upload:
+        user = viewer.require_write()
+        if not users.may_write(session, viewer, repo.namespace):
+            raise Forbidden(f"{user.name} may not write to {repo.full_name}")
+    base = (
+        f"{public_url(request)}{request.scope['raw_path'].decode('ascii').removesuffix('/batch')}"
+    )
+    objects = []
+    for item in body.objects:
+        stored = repos.known(session, viewer, Sha256(item.oid))
+        has = stored is not None and stored.size == item.size
+        if upload:
+            objects.append(_upload(hub, viewer, base, item, has))
+        else:
+            objects.append(_download(base, item, has))
+    return JSONResponse({"transfer": "basic", "objects": objects}, media_type=MEDIA_TYPE)
+
+
+def _upload(
+    hub: Hub, viewer: Viewer, base: str, item: bodies.LFSObject, has: bool
+) -> dict[str, Any]:
+    answer: dict[str, Any] = {"oid": item.oid, "size": item.size, "authenticated": True}
+    if item.size > hub.settings.max_upload_bytes:
+        limit = hub.settings.max_upload_bytes
+        return answer | {"error": {"code": 413, "message": f"files have at most {limit} bytes"}}
+    if has:
+        return answer
+    # Clients send no Authorization with the bytes, so the address itself says who may send what.
+    link = hub.signer.sign(PURPOSE, [viewer.token_id, item.oid, item.size])
+    answer["actions"] = {
+        "upload": {"href": f"{base}/{item.oid}?signature={link}"},
+        "verify": {"href": f"{base}/{item.oid}/verify"},
+    }
+    return answer
+
+
+def _download(base: str, item: bodies.LFSObject, has: bool) -> dict[str, Any]:
+    answer: dict[str, Any] = {"oid": item.oid, "size": item.size}
+    if not has:
+        return answer | {"error": {"code": 404, "message": "there is no such object"}}
+    return answer | {"actions": {"download": {"href": f"{base}/{item.oid}"}}}
+
+
+@router.put(LFS + "/{oid}", dependencies=[Signed], max_body_size=UNLIMITED)
+@router.put(LFS_OF_TYPE + "/{oid}", dependencies=[Signed], max_body_size=UNLIMITED)
+async def upload(request: Request, hub: HubDep, oid: str, signature: str) -> Response:
+    """The bytes of one object; they are kept for the user the address was made for."""
+    link = hub.signer.unsign(PURPOSE, signature, LINK_S)
+    if link is None or link[1] != oid:
+        raise Unauthorized("this upload address is not valid any more")
+    token_id, _, size = link
+    viewer = await to_thread.run_sync(_viewer, hub, token_id)
+    announced = request.headers.get("Content-Length")
+    if announced is not None and announced != str(size):
+        raise BadRequest(f"{announced} bytes are announced, the object has {size}")
+    stored = await hub.store.put_stream(request.stream(), expected=Sha256(oid), size=size)
+    await to_thread.run_sync(_hold, hub, viewer, stored)
+    return Response()
+
+
+def _viewer(hub: Hub, token_id: int) -> Viewer:
+    with hub.db.read() as session:
+        return users.viewer_of_token_id(session, token_id)
+
+
+def _hold(hub: Hub, viewer: Viewer, stored: Stored) -> None:
+    with hub.db.write() as session:
+        users.recheck(session, viewer)
+        repos.hold(session, viewer, stored)
+
+
+@router.post(LFS + "/{oid}/verify")
+@router.post(LFS_OF_TYPE + "/{oid}/verify")
+def verify(
+    session: ReadSession, viewer: WriterDep, repo: RepoDep, oid: str, body: bodies.LFSObject
+) -> dict[str, Any]:
+    """200 if the object is here, whole, and the viewer's to commit."""
+    stored = repos.known(session, viewer, Sha256(body.oid))
+    if body.oid != oid or stored is None or stored.size != body.size:
+        raise EntryNotFound(f"the object {oid[:64]} did not arrive")
+    return {}
+
+
+@router.get(LFS + "/{oid}")
+@router.get(LFS_OF_TYPE + "/{oid}")
+def download(
+    hub: HubDep, session: ReadSession, viewer: ViewerDep, repo: RepoDep, oid: str
+) -> Response:
+    """An object by its digest, for those who can read it in some repo."""
+    stored = repos.known(session, viewer, Sha256(oid))
+    if stored is None:
+        raise EntryNotFound(f"there is no object {oid[:64]}")
+    headers = {"Content-Length": str(stored.size), "Cache-Control": "private, no-store"}
+    content = read_blob(hub.store, stored.sha256, 0, stored.size)
+    return StreamingResponse(content, headers=headers, media_type="application/octet-stream")

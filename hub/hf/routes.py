@@ -1,0 +1,39 @@
+"""The routers of the façade, in the order in which `hub.app` includes them."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from hub.deps import Open
+from hub.errors import NotImplementedHere
+from hub.hf import commits, files, lfs, repos
+from hub.hf.routing import hf_router
+
+router = APIRouter()
+for part in (repos, commits, lfs, files):
+    router.include_router(part.router)
+
+# Included after every other router: what nobody answers under /api.
+fallback = hf_router()
+
+
+@router.get("/api/agent-harnesses", include_in_schema=False)
+async def agent_harnesses() -> dict[str, Any]:
+    """Asked once a day after an answer, by every process without one."""
+    return {"standardEnvVars": [], "harnesses": {}}
+
+
+@router.head("/api/telemetry/{path:path}", include_in_schema=False)
+async def telemetry(path: str) -> Response:
+    """Nothing is kept."""
+    return Response()
+
+
+@fallback.api_route(
+    "/api/{path:path}",
+    methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
+    dependencies=[Open],
+)
+async def not_here(request: Request, path: str) -> Response:
+    """501: clients print the message and do not try again."""
+    raise NotImplementedHere(f"this hub does not have {request.method} /api/{path}"[:200])

@@ -1,0 +1,93 @@
+"""Routes of the Hugging Face façade: matched on the raw path, errors in the form its clients read.
+
+Revisions and tree paths arrive as one segment with `/` written `%2F`; the decoded path that
+frameworks route on cannot tell `refs%2Fpr%2F1/x` from `refs/pr/1/x`.
+"""
+
+from http import HTTPStatus
+from urllib.parse import unquote
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.routing import Match
+from starlette.types import Scope
+
+from hub.errors import EntryNotFound, HubError, RepoNotFound, Unauthorized
+
+TAG = "hf"
+# For bodies that are streamed: their route counts and compares with a setting.
+UNLIMITED = 2**62
+
+# What clients do with these messages is fixed in huggingface_hub's `hf_raise_for_status`.
+BAD_TOKEN = "Invalid credentials in Authorization header"
+ANONYMOUS = "Invalid username or password."
+
+
+class RepoMoved(RepoNotFound):
+    """The repo has another name now; `location` is the same address with that name."""
+
+    def __init__(self, location: str) -> None:
+        super().__init__(f"the repo is now at {location}")
+        self.location = location
+
+
+class _Kinds(Convertor[str]):
+    """The plural words that stand for a type of repo in addresses."""
+
+    regex = "models|datasets|spaces"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("repos", _Kinds())
+
+
+class HFRoute(APIRoute):
+    """A route on the raw path; its parameters are percent-decoded once, after matching."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if scope["type"] != "http":
+            return super().matches(scope)
+        match, child = super().matches({**scope, "path": scope["raw_path"].decode("ascii")})
+        if match is not Match.NONE:
+            child["path_params"] = {k: unquote(v) for k, v in child["path_params"].items()}
+        return match, child
+
+
+def hf_router() -> APIRouter:
+    return APIRouter(route_class=HFRoute, tags=[TAG], include_in_schema=False)
+
+
+def render(request: Request, error: HubError, status: HTTPStatus) -> Response:
+    """The answer that Hugging Face clients turn into their own exception of the same name."""
+    anonymous = "authorization" not in request.headers
+    if isinstance(error, RepoMoved):
+        return Response(status_code=307, headers={"Location": error.location})
+    if isinstance(error, RepoNotFound):
+        # Missing and forbidden look the same, so that nobody learns which private repos exist.
+        if anonymous:
+            return refusal(HTTPStatus.UNAUTHORIZED, error.code, ANONYMOUS)
+        return refusal(HTTPStatus.NOT_FOUND, error.code, "Repository not found")
+    if isinstance(error, Unauthorized):
+        return refusal(status, None, ANONYMOUS if anonymous else BAD_TOKEN)
+    if isinstance(error, EntryNotFound) and error.commit is not None:
+        # With it clients remember that this commit has no such file, and do not ask again.
+        return refusal(status, error.code, error.message, {"X-Repo-Commit": error.commit})
+    return refusal(status, error.code, error.message)
+
+
+def refusal(
+    status: HTTPStatus, code: str | None, message: str, headers: dict[str, str] | None = None
+) -> Response:
+    """An error as JSON, and in headers too, because a HEAD request sees nothing else."""
+    line = " ".join(message.split()).encode("ascii", "replace").decode()[:500]
+    extra = {"X-Error-Message": line, **(headers or {})}
+    if code is not None:
+        extra["X-Error-Code"] = code
+    return JSONResponse({"error": message}, status, extra)
