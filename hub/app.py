@@ -5,9 +5,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
 from urllib.parse import urlsplit
 
+from anyio import create_task_group, sleep
 from fastapi import FastAPI
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import RouteContext, iter_route_contexts
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from hub import errors, operations
@@ -18,6 +20,12 @@ from hub.hf import routing as hf
 from hub.http import EveryResponse, Traffic
 from hub.settings import Settings
 
+ROUTERS = (
+    operations.router,
+    hf_routes.router,
+    hf_routes.fallback,  # Last: it answers whatever else is asked for under /api.
+)
+DOWNLOADS_EVERY_S = 10
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 
 
@@ -31,7 +39,10 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with nullcontext(hub) if hub is not None else open_hub(settings) as opened:
             app.state.hub = opened
-            yield
+            async with create_task_group() as background:
+                background.start_soon(_count_downloads, opened)
+                yield
+                background.cancel_scope.cancel()
 
     app = FastAPI(
         title="Grafthub",
@@ -39,7 +50,6 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
         openapi_url="/api/openapi.json",
         docs_url=None,  # Both would load scripts from a CDN.
         redoc_url=None,
-        max_body_size=settings.max_body_bytes,
     )
     app.state.traffic = Traffic()
     # Outermost last: the headers belong on the refusal of a wrong host too.
@@ -47,13 +57,17 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
     app.add_middleware(EveryResponse, traffic=app.state.traffic)
     errors.install(app, renderers={hf.TAG: hf.render})
 
-    app.include_router(operations.router)
-    app.include_router(hf_routes.router)
-    # Last: it answers whatever else is asked for under /api.
-    app.include_router(hf_routes.fallback)
-
+    for router in ROUTERS:
+        # A route that takes more says so with its own `max_body_size`.
+        app.include_router(router, max_body_size=settings.max_body_bytes)
     _require_policies(app)
     return app
+
+
+async def _count_downloads(hub: Hub) -> None:
+    while True:
+        await sleep(DOWNLOADS_EVERY_S)
+        await run_in_threadpool(hub.downloads.flush, hub.db)
 
 
 def mutating_routes(app: FastAPI) -> Iterator[RouteContext]:

@@ -11,6 +11,7 @@ from hub.blobs.files import FileBlobStore
 from hub.blobs.store import BlobStore
 from hub.db import Database
 from hub.errors import CannotStart
+from hub.repos.downloads import Downloads
 from hub.settings import Settings
 from hub.signing import Signer, secret_in, write_secret
 from hub.users import service as users
@@ -36,6 +37,7 @@ class Hub:
     db: Database
     store: BlobStore
     signer: Signer
+    downloads: Downloads
     admin_token: str | None = None
 
     @property
@@ -72,7 +74,9 @@ def open_hub(settings: Settings) -> Iterator[Hub]:
             token = _first_admin(session)
             if token is not None:
                 write_secret(data / "admin.token", token)
-        yield Hub(settings, database, store, signer, token)
+        downloads = Downloads()
+        yield Hub(settings, database, store, signer, downloads, token)
+        downloads.flush(database)
     finally:
         database.close()
 

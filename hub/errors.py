@@ -198,13 +198,6 @@ def install(app: FastAPI, renderers: Mapping[str, Renderer]) -> None:
     def busy(request: Request, error: PoolTimeout) -> Response:
         return answer(request, Busy("the database is busy; try again"))
 
-    @app.exception_handler(Exception)
-    def bug(request: Request, error: Exception) -> Response:
-        status = HTTPStatus.INTERNAL_SERVER_ERROR
-        return answer(
-            request, _Named("InternalError", "the hub made an error; see its log"), status
-        )
-
 
 class _Named(HubError):
     """An error that another library or package named; only its code is ours."""

@@ -12,7 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
-SECURITY_HEADERS = {
+NOT_STARTED = 0
+
+# A response that says otherwise keeps what it says.
+DEFAULT_HEADERS = {
+    "Cache-Control": "private, no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
     " img-src 'self' data: blob:; font-src 'self'; connect-src 'self'; form-action 'self';"
     " base-uri 'none'; frame-ancestors 'none'",
@@ -66,36 +70,45 @@ class EveryResponse:
         started = time.perf_counter()
         request = Headers(scope=scope)
         request_id = _request_id(request)
-        status = 500
+        status = NOT_STARTED
+
+        replaced = b""
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
+            nonlocal status, replaced
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
-                for name, value in SECURITY_HEADERS.items():
+                for name, value in DEFAULT_HEADERS.items():
                     headers.setdefault(name, value)
+                # Starlette's body limit answers in plain text where it reads Content-Length.
+                if status == 413 and headers.get("Content-Type", "").startswith("text/plain"):
+                    answer = _error("TooLarge", "the body of the request is too large", 413)
+                    replaced = bytes(answer.body)
+                    headers.update(answer.headers)
+            elif replaced:
+                message = {**message, "body": replaced}
             await send(message)
 
         # A compressed body would pass every limit on its size.
         app = self._app
         if request.get("Content-Encoding", "identity").lower() != "identity":
-            app = JSONResponse(
-                {
-                    "error": {
-                        "code": "BadRequest",
-                        "message": "send bodies unencoded",
-                        "param": None,
-                    }
-                },
-                415,
-            )
+            app = _error("BadRequest", "send bodies without Content-Encoding", 415)
         try:
             await app(scope, receive, send_with_headers)
+        except Exception:
+            if status == NOT_STARTED:
+                bug = _error("InternalError", "the hub made an error; its log says which", 500)
+                await bug(scope, receive, send_with_headers)
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._traffic.count(route, scope["method"], status, time.perf_counter() - started)
+
+
+def _error(code: str, message: str, status: int) -> JSONResponse:
+    return JSONResponse({"error": {"code": code, "message": message, "param": None}}, status)
 
 
 def _request_id(headers: Headers) -> str:

@@ -34,8 +34,8 @@ def check_path(path: str, param: str = "path") -> str:
         raise bad(f"a path has at most {MAX_PATH_BYTES} bytes")
     if not unicodedata.is_normalized("NFC", path):
         raise bad("a path is in Unicode normalisation form NFC")
-    # Cc: control characters; Cf: bidirectional marks and other invisible ones; Zl, Zp: line breaks.
-    if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") for c in path):
+    # Refuses control characters, bidirectional marks, line breaks and every space but " ".
+    if not path.isprintable():
         raise bad("a path has no control or invisible characters")
     if any(c in _WINDOWS for c in path):
         raise bad('a path has none of \\ : * ? " < > |, which Windows refuses')

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 from starlette.testclient import TestClient
 
 from hub.app import create_app
@@ -12,12 +13,23 @@ from hub.settings import Settings
 from hub.users import service as users
 from hub.users.models import Scope
 from hub.users.service import Viewer
+from tests.fixtures.postgres import postgres_server, postgres_url
+
+__all__ = ["postgres_server", "postgres_url"]
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with open_hub(Settings(data_dir=tmp_path / "data", min_free_bytes=0)) as opened:
+def hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hub]:
+    """On SQLite; `both_databases` runs a test on PostgreSQL too."""
+    settings = Settings(data_dir=tmp_path / "data", min_free_bytes=0)
+    if getattr(request, "param", "sqlite") == "postgresql":
+        url = SecretStr(request.getfixturevalue("postgres_url"))
+        settings = settings.model_copy(update={"database_url": url})
+    with open_hub(settings) as opened:
         yield opened
+
+
+both_databases = pytest.mark.parametrize("hub", ["sqlite", "postgresql"], indirect=True)
 
 
 @pytest.fixture

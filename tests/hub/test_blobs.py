@@ -1,0 +1,263 @@
+"""What every blob store must do, and how the local one keeps its promise when things break."""
+
+import errno
+import hashlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from anyio import run
+
+from hub.blobs import durable
+from hub.blobs.files import FileBlobStore
+from hub.blobs.store import BlobStore, Sha256, lfs_pointer_oid, parse_sha256
+from hub.errors import BadField, BadUpload, DigestMismatch, NoSpace
+
+# `printf 'hello' | git hash-object --stdin`, git 2.39.5
+HELLO_GIT = "b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0"
+HELLO = Sha256(hashlib.sha256(b"hello").hexdigest())
+
+
+@pytest.fixture(params=[FileBlobStore])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+    made: BlobStore = request.param(tmp_path / "store")
+    return made
+
+
+async def stream(*chunks: bytes) -> AsyncIterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+
+
+def everything_in(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+# Any store
+
+
+@pytest.mark.parametrize("size", [None, 5])
+def test_stored_bytes_have_their_digest_and_git_object_id(
+    store: BlobStore, size: int | None
+) -> None:
+    stored = store.put([b"hel", b"", b"lo"], size=size, expected=HELLO)
+    assert (stored.sha256, stored.git_oid, stored.size) == (HELLO, HELLO_GIT, 5)
+    assert b"".join(store.open(HELLO)) == b"hello"
+    assert store.size(HELLO) == 5
+
+
+@pytest.mark.parametrize("size", [None, 3_000_001])
+def test_a_streamed_body_is_the_same_blob_as_a_put(store: BlobStore, size: int | None) -> None:
+    content = os.urandom(3_000_001)
+    pieces = [content[i : i + 65536] for i in range(0, len(content), 65536)]
+
+    async def upload() -> Any:
+        return await store.put_stream(stream(*pieces), size=size)
+
+    assert run(upload) == store.put([content])
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [(0, None, b"hello"), (1, 3, b"el"), (4, 99, b"o"), (5, None, b""), (3, 3, b"")],
+)
+def test_ranges_are_half_open(
+    store: BlobStore, start: int, end: int | None, expected: bytes
+) -> None:
+    store.put([b"hello"])
+    assert b"".join(store.open(HELLO, start, end)) == expected
+
+
+def test_an_empty_blob_is_a_blob(store: BlobStore) -> None:
+    stored = store.put([])
+    assert stored.git_oid == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"  # git's empty blob
+    assert store.size(stored.sha256) == 0
+    assert list(store.open(stored.sha256)) == []
+
+
+def test_a_wrong_digest_is_refused_and_stores_nothing(store: BlobStore) -> None:
+    with pytest.raises(DigestMismatch, match="send them again"):
+        store.put([b"hellO"], expected=HELLO)
+    assert store.size(HELLO) is None
+    assert store.size(Sha256(hashlib.sha256(b"hellO").hexdigest())) is None
+
+
+@pytest.mark.parametrize("announced", [4, 6])
+def test_a_wrong_length_is_refused_and_stores_nothing(store: BlobStore, announced: int) -> None:
+    with pytest.raises(BadUpload, match=f"announced {announced} bytes"):
+        store.put([b"hello"], size=announced)
+    assert store.size(HELLO) is None
+
+
+def test_a_missing_blob_has_no_size_and_cannot_be_opened(store: BlobStore) -> None:
+    assert store.size(HELLO) is None
+    assert store.path(HELLO) is None
+    with pytest.raises(FileNotFoundError):
+        store.open(HELLO)
+    store.delete(HELLO)
+
+
+def test_a_deleted_blob_is_gone_and_can_come_back(store: BlobStore) -> None:
+    store.put([b"hello"])
+    store.delete(HELLO)
+    assert store.size(HELLO) is None
+    store.put([b"hello"])
+    with store.local(HELLO) as path:
+        assert path.read_bytes() == b"hello"
+
+
+def test_an_adopted_file_is_moved_in(store: BlobStore, tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"hello")
+    assert store.adopt(tmp_path / "out") == store.put([b"hello"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_new_upload_repairs_a_damaged_blob(store: BlobStore) -> None:
+    store.put([b"hello"])
+    path = store.path(HELLO)
+    assert path is not None
+    path.chmod(0o600)
+    path.write_bytes(b"")
+    store.put([b"hello"])
+    assert b"".join(store.open(HELLO)) == b"hello"
+
+
+def test_a_store_keeps_its_identity(store: BlobStore, tmp_path: Path) -> None:
+    assert len(store.id) == 32
+    assert type(store)(tmp_path / "store").id == store.id
+    assert type(store)(tmp_path / "other").id != store.id
+
+
+# The local store
+
+
+def test_a_blob_cannot_be_written_to(tmp_path: Path) -> None:
+    store = FileBlobStore(tmp_path)
+    store.put([b"hello"])
+    assert (tmp_path / "blobs" / HELLO[:2] / HELLO[2:4] / HELLO).stat().st_mode & 0o777 == 0o444
+
+
+def test_an_upload_that_breaks_leaves_nothing(tmp_path: Path) -> None:
+    store = FileBlobStore(tmp_path)
+
+    def breaking() -> Iterator[bytes]:
+        yield b"hel"
+        raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        store.put(breaking(), size=5)
+    assert everything_in(tmp_path) == ["STORE_ID"]
+
+
+def test_the_file_is_durable_before_its_name_and_the_name_before_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileBlobStore(tmp_path)
+    steps: list[str] = []
+
+    def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            where = arguments[0].name if isinstance(arguments[0], Path) else ""
+            steps.append(f"{name} {where}".strip())
+            return real(*arguments)
+
+        return call
+
+    monkeypatch.setattr(durable, "sync_file", watched("sync", durable.sync_file))
+    monkeypatch.setattr(durable, "sync_folder", watched("sync", durable.sync_folder))
+    monkeypatch.setattr(os, "replace", watched("rename", os.replace))
+    store.put([b"hello"])
+    renamed = next(step for step in steps if step.startswith("rename"))
+    assert steps == ["sync", "sync blobs", f"sync {HELLO[:2]}", renamed, f"sync {HELLO[2:4]}"]
+
+
+@pytest.mark.parametrize("step", ["sync_file", "make_folders", "reserve"])
+@pytest.mark.parametrize(
+    ("code", "expected"), [(errno.EIO, OSError), (errno.ENOSPC, NoSpace)], ids=["EIO", "ENOSPC"]
+)
+def test_a_fault_before_the_rename_leaves_no_blob_and_no_temporary_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    code: int,
+    expected: type[Exception],
+) -> None:
+    store = FileBlobStore(tmp_path)
+    calls = []
+
+    def fault(*arguments: Any) -> None:
+        calls.append(arguments)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(durable, step, fault)
+    with pytest.raises(expected):
+        store.put([b"hello"], size=5)
+    assert len(calls) == 1, "a failed fsync must not be tried again"
+    assert everything_in(tmp_path) == ["STORE_ID"]
+
+
+@pytest.mark.parametrize("size", [None, 3_000_000])
+def test_a_full_disk_is_no_space_and_leaves_nothing(tmp_path: Path, size: int | None) -> None:
+    store = FileBlobStore(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(NoSpace, match="nothing was stored"):
+            store.put([bytes(1_000_000)] * 3, size=size)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert everything_in(tmp_path) == ["STORE_ID"]
+
+
+def test_an_upload_into_the_reserve_is_refused_before_its_first_byte(tmp_path: Path) -> None:
+    store = FileBlobStore(tmp_path, min_free_bytes=2**60)
+    with pytest.raises(NoSpace):
+        store.put(iter(lambda: pytest.fail("read a byte"), b""), size=5)
+    assert not store.is_writable()
+
+
+def test_the_next_start_removes_what_a_killed_upload_left(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from hub.blobs.files import FileBlobStore
+def chunks():
+    yield b"hello"
+    os.kill(os.getpid(), signal.SIGKILL)
+FileBlobStore(Path({str(tmp_path)!r})).put(chunks())
+"""
+    killed = subprocess.run([sys.executable, "-c", code], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    store = FileBlobStore(tmp_path)
+    assert len(everything_in(tmp_path / "tmp")) == 1
+    assert store.sweep(older_than_s=3600) == 0
+    assert store.sweep(older_than_s=0) == 1
+    assert everything_in(tmp_path) == ["STORE_ID"]
+
+
+def test_without_fallocate_the_same_bytes_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "posix_fallocate")
+    assert FileBlobStore(tmp_path).put([b"hello"], size=5).sha256 == HELLO
+
+
+# Digests
+
+
+@pytest.mark.parametrize("text", ["", HELLO[:-1], HELLO.upper(), HELLO + "0", "../" + HELLO[3:]])
+def test_what_is_not_a_digest_never_becomes_a_path(text: str) -> None:
+    with pytest.raises(BadField, match="not a SHA-256"):
+        parse_sha256(text, "oid")
+
+
+def test_an_lfs_file_has_the_git_object_id_of_its_pointer() -> None:
+    # printf 'version https://git-lfs.github.com/spec/v1\noid sha256:2cf2…\nsize 5\n'
+    #   | git hash-object --stdin, git 2.39.5
+    assert lfs_pointer_oid(HELLO, 5) == "d1ca116d6733584c13cb8bb50b21d5b5b81ee28f"
