@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from sqlalchemy import DateTime, Dialect, Engine, QueuePool, create_engine, event
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Session, SQLModel
 
@@ -142,7 +143,7 @@ def _postgresql(url: str) -> Engine:
     parsed = make_url(url)
     if not parsed.drivername.startswith("postgresql"):
         raise CannotStart(f"GRAFT_DATABASE_URL names {parsed.drivername}; use postgresql://…")
-    return create_engine(
+    engine = create_engine(
         parsed.set(drivername="postgresql+psycopg"),
         pool_size=16,
         max_overflow=48,
@@ -154,3 +155,10 @@ def _postgresql(url: str) -> Engine:
             " -c idle_in_transaction_session_timeout=120s",
         },
     )
+    try:
+        engine.connect().close()
+    except OperationalError as error:
+        where = f"{parsed.host or 'the local socket'}:{parsed.port or 5432}"
+        reason = str(error.orig).splitlines()[0]
+        raise CannotStart(f"cannot reach the database at {where}: {reason}") from error
+    return engine

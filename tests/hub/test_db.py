@@ -1,0 +1,159 @@
+"""One writer, readers that cannot write, one server per data folder, a schema that matches."""
+
+import re
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlmodel import Session, select
+
+from hub import db as db_module
+from hub.context import Hub, open_hub
+from hub.db import Database
+from hub.errors import CannotStart
+from hub.migrations import metadata
+from hub.settings import Settings
+from hub.users.models import Namespace, User
+from tests.hub.conftest import both_databases
+
+
+@both_databases
+def test_the_migrated_schema_is_what_the_code_declares(hub: Hub) -> None:
+    with hub.db.writer.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata()) == []
+
+
+@both_databases
+def test_a_start_on_a_newer_schema_is_refused_and_changes_nothing(hub: Hub) -> None:
+    with hub.db.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    hub.db.close()
+    newer = pytest.raises(CannotStart, match=r"newer version of Grafthub \(schema 9999\)")
+    with newer, open_hub(hub.settings):
+        pass
+
+
+@both_databases
+def test_a_write_block_that_raises_leaves_nothing(hub: Hub) -> None:
+    def half_a_change() -> None:
+        with hub.db.write() as session:
+            session.add(Namespace(key="x"))
+            session.flush()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        half_a_change()
+    with hub.db.read() as session:
+        assert session.get(Namespace, "x") is None
+
+
+@both_databases
+def test_time_stamps_come_back_aware_and_in_utc(hub: Hub) -> None:
+    with hub.db.read() as session:
+        made = session.exec(select(User.created_at)).one()
+    assert str(made.tzinfo) == "UTC"
+
+
+def test_a_reader_sees_one_moment_of_the_catalogue(hub: Hub) -> None:
+    with hub.db.read() as reader:
+        before = len(reader.exec(select(Namespace)).all())
+        with hub.db.write() as session:
+            session.add(Namespace(key="x"))
+        assert len(reader.exec(select(Namespace)).all()) == before
+
+
+def pragma(session: Session, name: str) -> object:
+    return session.execute(text(f"PRAGMA {name}")).scalar()
+
+
+def test_sqlite_is_durable_and_its_readers_read_only(hub: Hub) -> None:
+    with hub.db.write() as writer, hub.db.read() as reader:
+        for session in (writer, reader):
+            assert pragma(session, "journal_mode") == "wal"
+            assert pragma(session, "synchronous") == 2  # FULL
+            assert pragma(session, "foreign_keys") == 1
+            assert pragma(session, "trusted_schema") == 0
+        assert pragma(writer, "query_only") == 0
+        assert pragma(reader, "query_only") == 1
+        with pytest.raises(OperationalError, match="readonly"):
+            reader.execute(text("DELETE FROM token"))
+
+
+def test_sqlite_has_one_writer_at_a_time(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(db_module, "WRITER_WAIT_S", 0)
+    other = Database.__new__(Database)
+    other._writer = db_module._sqlite(hub.settings.data_dir / "hub.sqlite3", writer=True)
+    with other.writer.connect() as first:
+        first.execute(text("SELECT 1"))
+        with pytest.raises(PoolTimeout):
+            other.writer.connect()
+    other.writer.dispose()
+
+
+def test_closing_leaves_one_file_without_a_journal(tmp_path: Path) -> None:
+    with open_hub(Settings(data_dir=tmp_path)) as hub, hub.db.read() as session:
+        session.exec(select(User)).all()
+    assert not list(tmp_path.glob("hub.sqlite3-*"))
+    with sqlite3.connect(tmp_path / "hub.sqlite3") as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
+
+
+def test_a_data_folder_has_one_hub(hub: Hub) -> None:
+    with pytest.raises(CannotStart, match="another hub is running"):
+        Database(hub.settings.data_dir)
+
+
+def test_a_catalogue_is_not_opened_with_another_blob_store(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    with open_hub(settings):
+        pass
+    (tmp_path / "store" / "STORE_ID").write_text("0" * 32)
+    with pytest.raises(CannotStart, match=f"this one is {'0' * 32}"), open_hub(settings):
+        pass
+
+
+def test_a_database_we_do_not_know_is_refused(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, database_url="mysql://localhost/x")  # type: ignore[arg-type]
+    with pytest.raises(CannotStart, match=r"mysql; use postgresql://"), open_hub(settings):
+        pass
+
+
+def test_an_unreachable_database_is_one_sentence_without_its_password(tmp_path: Path) -> None:
+    url = "postgresql://hub:s3cret@127.0.0.1:1/hub"
+    settings = Settings(data_dir=tmp_path, database_url=url)  # type: ignore[arg-type]
+    with pytest.raises(CannotStart, match=r"127\.0\.0\.1:1") as refused, open_hub(settings):
+        pass
+    assert "s3cret" not in refused.value.message
+    assert "\n" not in refused.value.message
+    assert "s3cret" not in repr(settings)
+
+
+def test_the_first_start_makes_an_admin_and_later_ones_do_not(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    with open_hub(settings) as first:
+        assert first.admin_token == (tmp_path / "admin.token").read_text().strip()
+        assert re.fullmatch(r"graft_[\w-]{43}", first.admin_token or "")
+    with open_hub(settings) as second:
+        assert second.admin_token is None
+        with second.db.read() as session:
+            assert [user.name for user in session.exec(select(User))] == ["admin"]
+
+
+def test_the_missing_migration_of_a_complete_history_is_empty() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "hub.migrations", "9999", "Nothing."],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.rstrip().endswith("def upgrade() -> None:\n    pass")
