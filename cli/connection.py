@@ -28,10 +28,7 @@ class Connection:
 
     def api(self) -> "HfApi":
         """A Hugging Face client of this hub; uploads go over plain HTTP (regular or LFS)."""
-        # Read once, at import: our hub takes large files as LFS and speaks no Xet.
-        os.environ["HF_HUB_DISABLE_XET"] = "1"
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        _prepare_client()
         from huggingface_hub import HfApi
 
         # `False` and not None: None would send the user's huggingface.co token here.
@@ -106,11 +103,20 @@ def _file() -> Path:
 @contextmanager
 def explained(hub: Connection, repo: str | None = None) -> Iterator[None]:
     """Turn what HTTP clients raise into the one sentence a user can act on."""
+    _prepare_client()
     import httpx2
     from huggingface_hub import errors
 
     try:
         yield
+    except RuntimeError as error:
+        # What huggingface_hub makes of any failure inside an LFS upload.
+        cause = error.__cause__
+        if isinstance(cause, errors.HfHubHTTPError):
+            raise CommandError(_refused(hub, cause.response)) from error
+        if isinstance(cause, httpx2.TransportError):
+            raise CommandError(f"{hub.endpoint} stopped answering") from error
+        raise
     except errors.RevisionNotFoundError as error:
         raise CommandError(f"{repo} has no such revision on {hub.endpoint}") from error
     except errors.RemoteEntryNotFoundError as error:
@@ -125,6 +131,9 @@ def explained(hub: Connection, repo: str | None = None) -> Iterator[None]:
         raise CommandError(f"{repo} is not a repo name: write namespace/name") from error
     except (errors.HfHubHTTPError, httpx2.HTTPStatusError) as error:
         raise CommandError(_refused(hub, error.response)) from error
+    except ValueError as error:
+        # How huggingface_hub tells of a card that the hub refused and of a failed LFS batch.
+        raise CommandError(f"{repo}: {' '.join(str(error).split())}") from error
     except errors.LocalEntryNotFoundError as error:
         cause = error.__cause__
         if isinstance(cause, errors.HfHubHTTPError):
@@ -134,6 +143,15 @@ def explained(hub: Connection, repo: str | None = None) -> Iterator[None]:
         raise CommandError(f"{hub.endpoint} stopped answering") from error
     except httpx2.TransportError as error:
         raise CommandError(f"{hub.endpoint} does not answer; is the hub running?") from error
+
+
+def _prepare_client() -> None:
+    """Must run before huggingface_hub is imported, which reads these once.
+
+    Our hub takes large files over LFS and speaks no Xet; the bars are ours.
+    """
+    for name in ("DISABLE_XET", "DISABLE_PROGRESS_BARS", "DISABLE_TELEMETRY"):
+        os.environ[f"HF_HUB_{name}"] = "1"
 
 
 def _refused(hub: Connection, response: Any) -> str:
