@@ -1,0 +1,426 @@
+"""What an adapter file holds, resolved against the module tables of the families we know.
+
+Every key is claimed exactly once, by one module of one family with factors that fit it, or the
+file is refused with the keys named. Needs the header alone; `scale_of` reads one number.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from typing import Any
+
+from merge.errors import (
+    BadAdapter,
+    MissingKeys,
+    NotFinite,
+    ShapeMismatch,
+    UnknownKeys,
+    UnknownModules,
+    Unsupported,
+)
+from merge.families import FAMILIES, Family
+from merge.formats.grammar import SUPPORTED, Dims, lora_dims
+from merge.formats.header import Header
+from merge.formats.keys import Group, Location, Survey, survey
+from merge.formats.metadata import ARCHITECTURE, BASE_VERSION, DIFFUSERS_CONFIG
+from merge.formats.patterns import Patterns
+from merge.formats.reader import TensorFile
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One module's factors. `module` is the path inside the component in diffusers' names.
+
+    `kernel` is the base weight's: () for a linear layer, (1, 1) or (3, 3) for a convolution.
+    `config_scale` is alpha / rank where a configuration states it and not the file's tensors.
+    """
+
+    component: str
+    module: str
+    algorithm: str
+    keys: Mapping[str, str]
+    rank: int
+    out_features: int
+    in_features: int
+    kernel: tuple[int, ...]
+    config_scale: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLayout:
+    """An adapter whose every key was claimed. `families` are all that fit, `family` the likeliest.
+
+    `alpha_source` says where scales come from: "keys" (some or all modules), "config"
+    (adapter_config.json), "metadata" (lora_adapter_metadata), or "assumed" (alpha = rank).
+    """
+
+    dialect: str
+    family: str | None
+    entries: tuple[Entry, ...]
+    alpha_source: str
+    families: tuple[str, ...] = ()
+
+
+def read_layout(
+    file: TensorFile | Header, *, name: str, config: Mapping[str, Any] | None = None
+) -> AdapterLayout:
+    """Resolve every key of an adapter, or raise BadAdapter naming what does not resolve.
+
+    `config` is the parsed adapter_config.json beside a PEFT file, which decides its scales.
+    """
+    header = file.header if isinstance(file, TensorFile) else file
+    if config is not None:
+        _check_config(config, name)
+    found = survey(header.tensors)
+    _check_survey(found, name)
+    dims = [_dims(group, header, name) for group in found.groups]
+    family, modules, families = _choose_family(found, dims, header, name)
+    scales = _Scales(header, config, name)
+    entries = tuple(
+        _entry(group, its_dims, family, module, scales)
+        for group, its_dims, module in zip(found.groups, dims, modules, strict=True)
+    )
+    _check_unique(entries, name)
+    return AdapterLayout(
+        dialect=dialect_of(found.groups),
+        family=family.name,
+        entries=entries,
+        alpha_source=_alpha_source(entries, scales),
+        families=families,
+    )
+
+
+def scale_of(entry: Entry, file: TensorFile, layout: AdapterLayout) -> float:
+    """alpha / rank. Without an alpha anywhere it is 1, as every trainer that omits it means."""
+    alpha_key = entry.keys.get("alpha")
+    if alpha_key is None:
+        return 1.0 if entry.config_scale is None else entry.config_scale
+    alpha = file.read_scalar(alpha_key)
+    if not isfinite(alpha):
+        raise NotFinite(file.name, alpha_key)
+    return alpha / entry.rank
+
+
+def dialect_of(groups: Iterable[Group]) -> str:
+    """The dialect most modules are spelled in; files that mix two are written by hand."""
+    return Counter(group.location.dialect for group in groups).most_common(1)[0][0]
+
+
+def _check_survey(found: Survey, name: str) -> None:
+    if found.unknown:
+        raise UnknownKeys(name, found.unknown)
+    if len(found.adapter_names) > 1:
+        names = ", ".join(found.adapter_names)
+        raise Unsupported(name, f"it holds several adapters ({names}); split it first")
+    repeated = [key for group in found.groups for key in group.repeated]
+    if repeated:
+        raise UnknownKeys(name, repeated)
+    matches = [(group, group.match) for group in found.groups]
+    other = Counter(match.name for _, match in matches if match.name not in SUPPORTED)
+    if other:
+        what = ", ".join(f"{algorithm} ({n} modules)" for algorithm, n in other.most_common())
+        raise Unsupported(name, f"it uses {what}; only LoRA can be merged or baked so far")
+    missing = [
+        f"{group.location.path} ({', '.join(sorted(match.missing))})"
+        for group, match in matches
+        if match.missing
+    ]
+    if missing:
+        raise MissingKeys(name, missing)
+    extra = [group.keys[role] for group, match in matches for role in sorted(match.extra)]
+    if extra:
+        raise UnknownKeys(name, extra)
+
+
+def _dims(group: Group, header: Header, name: str) -> Dims:
+    shapes = {role: header.tensors[key].shape for role, key in group.keys.items()}
+    alpha = group.keys.get("alpha")
+    if alpha is not None and header.tensors[alpha].n_elements != 1:
+        detail = f"alpha is {list(header.tensors[alpha].shape)} and not one number"
+        raise ShapeMismatch(name, group.location.path, detail)
+    try:
+        return lora_dims(shapes)
+    except ValueError as error:
+        raise ShapeMismatch(name, group.location.path, str(error)) from error
+
+
+def find_module(
+    location: Location, family: Family, dims: Dims | None = None
+) -> tuple[str, str] | None:
+    """(component, module) of `family` that a key points to, or None.
+
+    Where the key leaves the component open and several have such a module, `dims` decide.
+    """
+    first = None
+    components = family.components if location.component is None else (location.component,)
+    for component in components:
+        if component not in family.components:
+            continue
+        table = family.by_flat_path if location.is_flat else family.by_path
+        module = table[component].get(location.path)
+        if module is None:
+            continue
+        if dims is None or dims.fits(family.components[component][module].shape):
+            return component, module
+        first = first or (component, module)
+    return first
+
+
+def _choose_family(
+    found: Survey, dims: list[Dims], header: Header, name: str
+) -> tuple[Family, list[tuple[str, str]], tuple[str, ...]]:
+    candidates = []
+    for family in FAMILIES.values():
+        modules = [
+            find_module(group.location, family, its_dims)
+            for group, its_dims in zip(found.groups, dims, strict=True)
+        ]
+        n_named = sum(module is not None for module in modules)
+        n_fitting = sum(_fits(m, d, family) for m, d in zip(modules, dims, strict=True))
+        candidates.append((n_fitting, n_named, family, modules))
+    whole = [(f, m) for n, _, f, m in candidates if n == len(found.groups)]
+    if not whole:
+        _, n_named, family, modules = max(candidates, key=lambda c: (c[1], c[0]))
+        _refuse(found, dims, family if n_named else None, modules, name)
+    family, modules = min(whole, key=lambda fit: _unlikeliness(fit[0], header.metadata))
+    resolved = [module for module in modules if module is not None]
+    return family, resolved, tuple(f.name for f, _ in whole)
+
+
+def _fits(module: tuple[str, str] | None, dims: Dims, family: Family) -> bool:
+    return module is not None and dims.fits(family.components[module[0]][module[1]].shape)
+
+
+def _unlikeliness(family: Family, metadata: Mapping[str, str]) -> int:
+    """0 where the metadata names the family: it breaks ties that keys and shapes leave."""
+    return 0 if is_hinted(family, metadata) else 1
+
+
+def is_hinted(family: Family, metadata: Mapping[str, str]) -> bool:
+    """Whether the trainer says that the adapter is for `family`."""
+    version = metadata.get(BASE_VERSION, "").strip().lower()
+    architecture = metadata.get(ARCHITECTURE, "").strip().lower().partition("/")[0]
+    return version in family.base_versions or architecture == family.architecture
+
+
+def _refuse(
+    found: Survey,
+    dims: list[Dims],
+    family: Family | None,
+    modules: list[tuple[str, str] | None],
+    name: str,
+) -> None:
+    if family is None:
+        paths = [group.location.path for group in found.groups]
+        raise UnknownModules(name, paths, "any family we know")
+    unknown = [g.location.path for g, m in zip(found.groups, modules, strict=True) if m is None]
+    if unknown:
+        raise UnknownModules(name, unknown, family.title)
+    for module, its_dims in zip(modules, dims, strict=True):
+        if module is not None and not _fits(module, its_dims, family):
+            shape = family.components[module[0]][module[1]].shape
+            delta = (its_dims.out_features, its_dims.in_features, *its_dims.kernel)
+            detail = f"the delta is {delta}, the weight in {family.title} is {shape}"
+            raise ShapeMismatch(name, f"{module[0]}.{module[1]}", detail)
+
+
+def _entry(
+    group: Group, dims: Dims, family: Family, module: tuple[str, str], scales: "_Scales"
+) -> Entry:
+    component, path = module
+    has_alpha = "alpha" in group.keys
+    return Entry(
+        component=component,
+        module=path,
+        algorithm=group.match.name,
+        keys=dict(group.keys),
+        rank=dims.rank,
+        out_features=dims.out_features,
+        in_features=dims.in_features,
+        kernel=family.components[component][path].kernel,
+        config_scale=None if has_alpha else scales.of(group.location, component, dims.rank),
+    )
+
+
+def _check_unique(entries: Iterable[Entry], name: str) -> None:
+    seen: dict[tuple[str, str], Entry] = {}
+    for entry in entries:
+        other = seen.setdefault((entry.component, entry.module), entry)
+        if other is not entry:
+            both = f"{other.keys['down']} and {entry.keys['down']}"
+            raise BadAdapter(name, f"{entry.component}.{entry.module} is there twice: {both}")
+
+
+def _alpha_source(entries: Iterable[Entry], scales: "_Scales") -> str:
+    if any("alpha" in entry.keys for entry in entries):
+        return "keys"
+    return scales.source
+
+
+class _Scales:
+    """alpha / rank from a configuration: adapter_config.json, or diffusers' copy in metadata."""
+
+    def __init__(self, header: Header, config: Mapping[str, Any] | None, name: str) -> None:
+        self._name = name
+        self.source = "assumed"
+        configs: Mapping[str | None, Mapping[str, Any]] = {}
+        if config is not None:
+            configs = {None: config}
+            self.source = "config"
+        elif DIFFUSERS_CONFIG in header.metadata:
+            configs = _by_component(header.metadata[DIFFUSERS_CONFIG], name)
+            self.source = "metadata"
+        self._configs = {
+            component: (its, Patterns(_mapping(its.get("alpha_pattern")), name))
+            for component, its in configs.items()
+        }
+
+    def of(self, location: Location, component: str, rank: int) -> float | None:
+        found = self._configs.get(component, self._configs.get(None))
+        if found is None:
+            return None
+        config, patterns = found
+        alpha = patterns.first(location.path, config.get("lora_alpha", 8))  # PEFT's default
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not isfinite(alpha):
+            raise Unsupported(self._name, f"its configuration has the alpha {alpha!r}")
+        return float(alpha) / (sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _by_component(text: str, name: str) -> dict[str | None, Mapping[str, Any]]:
+    """{"unet.r": 4, "unet.lora_alpha": 8} -> {"unet": {"r": 4, "lora_alpha": 8}}.
+
+    UNet2DConditionModel.save_lora_adapter writes the keys without a component.
+    """
+    try:
+        flat = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unsupported(name, f"its metadata {DIFFUSERS_CONFIG} is not JSON") from error
+    configs: dict[str | None, dict[str, Any]] = {}
+    for key, value in _mapping(flat).items():
+        component, dot, field = key.partition(".")
+        configs.setdefault(component if dot else None, {})[field if dot else key] = value
+    for config in configs.values():
+        _check_config(config, name)
+    return dict(configs)
+
+
+# Initialisations that change the base, so that the file alone is not the difference.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+_NOT_PLAIN = {
+    "alora_invocation_tokens": "it acts only after certain tokens (aLoRA)",
+    "arrow_config": "it routes among several adapters (Arrow)",
+    "use_qalora": "it pools its inputs (QALoRA)",
+    "layer_replication": "it repeats layers of the base",
+    "fan_in_fan_out": "its weights are stored transposed (fan_in_fan_out)",
+    "target_parameters": "it targets parameters and not modules",
+    "megatron_config": "it was trained in Megatron's parallel layers",
+}
+
+
+def _check_config(config: Mapping[str, Any], name: str) -> None:
+    """Refuse what a configuration says about a file and its tensors do not show."""
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise Unsupported(name, f"its configuration says {kind}; only LoRA can be merged so far")
+    initial = config.get("init_lora_weights")
+    if isinstance(initial, str) and initial.lower().startswith(_CHANGED_BASE):
+        why = f"it was initialised with {initial}, which changes the base it belongs to"
+        raise Unsupported(name, why)
+    for field, why in _NOT_PLAIN.items():
+        if config.get(field):
+            raise Unsupported(name, why)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+_ROLE_SUFFIXES = {
+    "kohya": {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha"},
+    "comfy": {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha"},
+    "diffusers": {"down": ".lora_A.weight", "up": ".lora_B.weight"},
+    "peft": {"down": ".lora_A.weight", "up": ".lora_B.weight"},
+}
+WRITABLE_DIALECTS = tuple(_ROLE_SUFFIXES)
+_COMFY_TEXT = {
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+}
+
+
+def write_keys(
+    modules: Iterable[tuple[str, str]], dialect: str, family: str
+) -> dict[tuple[str, str], dict[str, str]]:
+    """(component, module) -> {role: key} in a dialect of WRITABLE_DIALECTS.
+
+    Only kohya and comfy hold `alpha` in the file. diffusers wants `diffusers_config` in the
+    metadata beside its keys, PEFT wants `peft_config` beside the file; a PEFT file is of one
+    component.
+    """
+    suffixes = _ROLE_SUFFIXES[dialect]
+    return {
+        (component, module): {
+            role: _stem(component, module, dialect, FAMILIES[family]) + suffix
+            for role, suffix in suffixes.items()
+        }
+        for component, module in modules
+    }
+
+
+def _stem(component: str, module: str, dialect: str, family: Family) -> str:
+    original = family.original.get(component, {}).get(module, module)
+    if dialect == "kohya":
+        path = original if family.kohya_names == "ldm" else module
+        return f"{family.kohya[component][0]}_{path.replace('.', '_')}"
+    if dialect == "comfy":
+        prefix = _COMFY_TEXT.get(component, "diffusion_model.")
+        return prefix + original
+    return f"base_model.model.{module}" if dialect == "peft" else f"{component}.{module}"
+
+
+def peft_config(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], base: str | None = None
+) -> dict[str, Any]:
+    """adapter_config.json for modules of one component with these ranks and alphas."""
+    modules = sorted(ranks)
+    rank, alpha = _most_common(ranks), _most_common(alphas)
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": modules,
+        "rank_pattern": {_exactly(m): ranks[m] for m in modules if ranks[m] != rank},
+        "alpha_pattern": {_exactly(m): alphas[m] for m in modules if alphas[m] != alpha},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def diffusers_config(
+    ranks: Mapping[tuple[str, str], int], alphas: Mapping[tuple[str, str], float]
+) -> str:
+    """The value of `lora_adapter_metadata`: one PEFT configuration per component, flattened."""
+    flat: dict[str, Any] = {}
+    for component in sorted({component for component, _ in ranks}):
+        config = peft_config(
+            {m: rank for (c, m), rank in ranks.items() if c == component},
+            {m: alpha for (c, m), alpha in alphas.items() if c == component},
+        )
+        flat |= {f"{component}.{field}": value for field, value in config.items()}
+    return json.dumps(flat, sort_keys=True)
+
+
+def _most_common(values: Mapping[str, Any]) -> Any:
+    return Counter(values[key] for key in sorted(values)).most_common(1)[0][0]
+
+
+def _exactly(module: str) -> str:
+    """A pattern that matches this path alone: PEFT would let `conv1` match every `…conv1`."""
+    return "^" + module.replace(".", r"\.")
