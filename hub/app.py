@@ -13,17 +13,22 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from hub import errors, operations
+from hub.adapters import routes as adapters
 from hub.context import Hub, open_hub
 from hub.deps import POLICIES
 from hub.hf import routes as hf_routes
 from hub.hf import routing as hf
 from hub.http import EveryResponse, Traffic
 from hub.settings import Settings
+from hub.web import routes as web
 
 ROUTERS = (
     operations.router,
+    adapters.router,
+    adapters.thumbs,
     hf_routes.router,
-    hf_routes.fallback,  # Last: it answers whatever else is asked for under /api.
+    hf_routes.fallback,  # It answers whatever else is asked for under /api.
+    *web.ROUTERS,  # Last: the page of a repo has an address of any two names.
 )
 DOWNLOADS_EVERY_S = 10
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
@@ -55,7 +60,7 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
     # Outermost last: the headers belong on the refusal of a wrong host too.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=_hosts(settings), www_redirect=False)
     app.add_middleware(EveryResponse, traffic=app.state.traffic)
-    errors.install(app, renderers={hf.TAG: hf.render})
+    errors.install(app, renderers={hf.TAG: hf.render, "web": web.refusal})
 
     for router in ROUTERS:
         # A route that takes more says so with its own `max_body_size`.

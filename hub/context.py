@@ -45,6 +45,11 @@ class Hub:
         """Folder for what jobs write before it becomes a blob; emptied at each start."""
         return self.settings.data_dir / "scratch"
 
+    @property
+    def thumbs(self) -> Path:
+        """Folder of pictures made from others; may be deleted at any time."""
+        return self.settings.data_dir / "thumbs"
+
 
 @contextmanager
 def open_hub(settings: Settings) -> Iterator[Hub]:

@@ -140,7 +140,11 @@ def _widgets(value: Any) -> Iterator[Widget]:
 
 def _prompt(value: Any) -> str | None:
     # "-" is what the Hugging Face card editor writes for a picture without a prompt.
-    return value.strip()[:MAX_PROMPT] if isinstance(value, str) and value.strip() not in ("", "-") else None
+    return (
+        value.strip()[:MAX_PROMPT]
+        if isinstance(value, str) and value.strip() not in ("", "-")
+        else None
+    )
 
 
 def _summary(body: str) -> str | None:

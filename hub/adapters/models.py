@@ -6,7 +6,7 @@ Nothing here is the only copy of anything; `graft admin reindex` writes all of i
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import Index, UniqueConstraint
+from sqlalchemy import BigInteger, Index, UniqueConstraint
 from sqlmodel import Field, SQLModel
 
 from hub.db import UTCDateTime, now
@@ -76,7 +76,7 @@ class Adapter(SQLModel, table=True):
     position: int
     sha256: str = Field(foreign_key="blob.sha256", index=True)
     config_sha256: str = ""
-    size: int
+    size: int = Field(sa_type=BigInteger)
     title: str
     kind: str
     algorithm: str | None = None
@@ -84,7 +84,7 @@ class Adapter(SQLModel, table=True):
     dialect: str | None = None
     rank_min: int | None = None
     rank_max: int | None = None
-    parameters: int = 0
+    parameters: int = Field(default=0, sa_type=BigInteger)
     profile: str = ""  # 24 digits: how the file's numbers spread over its depth, for a pattern
     problem: str | None = None
     indexed_at: datetime = Field(default_factory=now, sa_type=UTCDateTime)

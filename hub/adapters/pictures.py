@@ -18,6 +18,7 @@ MAX_PIXELS = 40_000_000
 MAX_BYTES = 64 * 2**20
 MAX_PROMPT = 2000
 WIDTHS = (160, 320, 640, 1280)
+CARD_WIDTH = 320
 # A source this small is pixels that somebody drew or a tiny model made: enlarged, never blurred.
 TINY = 256
 

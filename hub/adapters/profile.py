@@ -26,7 +26,9 @@ def profile_of(file: TensorFile) -> str:
     levels = [level for name in learned or names if (level := _level(file, name)) is not None]
     if not levels:
         return FLAT
-    binned = [_mean(levels[i * len(levels) // BINS :][: len(levels) // BINS + 1]) for i in range(BINS)]
+    binned = [
+        _mean(levels[i * len(levels) // BINS :][: len(levels) // BINS + 1]) for i in range(BINS)
+    ]
     low, high = min(binned), max(binned)
     if high - low < 1e-6:
         return FLAT

@@ -1,12 +1,18 @@
-"""The one way to commit, whichever façade the bytes came through."""
+"""The one way to commit, whichever façade the bytes came through, and the catalogue's upkeep."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from sqlmodel import col, select
+
+from hub.adapters import projection
+from hub.adapters.projection import project
 from hub.context import Hub
 from hub.repos import service as repos
-from hub.repos.models import Commit, RepoType
+from hub.repos.models import Commit, Repo, RepoType
 from hub.repos.operations import Operation
 from hub.users.service import Viewer
+
+__all__ = ["catch_up", "project", "publish", "reindex"]
 
 
 def publish(
@@ -22,10 +28,14 @@ def publish(
     parent: str | None = None,
     type: str = RepoType.MODEL,
 ) -> Commit:
-    """Commit to a repo in a write transaction of its own."""
+    """Commit to a repo, then project it: readers see both when this returns.
+
+    Errors are those of `repos.commit`. A process that dies between the two leaves an event,
+    and the next start catches up.
+    """
     with hub.db.write() as session:
         repo = repos.get_repo(session, viewer, namespace, name, type=type)
-        return repos.commit(
+        made = repos.commit(
             session,
             viewer,
             repo,
@@ -35,3 +45,32 @@ def publish(
             description=description,
             parent=parent,
         )
+        assert repo.id is not None
+        on_main = repo.head == made.id
+    if on_main:
+        project(hub, repo.id)
+    return made
+
+
+def catch_up(hub: Hub, should_stop: Callable[[], bool] = lambda: False) -> int:
+    """Project every repo with events that were not seen yet; how many there were."""
+    with hub.db.read() as session:
+        waiting = projection.pending(session)
+    return _project_all(hub, waiting, should_stop)
+
+
+def reindex(hub: Hub) -> int:
+    """Make the whole catalogue anew from the blobs; how many repos there are."""
+    with hub.db.write() as session:
+        projection.forget(session)
+    with hub.db.read() as session:
+        ids = list(session.exec(select(Repo.id).order_by(col(Repo.id))))
+    return _project_all(hub, [i for i in ids if i is not None], lambda: False)
+
+
+def _project_all(hub: Hub, ids: Sequence[int], should_stop: Callable[[], bool]) -> int:
+    for n, repo_id in enumerate(ids):
+        if should_stop():
+            return n
+        project(hub, repo_id)
+    return len(ids)

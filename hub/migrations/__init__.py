@@ -18,6 +18,7 @@ MODELS = (
     "hub.context",
     "hub.users.models",
     "hub.repos.models",
+    "hub.adapters.models",
 )
 
 
@@ -26,6 +27,13 @@ def metadata() -> MetaData:
     for module in MODELS:
         import_module(module)
     return SQLModel.metadata
+
+
+def is_declared(name: str | None, kind: str, _: object) -> bool:
+    """Whether a table in the database is one that the code declares; the text index is not:
+    FTS5 keeps it in tables of its own, and each database has another kind.
+    """
+    return not (kind == "table" and name is not None and name.startswith("adapter_text"))
 
 
 def migrate(database: Database) -> None:

@@ -12,7 +12,7 @@ from alembic.autogenerate import produce_migrations, render_python_code
 from alembic.runtime.migration import MigrationContext
 
 from hub.db import Database
-from hub.migrations import metadata, migrate
+from hub.migrations import is_declared, metadata, migrate
 
 HEAD = '''"""{description}"""
 
@@ -37,7 +37,9 @@ def missing_migration(revision: str, description: str) -> str:
         database = Database(Path(folder))
         migrate(database)
         with database.writer.connect() as connection:
-            context = MigrationContext.configure(connection, opts={"render_as_batch": True})
+            context = MigrationContext.configure(
+                connection, opts={"render_as_batch": True, "include_name": is_declared}
+            )
             down = context.get_current_revision()
             script = produce_migrations(context, metadata())
             assert script.upgrade_ops is not None

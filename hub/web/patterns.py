@@ -2,9 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 WIDTH, HEIGHT = 280, 360
 _LAYERS = 5
+_OPEN = (
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
+    ' preserveAspectRatio="xMidYMid slice">'
+)
 
 
 def pattern_svg(profile: str, seed: str) -> str:
@@ -17,9 +22,8 @@ def pattern_svg(profile: str, seed: str) -> str:
     turn = 35 + int(seed[4:6], 16) % 60
     sky, glow = _colour(0.80, 0.045, hue + turn), _colour(0.90, 0.05, hue + 1.6 * turn)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
-        ' preserveAspectRatio="xMidYMid slice">',
-        f'<linearGradient id="s" x1="0" y1="0" x2="0" y2="1"><stop stop-color="{sky}"/>'
+        _OPEN,
+        f'<linearGradient id="s" x2="0" y2="1"><stop stop-color="{sky}"/>',
         f'<stop offset=".7" stop-color="{glow}"/></linearGradient>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="url(#s)"/>',
     ]
@@ -48,7 +52,7 @@ def _hills(values: Sequence[float], *, base: float, swing: float) -> str:
     step = WIDTH / (len(values) - 1)
     points = [(i * step, base - swing * (value - 4.5) / 4.5) for i, value in enumerate(values)]
     curve = [f"M0 {HEIGHT}V{points[0][1]:.1f}"]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         middle = (x0 + x1) / 2
         curve.append(f"C{middle:.1f} {y0:.1f} {middle:.1f} {y1:.1f} {x1:.1f} {y1:.1f}")
     return "".join((*curve, f"V{HEIGHT}Z"))

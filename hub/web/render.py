@@ -1,0 +1,117 @@
+"""Templates, their filters, and what every page knows."""
+
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from hub.db import now
+from hub.deps import hub_of, public_url, viewer
+from hub.errors import Unauthorized
+from hub.users.service import Viewer
+from hub.web import static_files
+
+THEMES = ("light", "dark")
+CARD_SIZES = ("compact", "normal", "large")
+
+
+def page(
+    request: Request, template: str, viewer: Viewer, *, status: int = 200, **context: Any
+) -> HTMLResponse:
+    """One whole page; it depends on who asks, so nobody may keep it for another."""
+    cookies = request.cookies
+    shared = {
+        "theme": cookies.get("theme") if cookies.get("theme") in THEMES else None,
+        "cards": cookies.get("cards") if cookies.get("cards") in CARD_SIZES else "normal",
+        "user": viewer.user.name if viewer.user is not None else None,
+        "here": _here(request),
+        "base_url": public_url(request),
+        "room": None,
+        "search_text": "",
+    }
+    html = _environment.get_template(template).render(shared | context)
+    headers = {
+        "Cache-Control": "private, no-cache",
+        # With the stricter "no-referrer" browsers send a form's Origin as "null".
+        "Referrer-Policy": "same-origin",
+        "Vary": "Cookie",
+    }
+    return HTMLResponse(html, status, headers)
+
+
+def viewer_of_page(request: Request) -> Viewer:
+    """Who looks at an error page: a token that is refused is nobody's."""
+    try:
+        return viewer(request, hub_of(request))
+    except Unauthorized:
+        return Viewer()
+
+
+def _here(request: Request) -> str:
+    query = request.url.query
+    return request.url.path + (f"?{query}" if query else "")
+
+
+def size(n_bytes: int) -> str:
+    """41.2 MB: decimal units, as download dialogs and shops count."""
+    value = float(n_bytes)
+    for unit in ("B", "KB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+def count(n: int) -> str:
+    """1284 as 1.3k: for places where three figures say enough."""
+    if n < 1000:
+        return str(n)
+    value, unit = (n / 1e3, "k") if n < 999_500 else (n / 1e6, "M")
+    return f"{value:.0f}{unit}" if value >= 99.5 else f"{value:.1f}".removesuffix(".0") + unit
+
+
+def thousands(n: int) -> str:
+    return f"{n:,}"
+
+
+def ago(moment: datetime) -> str:
+    """How long since, in the largest unit that fits; a date after a month."""
+    seconds = (now() - moment).total_seconds()
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        n = int(seconds // length)
+        if unit == "day" and n > 30:
+            return f"{moment.day} {moment:%b %Y}"
+        if n >= 1:
+            return f"{n} {unit}{'' if n == 1 else 's'} ago"
+    return "just now"
+
+
+def full_time(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def iso(moment: datetime) -> str:
+    return moment.isoformat()
+
+
+def _version() -> str:
+    try:
+        return version("grafthub")
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        return ""
+
+
+_environment = Environment(
+    loader=PackageLoader("hub.web"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_environment.filters |= {
+    function.__name__: function for function in (size, count, thousands, ago, full_time, iso)
+}
+_environment.globals |= {"static": static_files.address, "version": _version()}

@@ -1,0 +1,377 @@
+"""The pages of one repo: card and facts, files, one file, versions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+from urllib.parse import quote
+
+from fastapi import APIRouter, Depends, HTTPException, Query, Request
+from fastapi.responses import Response
+from sqlmodel import Session, col, func, select
+
+from hub.adapters import items as catalogue
+from hub.adapters.card import MAX_CARD_BYTES, ParsedCard, parse_card
+from hub.adapters.items import AdapterDetails
+from hub.adapters.models import Adapter, Card, Source, Tag
+from hub.adapters.projection import CARD_PATH
+from hub.blobs.store import Sha256
+from hub.context import Hub
+from hub.deps import HubDep, ReadSession, ViewerDep, public_url
+from hub.errors import RepoNotFound
+from hub.repos import service as repos
+from hub.repos.models import Commit, CommitEntry, Repo, RepoType
+from hub.users import service as users
+from hub.web import facts
+from hub.web.markdown import card_html
+from hub.web.render import page
+from hub.web.snippets import ways_to_use
+
+router = APIRouter(include_in_schema=False, tags=["web"])
+
+DATASETS = "/datasets"
+PAGE_OF_COMMITS = 50
+MAX_TEXT_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RepoHead:
+    """What the head of every page of a repo shows."""
+
+    full_name: str
+    namespace: str
+    name: str
+    url: str
+    private: bool
+    downloads: int
+    likes: int
+    last_modified: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a folder: a file, or a folder with the sum of its files."""
+
+    name: str
+    url: str
+    is_folder: bool
+    size: int
+    message: str | None = None
+    moment: datetime | None = None
+    download_url: str | None = None
+
+
+def _repo(
+    request: Request, namespace: str, name: str, session: ReadSession, viewer: ViewerDep
+) -> Repo:
+    is_dataset = request.url.path.startswith(DATASETS + "/")
+    type_ = RepoType.DATASET if is_dataset else RepoType.MODEL
+    try:
+        return repos.get_repo(session, viewer, namespace, name, type=type_)
+    except RepoNotFound:
+        moved = repos.moved_to(session, viewer, namespace, name, type=type_)
+        if moved is None:
+            raise
+        raise HTTPException(307, headers={"Location": _url(moved)}) from None
+
+
+RepoDep = Annotated[Repo, Depends(_repo)]
+
+
+@router.get("/{namespace}")
+def show_namespace(
+    request: Request, namespace: str, session: ReadSession, viewer: ViewerDep
+) -> Response:
+    """Every repo of a user or organisation that the viewer may see."""
+    canonical = users.canonical_namespace(session, namespace)
+    if canonical is None:
+        raise RepoNotFound(f"there is no user or organisation {namespace[:96]}")
+    found = repos.list_repos(session, viewer, namespace=canonical, limit=500)
+    cards = select(Card).where(col(Card.repo_id).in_([repo.id for repo in found]))
+    titles = {card.repo_id: card.title or card.summary for card in session.exec(cards)}
+    rows = [
+        {
+            "name": repo.name,
+            "url": _url(repo),
+            "private": repo.private,
+            "title": titles.get(repo.id or 0),
+            "downloads": repo.downloads,
+            "last_modified": repo.last_modified,
+        }
+        for repo in found
+    ]
+    return page(request, "namespace.html", viewer, namespace=canonical, repos=rows)
+
+
+@router.get("/{namespace}/{name}")
+@router.get("/datasets/{namespace}/{name}")
+def show_repo(
+    request: Request,
+    repo: RepoDep,
+    hub: HubDep,
+    session: ReadSession,
+    viewer: ViewerDep,
+    file: Annotated[str | None, Query(max_length=1024)] = None,
+) -> Response:
+    """Pictures, what to do with it, the card, and the facts of one file."""
+    head = repos.resolve(session, repo)
+    entries = repos.entries(session, head)
+    files = catalogue.of_repo(session, repo)
+    chosen = file or (files[0].file if files else None)
+    adapter = catalogue.details(session, repo, chosen) if chosen is not None else None
+    pictures = catalogue.previews(session, repo)
+    card = _card(hub, entries)
+    return page(
+        request,
+        "repo.html",
+        viewer,
+        **_head(session, repo, head, entries, tab="card"),
+        previews=pictures,
+        adapter=adapter,
+        files=files,
+        tags=_tags(session, repo),
+        ways=ways_to_use(
+            adapter,
+            repo.full_name,
+            [entry.path for entry in entries],
+            card.base_model,
+            public_url(request),
+        ),
+        card_html=card_html(card.body, _url(repo), {p.path: p for p in pictures}),
+        card_problem=card.problem,
+        **_facts(session, viewer, adapter),
+    )
+
+
+@router.get("/{namespace}/{name}/tree/{place:path}")
+@router.get("/datasets/{namespace}/{name}/tree/{place:path}")
+def show_tree(
+    request: Request, repo: RepoDep, place: str, session: ReadSession, viewer: ViewerDep
+) -> Response:
+    """The files of one folder at a revision."""
+    revision, folder = _split(session, repo, place)
+    commit = repos.resolve(session, repo, revision)
+    entries = repos.entries(session, commit, folder)
+    return page(
+        request,
+        "tree.html",
+        viewer,
+        **_head(session, repo, commit, None, tab="files", revision=revision),
+        rows=_rows(session, repo, revision, folder, entries),
+        path_parts=_parts(repo, revision, folder, "tree"),
+        total_size=sum(entry.size for entry in entries),
+        n_here=len(entries),
+    )
+
+
+@router.get("/{namespace}/{name}/blob/{place:path}")
+@router.get("/datasets/{namespace}/{name}/blob/{place:path}")
+def show_file(
+    request: Request,
+    repo: RepoDep,
+    place: str,
+    hub: HubDep,
+    session: ReadSession,
+    viewer: ViewerDep,
+) -> Response:
+    """One file at a revision: text as text, pictures as pictures."""
+    revision, path = _split(session, repo, place)
+    commit = repos.resolve(session, repo, revision)
+    entry = repos.entry(session, commit, path)
+    text = _text(hub, entry)
+    preview = next((p for p in catalogue.previews(session, repo) if p.sha256 == entry.sha256), None)
+    adapter = session.exec(
+        select(Adapter).where(Adapter.repo_id == repo.id, Adapter.sha256 == entry.sha256)
+    ).first()
+    link = f"{_url(repo)}/resolve/{quote(revision, safe='')}/{quote(path)}?download=true"
+    return page(
+        request,
+        "blob.html",
+        viewer,
+        **_head(session, repo, commit, None, tab="files", revision=revision),
+        path_parts=_parts(repo, revision, path, "blob"),
+        size=entry.size,
+        sha256=entry.sha256,
+        download_url=link,
+        text=text,
+        preview=preview,
+        why_not="This file holds tensors." if adapter else "This file is not text.",
+        file_url=f"{_url(repo)}?file={quote(adapter.path)}" if adapter else None,
+    )
+
+
+@router.get("/{namespace}/{name}/commits/{revision:path}")
+@router.get("/datasets/{namespace}/{name}/commits/{revision:path}")
+def show_commits(
+    request: Request,
+    repo: RepoDep,
+    revision: str,
+    session: ReadSession,
+    viewer: ViewerDep,
+    after: Annotated[str | None, Query(max_length=40)] = None,
+) -> Response:
+    """The history of a revision, newest first."""
+    commit = repos.resolve(session, repo, revision)
+    found, cursor = repos.commits(session, repo, commit, PAGE_OF_COMMITS, after)
+    here = f"{_url(repo)}/commits/{quote(revision)}"
+    return page(
+        request,
+        "commits.html",
+        viewer,
+        **_head(session, repo, commit, None, tab="versions", revision=revision),
+        commits=found,
+        more_url=f"{here}?after={cursor}" if cursor else None,
+    )
+
+
+# Inside
+
+
+def _url(repo: Repo) -> str:
+    return f"{DATASETS if repo.type == RepoType.DATASET else ''}/{repo.full_name}"
+
+
+def _head(
+    session: Session,
+    repo: Repo,
+    commit: Commit,
+    entries: Sequence[CommitEntry] | None,
+    *,
+    tab: str,
+    revision: str = repos.MAIN,
+) -> dict[str, Any]:
+    card = session.get(Card, repo.id)
+    speaker = session.exec(
+        select(Adapter.title).where(Adapter.repo_id == repo.id, Adapter.position == 0)
+    ).first()
+    n_files = len(entries) if entries is not None else _n_files(session, commit)
+    named = repos.refs(session, repo)
+    refs = [{"kind": "branch", "name": name} for name in named.branches]
+    refs += [{"kind": "tag", "name": name} for name in named.tags]
+    n_commits = session.exec(select(func.count()).where(Commit.repo_id == repo.id)).one()
+    return {
+        "repo": RepoHead(
+            repo.full_name,
+            repo.namespace,
+            repo.name,
+            _url(repo),
+            repo.private,
+            repo.downloads,
+            repo.likes,
+            repo.last_modified,
+        ),
+        "title": (card.title if card else None) or speaker or repo.name,
+        "license": card.license if card else None,
+        "tab": tab,
+        "revision": revision,
+        "revision_label": revision[:8] if len(revision) == 40 else revision,
+        "refs": refs,
+        "n_files": n_files,
+        "n_commits": n_commits,
+    }
+
+
+def _n_files(session: Session, commit: Commit) -> int:
+    return session.exec(select(func.count()).where(CommitEntry.commit_id == commit.id)).one()
+
+
+def _tags(session: Session, repo: Repo) -> list[str]:
+    return list(session.exec(select(Tag.name).where(Tag.repo_id == repo.id).order_by(Tag.name)))
+
+
+def _card(hub: Hub, entries: Sequence[CommitEntry]) -> ParsedCard:
+    entry = next((entry for entry in entries if entry.path == CARD_PATH), None)
+    if entry is None:
+        return ParsedCard()
+    return parse_card(b"".join(hub.store.open(Sha256(entry.sha256), 0, MAX_CARD_BYTES)))
+
+
+def _facts(
+    session: Session, viewer: users.Viewer, adapter: AdapterDetails | None
+) -> dict[str, Any]:
+    if adapter is None:
+        return {"rows": [], "hashes": [], "metadata": [], "warnings": [], "trigger_source": None}
+
+    def is_here(name: str) -> bool:
+        namespace, _, rest = name.partition("/")
+        try:
+            repos.get_repo(session, viewer, namespace, rest)
+        except RepoNotFound:
+            return False
+        return True
+
+    triggers = adapter.triggers
+    return {
+        "rows": facts.rows(adapter, is_here),
+        "hashes": facts.hashes(adapter),
+        "metadata": facts.metadata(adapter),
+        "warnings": [str(warning.get("message", "")) for warning in adapter.warnings],
+        "trigger_source": facts.SOURCES[Source(triggers[0].source)] if triggers else None,
+    }
+
+
+def _split(session: Session, repo: Repo, place: str) -> tuple[str, str]:
+    """Revision and path: names of branches may have slashes, so the longest that fits is meant."""
+    named = repos.refs(session, repo)
+    for name in sorted((*named.branches, *named.tags), key=len, reverse=True):
+        if place == name or place.startswith(f"{name}/"):
+            return name, place[len(name) + 1 :]
+    revision, _, path = place.partition("/")
+    return revision, path
+
+
+def _parts(repo: Repo, revision: str, path: str, last: str) -> list[tuple[str, str]]:
+    names = [name for name in path.split("/") if name]
+    base = f"{_url(repo)}/{{kind}}/{quote(revision)}"
+    parts = []
+    for n, name in enumerate(names):
+        kind = last if n == len(names) - 1 else "tree"
+        parts.append((name, f"{base.format(kind=kind)}/{quote('/'.join(names[: n + 1]))}"))
+    return parts
+
+
+def _rows(
+    session: Session, repo: Repo, revision: str, folder: str, entries: Sequence[CommitEntry]
+) -> list[Row]:
+    """Folders first, each with the sum of what is in it."""
+    place, at = _url(repo), quote(revision)
+    prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
+    folders: dict[str, int] = {}
+    files = []
+    for entry in entries:
+        name, slash, _ = entry.path.removeprefix(prefix).partition("/")
+        if slash:
+            folders[name] = folders.get(name, 0) + entry.size
+        else:
+            files.append((name, entry))
+    ids = {entry.last_commit_id for _, entry in files}
+    changed = {c.id: c for c in session.exec(select(Commit).where(col(Commit.id).in_(ids)))}
+    rows = [
+        Row(name, f"{place}/tree/{at}/{quote(prefix + name)}", True, total)
+        for name, total in folders.items()
+    ]
+    for name, entry in files:
+        path, last = quote(entry.path), changed.get(entry.last_commit_id)
+        rows.append(
+            Row(
+                name,
+                f"{place}/blob/{at}/{path}",
+                False,
+                entry.size,
+                last.message if last else None,
+                last.created_at if last else None,
+                f"{place}/resolve/{quote(revision, safe='')}/{path}?download=true",
+            )
+        )
+    return rows
+
+
+def _text(hub: Hub, entry: CommitEntry) -> str | None:
+    if entry.size > MAX_TEXT_BYTES or PurePosixPath(entry.path).suffix == ".safetensors":
+        return None
+    try:
+        text = b"".join(hub.store.open(Sha256(entry.sha256))).decode()
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
