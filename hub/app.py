@@ -1,8 +1,10 @@
 """The only place where the parts of the hub are joined."""
 
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
+from threading import Event
 from urllib.parse import urlsplit
 
 from anyio import create_task_group, sleep
@@ -14,6 +16,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from hub import errors, operations
 from hub.adapters import routes as adapters
+from hub.adapters.service import catch_up
 from hub.context import Hub, open_hub
 from hub.deps import POLICIES
 from hub.hf import routes as hf_routes
@@ -21,6 +24,8 @@ from hub.hf import routing as hf
 from hub.http import EveryResponse, Traffic
 from hub.settings import Settings
 from hub.web import routes as web
+
+log = logging.getLogger(__name__)
 
 ROUTERS = (
     operations.router,
@@ -46,7 +51,10 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
             app.state.hub = opened
             async with create_task_group() as background:
                 background.start_soon(_count_downloads, opened)
+                stopping = Event()
+                background.start_soon(run_in_threadpool, _catch_up, opened, stopping)
                 yield
+                stopping.set()
                 background.cancel_scope.cancel()
 
     app = FastAPI(
@@ -67,6 +75,14 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
         app.include_router(router, max_body_size=settings.max_body_bytes)
     _require_policies(app)
     return app
+
+
+def _catch_up(hub: Hub, stopping: Event) -> None:
+    try:
+        catch_up(hub, stopping.is_set)
+    except Exception:
+        # A hub with an old catalogue serves more than one that does not start.
+        log.exception("the catalogue could not catch up; `graft admin reindex` makes it anew")
 
 
 async def _count_downloads(hub: Hub) -> None:

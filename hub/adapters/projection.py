@@ -130,6 +130,8 @@ def _identify(hub: Hub, entry: CommitEntry, config: CommitEntry | None) -> Ident
             document = _describe(file) | {"profile": profile_of(file)}
     except MergeError as error:
         problem = str(error)
+    except FileNotFoundError:
+        problem = f"{entry.path}: the blob store has lost its bytes"
     return Identification(
         sha256=entry.sha256,
         config_sha256=config.sha256 if config is not None else "",
@@ -180,6 +182,8 @@ def _previews(
                 pictures.cached_thumbnail(hub.thumbs, entry.sha256, file, pictures.CARD_WIDTH)
         except pictures.BadPicture as error:
             preview.problem = str(error)
+        except FileNotFoundError:
+            preview.problem = "the blob store has lost its bytes"
         else:
             preview.width, preview.height = facts.width, facts.height
             preview.prompt, preview.negative_prompt = facts.prompt, facts.negative_prompt
