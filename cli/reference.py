@@ -1,0 +1,71 @@
+"""Documents that are written from code: `python -m cli.reference --write`, or check without it.
+
+To add one: a function that gives its whole text, and its row in `DOCUMENTS`.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def settings() -> str:
+    """The environment of the hub."""
+    from hub.settings import Settings
+
+    rows = [
+        f"| `GRAFT_{name.upper()}` | {_default(name, field.get_default())} | {field.description} |"
+        for name, field in Settings.model_fields.items()
+    ]
+    return "\n".join(
+        [
+            "# Settings",
+            "",
+            "Environment variables of `graft serve` and `graft worker`.",
+            "Options of a command win over them.",
+            "",
+            "| variable | default | meaning |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+DOCUMENTS: Mapping[str, Callable[[], str]] = {
+    "docs/settings.md": settings,
+}
+
+
+def stale() -> list[str]:
+    """The documents that no longer say what the code says."""
+    return [name for name, text in DOCUMENTS.items() if _present(name) != text()]
+
+
+def write() -> None:
+    for name, text in DOCUMENTS.items():
+        (ROOT / name).write_text(text(), encoding="utf-8")
+
+
+def _present(name: str) -> str | None:
+    path = ROOT / name
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _default(name: str, value: Any) -> str:
+    if value is None or value == ():
+        return ""
+    if name.endswith("_bytes"):
+        units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+        size, unit = next((size, unit) for size, unit in units if value % size == 0)
+        return f"`{value}` ({value // size} {unit})"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv[1:]:
+        write()
+    elif old := stale():
+        sys.exit(f"stale: {', '.join(old)}; run `make docs`")

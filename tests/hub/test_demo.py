@@ -1,0 +1,106 @@
+"""Filling an empty hub, and bringing a backup back."""
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from hub.context import Hub, open_hub
+from hub.demo import seed
+from hub.errors import CannotStart
+from hub.repos import service as repos
+from hub.settings import Settings
+from hub.users.service import ANONYMOUS, Viewer
+from tests.fixtures.server import running_hub
+
+
+def demo_folder(folder: Path) -> Path:
+    (folder / "images").mkdir(parents=True)
+    (folder / "README.md").write_bytes(b"# Ink\n")
+    (folder / "images" / "a.png").write_bytes(b"not a real picture")
+    return folder
+
+
+def paths(hub: Hub, namespace: str, name: str) -> list[str]:
+    with hub.db.read() as session:
+        repo = repos.get_repo(session, ANONYMOUS, namespace, name)
+        return [entry.path for entry in repos.entries(session, repos.resolve(session, repo))]
+
+
+def commits(hub: Hub, namespace: str, name: str) -> list[str]:
+    with hub.db.read() as session:
+        repo = repos.get_repo(session, ANONYMOUS, namespace, name)
+        found, _ = repos.commits(session, repo, repos.resolve(session, repo))
+        return [commit.message for commit in found]
+
+
+def test_seeding_twice_is_seeding_once(hub: Hub, tmp_path: Path) -> None:
+    folders = {"demo/ink": demo_folder(tmp_path / "ink")}
+    seed(hub, folders)
+    seed(hub, folders)
+    assert paths(hub, "demo", "ink") == ["README.md", "images/a.png"]
+    assert commits(hub, "demo", "ink") == ["Demo catalogue", "initial commit"]
+
+
+def test_a_deleted_demo_repo_stays_deleted(hub: Hub, admin: Viewer, tmp_path: Path) -> None:
+    folders = {"demo/ink": demo_folder(tmp_path / "ink")}
+    seed(hub, folders)
+    with hub.db.write() as session:
+        repos.delete_repo(session, admin, repos.get_repo(session, admin, "demo", "ink"))
+    seed(hub, folders)
+    with hub.db.read() as session:
+        assert repos.list_repos(session, admin) == []
+
+
+def test_seeding_that_was_interrupted_is_continued(hub: Hub, admin: Viewer, tmp_path: Path) -> None:
+    folders = {"demo/ink": demo_folder(tmp_path / "ink"), "demo/wax": tmp_path / "missing"}
+    (tmp_path / "missing").mkdir()
+    seed(hub, {"demo/wax": tmp_path / "missing"})
+    assert paths(hub, "demo", "wax") == []
+    (tmp_path / "missing" / "README.md").write_bytes(b"# Wax\n")
+    seed(hub, folders)
+    assert paths(hub, "demo", "wax") == ["README.md"]
+    assert paths(hub, "demo", "ink") == ["README.md", "images/a.png"]
+
+
+def test_a_backup_of_a_running_hub_serves_every_acknowledged_file(tmp_path: Path) -> None:
+    with running_hub(tmp_path / "old") as old:
+        body = {"name": "ink"}
+        created = httpx2.post(f"{old.url}/api/repos/create", json=body, headers=old.auth)
+        assert created.status_code == 200
+        lines = (
+            b'{"key": "header", "value": {"summary": "first"}}\n'
+            b'{"key": "file", "value": {"path": "a.txt", "content": "aGVsbG8=",'
+            b' "encoding": "base64"}}\n'
+        )
+        commit = f"{old.url}/api/models/admin/ink/commit/main"
+        assert httpx2.post(commit, content=lines, headers=old.auth).status_code == 200
+
+        backup = tmp_path / "new" / "data"
+        backup.mkdir(parents=True)
+        source = sqlite3.connect(f"file:{old.data_dir / 'hub.sqlite3'}?mode=ro", uri=True)
+        target = sqlite3.connect(backup / "hub.sqlite3")
+        source.backup(target)
+        source.close()
+        target.close()
+        for name in ("secret.key", "admin.token"):
+            shutil.copy2(old.data_dir / name, backup / name)
+        shutil.copytree(old.data_dir / "store", backup / "store")
+    with running_hub(tmp_path / "new") as new:
+        assert new.admin_token == old.admin_token
+        assert httpx2.get(f"{new.url}/admin/ink/resolve/main/a.txt").content == b"hello"
+
+
+def test_a_catalogue_without_its_blobs_is_refused_and_not_repaired(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path / "data", min_free_bytes=0)
+    with open_hub(settings) as hub:
+        seed(hub, {"demo/ink": demo_folder(tmp_path / "ink")})
+    shutil.move(tmp_path / "data" / "store", tmp_path / "elsewhere")
+    with pytest.raises(CannotStart, match="describes blob store"), open_hub(settings):
+        pass
+    shutil.rmtree(tmp_path / "data" / "store")
+    shutil.move(tmp_path / "elsewhere", tmp_path / "data" / "store")
+    with open_hub(settings) as hub:
+        assert paths(hub, "demo", "ink") == ["README.md", "images/a.png"]
