@@ -4,13 +4,9 @@ import hashlib
 import json
 from datetime import datetime
 
-from sqlalchemy import text
 from sqlmodel import Field, Session, SQLModel, col, select
 
-from hub.db import UTCDateTime, now
-
-# Any constant: PostgreSQL writers that add to the chain wait for each other under it.
-_CHAIN_LOCK = 0x67726166
+from hub.db import UTCDateTime, now, wait_for_other_processes
 
 
 class Audit(SQLModel, table=True):
@@ -28,8 +24,7 @@ class Audit(SQLModel, table=True):
 
 def record(session: Session, user_id: int | None, action: str, subject: str) -> None:
     """Add one row to the chain in the caller's transaction."""
-    if session.get_bind().dialect.name == "postgresql":
-        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _CHAIN_LOCK})
+    wait_for_other_processes(session.connection())
     last = session.exec(select(Audit.hash).order_by(col(Audit.id).desc()).limit(1)).first() or ""
     row = Audit(at=now(), user_id=user_id, action=action, subject=subject, previous=last, hash="")
     row.hash = _hash(row)

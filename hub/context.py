@@ -9,7 +9,7 @@ from sqlmodel import Field, Session, SQLModel, select
 
 from hub.blobs.files import FileBlobStore
 from hub.blobs.store import BlobStore
-from hub.db import Database
+from hub.db import Database, wait_for_other_processes
 from hub.errors import CannotStart
 from hub.repos.downloads import Downloads
 from hub.settings import Settings
@@ -63,22 +63,22 @@ def open_hub(settings: Settings) -> Iterator[Hub]:
     try:
         data.mkdir(parents=True, exist_ok=True)
         (data / "scratch").mkdir(exist_ok=True)
-        store = FileBlobStore(data / "store", min_free_bytes=settings.min_free_bytes)
     except OSError as error:
         raise CannotStart(f"cannot write to the data folder {data}: {error.strerror}") from error
     url = settings.database_url
     database = Database(data, url.get_secret_value() if url is not None else None)
     try:
-        # The lock says that nobody else uses the folder; several servers on PostgreSQL share one.
-        store.sweep(older_than_s=0 if database.is_sqlite else DAY_S)
         migrate(database)
-        secret = settings.secret_key
-        signer = Signer(secret.get_secret_value() if secret else secret_in(data / "secret.key"))
         with database.write() as session:
-            _pair(session, store.id)
+            wait_for_other_processes(session.connection())
+            store = _store(session, data / "store", settings.min_free_bytes)
+            secret = settings.secret_key
+            signer = Signer(secret.get_secret_value() if secret else secret_in(data / "secret.key"))
             token = _first_admin(session)
             if token is not None:
                 write_secret(data / "admin.token", token)
+        # On SQLite the lock says that nobody else uses the folder; servers on PostgreSQL share it.
+        store.sweep(older_than_s=0 if database.is_sqlite else DAY_S)
         downloads = Downloads()
         yield Hub(settings, database, store, signer, downloads, token)
         downloads.flush(database)
@@ -86,14 +86,19 @@ def open_hub(settings: Settings) -> Iterator[Hub]:
         database.close()
 
 
-def _pair(session: Session, store_id: str) -> None:
-    known = session.exec(select(StoreIdentity)).first()
+def _store(session: Session, root: Path, min_free_bytes: int) -> FileBlobStore:
+    """The store this catalogue describes; a repair on the wrong one would remove everything."""
+    known = session.exec(select(StoreIdentity.store_id)).first()
+    if known is not None and not FileBlobStore.is_at(root):
+        raise CannotStart(f"the blobs of this catalogue are not at {root}; nothing was changed")
+    store = FileBlobStore(root, min_free_bytes=min_free_bytes)
     if known is None:
-        session.add(StoreIdentity(store_id=store_id))
-    elif known.store_id != store_id:
+        session.add(StoreIdentity(store_id=store.id))
+    elif known != store.id:
         raise CannotStart(
-            f"the catalogue describes blob store {known.store_id}, but this one is {store_id}"
+            f"the catalogue describes blob store {known}, but the one at {root} is {store.id}"
         )
+    return store
 
 
 def _first_admin(session: Session) -> str | None:

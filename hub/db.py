@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from sqlalchemy import DateTime, Dialect, Engine, QueuePool, create_engine, event
+from sqlalchemy import (
+    Connection,
+    DateTime,
+    Dialect,
+    Engine,
+    QueuePool,
+    create_engine,
+    event,
+    text,
+)
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.types import TypeDecorator
@@ -32,6 +41,7 @@ SQLModel.metadata.naming_convention = {
 }
 
 WRITER_WAIT_S = 30
+_ADVISORY_KEY = 0x67726166  # Any constant that other users of the database server do not take.
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -101,6 +111,15 @@ class Database:
         self._writer.dispose()
         if self._lock is not None:
             self._lock.release()
+
+
+def wait_for_other_processes(connection: Connection) -> None:
+    """From here to the end of the transaction no other process is between here and there.
+
+    SQLite's catalogue has one process, and its transactions wait for each other anyway.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_KEY})
 
 
 def _take_lock(path: Path) -> FileLock:

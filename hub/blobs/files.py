@@ -37,6 +37,11 @@ class FileBlobStore:
         durable.make_folders(self._blobs, root)
         self.id = self._identity()
 
+    @staticmethod
+    def is_at(root: Path) -> bool:
+        """Whether a store was made in this folder before."""
+        return (root / "STORE_ID").is_file()
+
     def put(
         self, chunks: Iterable[bytes], *, expected: Sha256 | None = None, size: int | None = None
     ) -> Stored:

@@ -10,7 +10,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import MetaData
 from sqlmodel import SQLModel
 
-from hub.db import Database
+from hub.db import Database, wait_for_other_processes
 from hub.errors import CannotStart
 
 MODELS = (
@@ -42,6 +42,7 @@ def migrate(database: Database) -> None:
     config.set_main_option("script_location", str(Path(__file__).parent))
     script = ScriptDirectory.from_config(config)
     with database.writer.connect() as connection, connection.begin():
+        wait_for_other_processes(connection)
         present = MigrationContext.configure(connection).get_current_revision()
         if present == script.get_current_head():
             return

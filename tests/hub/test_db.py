@@ -4,6 +4,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def test_a_catalogue_is_not_opened_with_another_blob_store(tmp_path: Path) -> No
     with open_hub(settings):
         pass
     (tmp_path / "store" / "STORE_ID").write_text("0" * 32)
-    with pytest.raises(CannotStart, match=f"this one is {'0' * 32}"), open_hub(settings):
+    with pytest.raises(CannotStart, match=f"is {'0' * 32}"), open_hub(settings):
         pass
 
 
@@ -146,6 +147,20 @@ def test_the_first_start_makes_an_admin_and_later_ones_do_not(tmp_path: Path) ->
         assert second.admin_token is None
         with second.db.read() as session:
             assert [user.name for user in session.exec(select(User))] == ["admin"]
+
+
+def test_servers_that_start_together_make_one_schema_and_one_admin(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    settings = Settings(data_dir=tmp_path, database_url=postgres_url)  # type: ignore[arg-type]
+
+    def start(_: int) -> str | None:
+        with open_hub(settings) as hub:
+            return hub.admin_token
+
+    with ThreadPoolExecutor(3) as pool:
+        tokens = [token for token in pool.map(start, range(3)) if token is not None]
+    assert tokens == [(tmp_path / "admin.token").read_text().strip()]
 
 
 def test_the_missing_migration_of_a_complete_history_is_empty() -> None:

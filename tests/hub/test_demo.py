@@ -98,9 +98,8 @@ def test_a_catalogue_without_its_blobs_is_refused_and_not_repaired(tmp_path: Pat
     with open_hub(settings) as hub:
         seed(hub, {"demo/ink": demo_folder(tmp_path / "ink")})
     shutil.move(tmp_path / "data" / "store", tmp_path / "elsewhere")
-    with pytest.raises(CannotStart, match="describes blob store"), open_hub(settings):
+    with pytest.raises(CannotStart, match="nothing was changed"), open_hub(settings):
         pass
-    shutil.rmtree(tmp_path / "data" / "store")
     shutil.move(tmp_path / "elsewhere", tmp_path / "data" / "store")
     with open_hub(settings) as hub:
         assert paths(hub, "demo", "ink") == ["README.md", "images/a.png"]
