@@ -2,22 +2,19 @@
 
 import mimetypes
 from collections.abc import AsyncIterator
-from threading import Event
 from urllib.parse import quote
 
 from anyio import to_thread
-from fastapi import BackgroundTasks, Request, Response
+from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
-from sqlalchemy import update
-from sqlmodel import col
 
 from hub.blobs.store import BlobStore, Sha256
-from hub.context import Hub
 from hub.deps import HubDep, ReadSession
 from hub.hf.deps import CommitDep, RepoDep
 from hub.hf.ranges import RangeNotSatisfiable, parse_range
 from hub.hf.routing import hf_router
 from hub.repos import service as repos
+from hub.repos.downloads import Downloads
 from hub.repos.models import Commit, CommitEntry, Repo
 
 # One download of each of these is one download of the repo.
@@ -39,7 +36,6 @@ def resolve(
     repo: RepoDep,
     commit: CommitDep,
     path: str,
-    tasks: BackgroundTasks,
 ) -> Response:
     """One file of a revision, never a redirect: X-Repo-Commit says what the revision meant."""
     entry = repos.entry(session, commit, path)
@@ -57,15 +53,10 @@ def resolve(
     headers["Content-Length"] = str(end - start)
     if asked is not None:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{entry.size}"
-    sent = Event()
-    if start == 0 and end == entry.size and path.endswith(WEIGHTS) and repo.id is not None:
-        tasks.add_task(_count, hub, repo.id, sent)
-    return StreamingResponse(
-        read_blob(hub.store, Sha256(entry.sha256), start, end, sent),
-        206 if asked is not None else 200,
-        headers,
-        background=tasks,
-    )
+    content = read_blob(hub.store, Sha256(entry.sha256), start, end)
+    if start == 0 and end == entry.size and path.endswith(WEIGHTS):
+        content = _counted(content, hub.downloads, repo)
+    return StreamingResponse(content, 206 if asked is not None else 200, headers)
 
 
 def _headers(repo: Repo, commit: Commit, entry: CommitEntry) -> dict[str, str]:
@@ -93,22 +84,17 @@ def _range(request: Request, etag: str) -> str | None:
     return request.headers.get("Range")
 
 
-async def read_blob(
-    store: BlobStore, sha256: Sha256, start: int, end: int, sent: Event | None = None
+async def _counted(
+    content: AsyncIterator[bytes], downloads: Downloads, repo: Repo
 ) -> AsyncIterator[bytes]:
-    """The bytes [start, end) for a response; `sent` is set when the last ones were taken."""
+    """Counted after the last byte: a download that broke is none."""
+    async for piece in content:
+        yield piece
+    downloads.count(repo)
+
+
+async def read_blob(store: BlobStore, sha256: Sha256, start: int, end: int) -> AsyncIterator[bytes]:
+    """The bytes [start, end) of a blob, for a response."""
     pieces = await to_thread.run_sync(store.open, sha256, start, end)
     while piece := await to_thread.run_sync(next, pieces, b""):
         yield piece
-    if sent is not None:
-        sent.set()
-
-
-def _count(hub: Hub, repo_id: int, sent: Event) -> None:
-    """Runs when the response is over, however it ended: a download that broke is none."""
-    if not sent.is_set():
-        return
-    with hub.db.write() as session:
-        session.exec(
-            update(Repo).where(col(Repo.id) == repo_id).values(downloads=Repo.downloads + 1)
-        )

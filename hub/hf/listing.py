@@ -21,14 +21,13 @@ from hub.users.service import Viewer
 
 PAGE = 200
 
-# Unknown orders fall back to the first: other servers broke clients by refusing them.
-_ORDERS: Mapping[str, Any] = {
-    "lastModified": Repo.last_modified,
-    "createdAt": Repo.created_at,
-    "downloads": Repo.downloads,
-    "likes": Repo.likes,
-    "trendingScore": Repo.downloads,
-}
+_COUNTS = {"downloads": Repo.downloads, "likes": Repo.likes, "trendingScore": Repo.downloads}
+_DATES = {"lastModified": Repo.last_modified, "createdAt": Repo.created_at}
+
+
+def _order_of(query: "ListQuery") -> Any:
+    """Unknown orders fall back to a default: other servers broke clients by refusing them."""
+    return (_COUNTS | _DATES).get(query.sort, Repo.last_modified)
 
 
 class ListQuery(BaseModel):
@@ -113,10 +112,10 @@ def _batch(
         wanted = wanted.where(
             or_(col(Repo.private).is_(False), col(Repo.namespace_key).in_(visible))
         )
-    order, number = col(_ORDERS.get(query.sort, Repo.last_modified)), col(Repo.id)
+    order, number = col(_order_of(query)), col(Repo.id)
     ascending = query.direction == "1"
     if cursor is not None:
-        value, last = _position(cursor)
+        value, last = _position(cursor, query)
         beyond, after = (
             (order > value, number > last) if ascending else (order < value, number < last)
         )
@@ -126,18 +125,23 @@ def _batch(
 
 
 def _cursor(repo: Repo, query: ListQuery) -> str:
-    value = getattr(repo, _ORDERS.get(query.sort, Repo.last_modified).key)
+    value = getattr(repo, _order_of(query).key)
     shown = value.isoformat() if isinstance(value, datetime) else value
     text = json.dumps([shown, repo.id])
     return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
-def _position(cursor: str) -> tuple[datetime | int, int]:
+def _position(cursor: str, query: ListQuery) -> tuple[datetime | int, int]:
+    """Where the last page ended; a cursor of another order fits no column of this one."""
+    is_date = query.sort not in _COUNTS
     try:
         padded = cursor + "=" * (-len(cursor) % 4)
         value, number = json.loads(base64.urlsafe_b64decode(padded))
-        if not isinstance(number, int) or not isinstance(value, int | str):
-            raise TypeError("not a cursor of ours")
-        return (datetime.fromisoformat(value) if isinstance(value, str) else value), number
-    except (ValueError, TypeError) as error:
+        moment = datetime.fromisoformat(value) if is_date else int(value)
+        if isinstance(moment, datetime) and moment.tzinfo is None:
+            raise ValueError("a time without a zone")
+        if not 0 <= int(number) < 2**63 or (isinstance(moment, int) and abs(moment) >= 2**63):
+            raise ValueError("no number of a database")
+        return moment, int(number)
+    except (ValueError, TypeError, OverflowError) as error:
         raise BadRequest("the cursor is not one of ours", "cursor") from error
