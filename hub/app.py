@@ -23,12 +23,14 @@ from hub.hf import routes as hf_routes
 from hub.hf import routing as hf
 from hub.http import EveryResponse, Traffic
 from hub.settings import Settings
+from hub.users import routes as users
 from hub.web import routes as web
 
 log = logging.getLogger(__name__)
 
 ROUTERS = (
     operations.router,
+    users.router,
     adapters.router,
     adapters.thumbs,
     hf_routes.router,

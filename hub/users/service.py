@@ -72,6 +72,26 @@ def create_organization(session: Session, name: str, owner: User) -> Organizatio
     return organization
 
 
+def set_role(session: Session, viewer: Viewer, organization: str, name: str, role: Role) -> None:
+    """Make a user a member, or change what they may do; Forbidden, UserNotFound."""
+    by = viewer.require_write()
+    if not _has_role(session, viewer, organization, (Role.ADMIN,)):
+        raise Forbidden(f"{by.name} may not change the members of {organization}")
+    query = select(Organization).where(Organization.key == key_of(organization))
+    found = session.exec(query).first()
+    if found is None:
+        raise UserNotFound(f"there is no organisation {organization!r}")
+    user = find_user(session, name)
+    assert user.id is not None
+    assert found.id is not None
+    member = session.get(Membership, (user.id, found.id))
+    if member is None:
+        member = Membership(user_id=user.id, organization_id=found.id)
+    member.role = role
+    session.add(member)
+    record(session, by.id, "organization.member", f"{found.name}: {user.name} ({role})")
+
+
 def find_user(session: Session, name: str) -> User:
     """UserNotFound."""
     user = session.exec(select(User).where(User.key == key_of(name))).first()

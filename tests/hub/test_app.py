@@ -44,6 +44,9 @@ APP = create_app(Settings())
 
 # Everything a request without a write token may call with a method that usually changes something.
 OPEN_ROUTES = {
+    "POST /login",
+    "POST /logout",
+    "POST /settings/theme",
     "POST /api/validate-yaml",
     "POST /api/{kind:repos}/{namespace}/{name}/paths-info/{revision}",
     "POST /{namespace}/{name}.git/info/lfs/objects/batch",
