@@ -19,7 +19,7 @@ from hub import db as db_module
 from hub.context import Hub, open_hub
 from hub.db import Database
 from hub.errors import CannotStart
-from hub.migrations import metadata
+from hub.migrations import is_declared, metadata
 from hub.settings import Settings
 from hub.users.models import Namespace, User
 from tests.hub.conftest import both_databases
@@ -28,7 +28,8 @@ from tests.hub.conftest import both_databases
 @both_databases
 def test_the_migrated_schema_is_what_the_code_declares(hub: Hub) -> None:
     with hub.db.writer.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        options = {"compare_type": True, "include_name": is_declared}
+        context = MigrationContext.configure(connection, opts=options)
         assert compare_metadata(context, metadata()) == []
 
 
