@@ -15,10 +15,6 @@ from train.tiny.generate import generate
 from train.tiny.load import digests, load_pipeline, read_sums, write_sums
 from train.tiny.tokenizer import WORDS, write_tokenizer
 
-pytestmark = [
-    # torchvision is not needed and not installed; transformers says so when diffusers imports it.
-]
-
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
@@ -140,18 +136,22 @@ def test_the_gates_hold_over_all_known_scenes(pipe: StableDiffusionPipeline) -> 
     pretrain.check_gates(pipe)
 
 
-def test_pretraining_runs_and_a_pipeline_below_the_gates_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pretrain, "N_IMAGES", 64)
+@pytest.fixture
+def short_pretraining(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "N_IMAGES", 32)
+    monkeypatch.setattr(pretrain, "GATE_SEEDS", (1,))
+
+
+@pytest.mark.usefixtures("short_pretraining")
+def test_pretraining_runs_and_a_pipeline_below_the_gates_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(pretrain.GateMissed, match=r"shape 0\.\d+ \(gate 0\.9\)") as missed:
         pretrain.pretrain(tmp_path / "pipeline", vae_steps=2, unet_steps=2)
     assert missed.value.scores["shape"] < 0.9
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("short_pretraining")
 def test_pretraining_writes_what_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain, "N_IMAGES", 64)
     monkeypatch.setattr(pretrain, "GATES", dict.fromkeys(pretrain.GATES, 0.0))
     out = tmp_path / "pipeline"
     pretrain.pretrain(out, vae_steps=2, unet_steps=2)
