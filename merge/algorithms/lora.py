@@ -44,13 +44,16 @@ def delta(factors: Factors) -> Float[Tensor, "out in"]:
 def write(
     factors: Factors, kernel: Sequence[int] = ()
 ) -> dict[str, Float[Tensor, "a b *kernel"] | Float[Tensor, ""]]:
-    """The tensors of a file by role: down, up with the kernel's dimensions, and alpha."""
+    """The tensors of a file by role: down, up with the kernel's dimensions, and alpha.
+
+    alpha is float32 whatever the factors are: bfloat16 would turn 257 into 256.
+    """
     rank, inner = factors.down.shape
     ones = [1] * len(kernel)
     return {
         "down": factors.down.reshape(rank, inner // prod(kernel), *kernel),
         "up": factors.up.reshape(-1, rank, *ones),
-        "alpha": torch.tensor(factors.scale * rank, dtype=factors.up.dtype),
+        "alpha": torch.tensor(factors.scale * rank, dtype=torch.float32),
     }
 
 

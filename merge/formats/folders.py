@@ -7,9 +7,9 @@ weight file or shards with an index that says which file holds which key.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge.errors import BadCheckpoint
@@ -85,18 +85,22 @@ def folder_digest(path: Path) -> str:
 
     Hidden files and folders do not count: download clients keep their caches there.
     """
+    names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    return digest_of_files({name: sha256_file(path / name) for name in names if _counts(name)})
+
+
+def digest_of_files(digests: Mapping[str, str]) -> str:
+    """The digest of a folder from the SHA-256 of each of its files by relative path."""
     digest = hashlib.sha256()
-    for relative, file in sorted(_counted_files(path)):
-        digest.update(f"{relative}\0{sha256_file(file)}\n".encode())
+    for name in sorted(filter(_counts, digests)):
+        digest.update(f"{name}\0{digests[name]}\n".encode())
     return digest.hexdigest()
 
 
-def _counted_files(path: Path) -> Iterator[tuple[str, Path]]:
-    for file in path.rglob("*"):
-        relative = file.relative_to(path)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if file.suffix in {".safetensors", ".json"} and not hidden and file.is_file():
-            yield relative.as_posix(), file
+def _counts(relative: str) -> bool:
+    path = PurePosixPath(relative)
+    hidden = any(part.startswith(".") for part in path.parts)
+    return path.suffix in {".safetensors", ".json"} and not hidden
 
 
 def _shards(index: Path, folder: Path) -> list[str]:

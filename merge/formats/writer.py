@@ -129,10 +129,9 @@ class FileWriter:
         except OSError as error:
             raise self._failure(error) from error
 
-    def copy(self, key: str, source: int, source_offset: int) -> None:
-        """Copy all bytes of the tensor `key` from an open file, in the kernel where it can."""
-        size = self.layout.tensors[key].size_bytes
-        offset = self._claim(key, 0, size)
+    def copy(self, key: str, source: int, source_offset: int, start: int, size: int) -> None:
+        """Copy `size` bytes of an open file to byte `start` of `key`, in the kernel where it can."""
+        offset = self._claim(key, start, size)
         try:
             copied = copy_between(source, source_offset, self._fd, offset, size)
         except OSError as error:

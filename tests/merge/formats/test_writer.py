@@ -156,7 +156,7 @@ def test_a_tensor_is_copied_from_another_file(tmp_path: Path) -> None:
     write_file(source, TWO, {})
     with TensorFile(source) as file, FileWriter(target, [("y", "F16", (1, 3))], {}) as writer:
         begin = file.header.data_offset + file.header.tensors["y"].begin
-        writer.copy("y", file.fileno(), begin)
+        writer.copy("y", file.fileno(), begin, 0, 6)
     with safe_open(target, framework="numpy") as back:
         assert back.get_tensor("y").tolist() == TWO["y"].tolist()
 

@@ -1,0 +1,126 @@
+"""Run a plan: tensors in files -> tensors in files, whole or not at all.
+
+Memory above the imports, with w worker threads:
+a merge holds its output and, per worker, six copies of the largest module's stacked factors;
+a bake holds, per worker, three copies of the largest module's stacked factors and one set of tile
+buffers (21 bytes for each of 256 Ki elements), however large the base is.
+`plan.cost.memory_bytes` is this bound for two workers.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge.bake import Options, bake
+from merge.combine import combine
+from merge.errors import CannotWrite
+from merge.formats.folders import digest_of_files, folder_digest
+from merge.formats.hashes import sha256_file
+from merge.formats.positioned import sync_folder
+from merge.plan import BakePlan, Plan
+from merge.threads import Cancelled, default_workers
+
+__all__ = ["Cancelled", "Outcome", "execute"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was written. `sha256` is that of the file, or a folder's digest as merge.formats.folders
+    defines it; None where it was not asked for. `size` is in bytes.
+    """
+
+    sha256: str | None
+    size: int
+    certificate: dict[str, Any]
+    recipe_digest: str
+
+
+def execute(
+    plan: Plan,
+    out: Path,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    *,
+    workers: int | None = None,
+    digest: bool = True,
+) -> Outcome:
+    """Write the result of a plan to `out`: a file, or a folder where `plan.writes_folder`.
+
+    `progress(done, total)` counts the modules of a merge and the bytes of a bake; it is called in
+    this thread. `cancelled()` is asked between steps, from any thread; then Cancelled is raised.
+    A file that is at `out` already is replaced at the very end; a folder there is refused.
+    """
+    recipe_digest = plan.recipe.digest()
+    report = progress or (lambda done, total: None)
+    stop = cancelled or (lambda: False)
+    threads = workers or default_workers()
+    _check_target(plan, out)
+    with _new_folder(out) if plan.writes_folder else nullcontext(out) as target:
+        if isinstance(plan, BakePlan):
+            count = _Count(report, plan.cost.bytes_to_write)
+            digests, certificate = bake(plan, target, Options(threads, digest, count.add, stop))
+            sha256 = digest_of_files(digests) if plan.writes_folder else "".join(digests.values())
+        else:
+            certificate = combine(plan, target, threads, report, stop)
+            sha256 = folder_digest(target) if plan.writes_folder else sha256_file(target)
+    return Outcome(sha256 if digest else None, _size(out), certificate, recipe_digest)
+
+
+class _Count:
+    """Steps of bytes, reported as a running sum."""
+
+    def __init__(self, report: Callable[[int, int], None], total: int) -> None:
+        self._report, self._total, self._done = report, total, 0
+
+    def add(self, step: int) -> None:
+        self._done += step
+        self._report(self._done, self._total)
+
+
+def _check_target(plan: Plan, out: Path) -> None:
+    """What can be known to fail is refused before anything is computed."""
+    if not out.parent.is_dir():
+        raise CannotWrite(out.name, f"the folder {out.parent} does not exist")
+    if out.is_dir():
+        raise CannotWrite(out.name, "a folder of this name exists")
+    if out.exists() and plan.writes_folder:
+        raise CannotWrite(out.name, "a file of this name exists")
+    sources = [adapter.path for adapter in plan.adapters]
+    if isinstance(plan, BakePlan):
+        sources += [file.path for file in plan.base.files.values()]
+    if out.exists() and any(out.samefile(source) for source in sources):
+        raise CannotWrite(out.name, "is an input of the recipe itself")
+    free = shutil.disk_usage(out.parent).free
+    if free < plan.cost.bytes_to_write:
+        detail = f"needs {plan.cost.bytes_to_write} bytes where {free} are free"
+        raise CannotWrite(out.name, detail) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that takes its name at the end, or goes if anything fails."""
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}.part")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
+            sync_folder(folder)
+        temporary.rename(out)
+        sync_folder(out.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CannotWrite(out.name, error.strerror or str(error)) from error
+        raise
+
+
+def _size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

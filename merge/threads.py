@@ -1,0 +1,83 @@
+"""A few worker threads over a list of steps: one first error, cancelling, news in order."""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+class Cancelled(Exception):
+    """The caller asked to stop; nothing was left behind."""
+
+
+def default_workers() -> int:
+    """Cores this process may use, at most 8: beyond that the disk is the limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, 8)
+
+
+def run_in_order(
+    items: Sequence[ItemT],
+    work: Callable[[ItemT], ResultT],
+    *,
+    workers: int,
+    finished: Callable[[int], None],
+    cancelled: Callable[[], bool],
+) -> list[ResultT]:
+    """Start items in their order on `workers` threads, each computing on one core.
+
+    `finished(i)` is called in the calling thread, in order, once items 0..i are all done.
+    The first exception of any item stops the rest and is raised; so is Cancelled, between items.
+    """
+    changed = threading.Condition()
+    waiting = iter(range(len(items)))
+    done: dict[int, ResultT] = {}
+    failures: list[BaseException] = []
+
+    def worker() -> None:
+        while True:
+            with changed:
+                index = None if failures else next(waiting, None)
+            if index is None:
+                return
+            try:
+                if cancelled():
+                    raise Cancelled
+                result = work(items[index])
+            except BaseException as error:  # noqa: BLE001  the calling thread raises it
+                with changed:
+                    failures.append(error)
+                    changed.notify()
+                return
+            with changed:
+                done[index] = result
+                changed.notify()
+
+    def is_settled(index: int) -> bool:
+        return index in done or bool(failures)
+
+    torch_threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, "merge", torch.set_num_threads, (1,)) as pool:
+            for _ in range(workers):
+                pool.submit(worker)
+            try:
+                for index in range(len(items)):
+                    with changed:
+                        changed.wait_for(lambda index=index: is_settled(index))  # type: ignore[misc]
+                        if failures:
+                            raise failures[0]
+                    finished(index)
+            except BaseException as error:
+                with changed:
+                    failures.append(error)
+                raise
+        return [done[index] for index in range(len(items))]
+    finally:
+        torch.set_num_threads(torch_threads)
