@@ -10,7 +10,8 @@ import yaml
 
 MAX_CARD_BYTES = 1024 * 1024
 MAX_FRONT_MATTER = 64 * 1024
-MAX_DEPTH = 8
+# model-index, the deepest thing in the cards of others, needs ten.
+MAX_DEPTH = 16
 MAX_TAGS = 64
 MAX_WORD = 100
 MAX_PROMPT = 2000

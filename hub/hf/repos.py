@@ -8,10 +8,11 @@ from fastapi import Body, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 from sqlmodel import Session, col, select
 
+from hub.adapters.card import parse_card
 from hub.deps import HubDep, Open, ReadSession, ViewerDep, WriterDep, WriteSession, public_url
 from hub.errors import Forbidden, NotImplementedHere, RepoExists, RepoNotFound
 from hub.hf import bodies, info, listing
-from hub.hf.cards import BadCard, card_at, front_matter
+from hub.hf.cards import card_at
 from hub.hf.deps import CommitDep, RepoDep, TypeDep, type_named
 from hub.hf.routing import hf_router
 from hub.repos import service as repos
@@ -183,10 +184,9 @@ def auth_check_write(session: ReadSession, viewer: ViewerDep, repo: RepoDep) -> 
 @router.post("/api/validate-yaml", dependencies=[Open])
 def validate_yaml(body: bodies.Card) -> Response:
     """Asked before every upload of a README.md; an answer other than 200 stops the upload."""
-    try:
-        front_matter(body.content)
-    except BadCard as error:
-        return JSONResponse({"errors": [{"message": f"Invalid YAML front matter: {error}"}]}, 400)
+    problem = parse_card(body.content.encode("utf-8", "replace")).problem
+    if problem is not None:
+        return JSONResponse({"errors": [{"message": f"Invalid YAML front matter: {problem}"}]}, 400)
     return JSONResponse({"errors": [], "warnings": []})
 
 

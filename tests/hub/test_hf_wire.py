@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hub.errors import BadRequest
 from hub.hf import ndjson
-from hub.hf.cards import BadCard, card_tags, front_matter
+from hub.hf.cards import as_json, card_tags
 from hub.hf.info import date
 from hub.hf.ndjson import Line, read_lines
 from hub.hf.ranges import RangeNotSatisfiable, parse_range
@@ -211,32 +211,11 @@ def test_a_long_file_is_never_held_whole() -> None:
 
 
 def test_front_matter_as_json_values() -> None:
-    card = "---\r\ntags: [a]\ndate: 2024-01-02\nratio: .nan\n1: x\nraw: !!binary aGk=\n---\r\n# T\n"
-    assert front_matter(card) == {
-        "tags": ["a"],
-        "date": "2024-01-02",
-        "ratio": "nan",
-        "1": "x",
-        "raw": "hi",
+    matter = {
+        "date": datetime(2024, 1, 2, tzinfo=UTC).date(),
+        "numbers": [float("nan"), 1.5, {"a": b"hi"}],
     }
-    assert front_matter("# no front matter\n---\na: b\n---\n") is None
-    assert front_matter("---\n---\n") == {}
-
-
-@pytest.mark.parametrize(
-    ("matter", "why"),
-    [
-        ("tags: [a", "line"),
-        ("- a", "not a map"),
-        ("a: &x [1]\nb: *x", "aliases"),
-        ("a: 2024-99-99", "not readable"),
-        ("a: !!python/object:os.system x", "could not determine a constructor"),
-        ("[" * 20_000, "not readable"),
-    ],
-)
-def test_front_matter_that_is_refused(matter: str, why: str) -> None:
-    with pytest.raises(BadCard, match=why):
-        front_matter(f"---\n{matter}\n---\n")
+    assert as_json(matter) == {"date": "2024-01-02", "numbers": ["nan", 1.5, {"a": "hi"}]}
 
 
 def test_tags_of_a_card() -> None:
