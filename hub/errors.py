@@ -20,12 +20,14 @@ Services raise these and know no HTTP.
 A façade whose clients expect another body gives `install` a renderer under the tag of its routes.
 """
 
+import sqlite3
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
@@ -194,9 +196,20 @@ def install(app: FastAPI, renderers: Mapping[str, Renderer]) -> None:
         response.headers.update(error.headers or {})
         return response
 
+    @app.exception_handler(OperationalError)
+    def database(request: Request, error: OperationalError) -> Response:
+        if not _is_full_disk(error):
+            raise error
+        return answer(request, NoSpace("the hub's disk is full; nothing was stored"))
+
     @app.exception_handler(PoolTimeout)
     def busy(request: Request, error: PoolTimeout) -> Response:
         return answer(request, Busy("the database is busy; try again"))
+
+
+def _is_full_disk(error: OperationalError) -> bool:
+    sqlite = getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return sqlite or getattr(error.orig, "sqlstate", None) == "53100"  # PostgreSQL's disk_full
 
 
 class _Named(HubError):

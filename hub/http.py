@@ -1,5 +1,6 @@
 """What every response carries, and what every request is measured by."""
 
+import logging
 import re
 import time
 import uuid
@@ -9,6 +10,8 @@ from threading import Lock
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -98,6 +101,7 @@ class EveryResponse:
         try:
             await app(scope, receive, send_with_headers)
         except Exception:
+            log.error("request %s: %s failed", request_id, scope["method"])
             if status == NOT_STARTED:
                 bug = _error("InternalError", "the hub made an error; its log says which", 500)
                 await bug(scope, receive, send_with_headers)

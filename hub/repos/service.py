@@ -1,5 +1,7 @@
 """Repos: names, visibility, commits, branches and tags. Sessions are passed in.
 
+In this order: repos, reading, writing, bytes on their way into a commit, helpers.
+
 Reading never tells a missing repo from one the viewer may not see.
 Writing checks the right to do so again inside the transaction.
 """
@@ -8,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import delete, insert
+from sqlalchemy import ColumnElement, delete, insert, true
 from sqlmodel import Session, col, or_, select
 
 from hub.audit import record
@@ -47,9 +49,6 @@ from hub.users.service import Viewer
 
 MAIN = "main"
 HOLD_FOR = timedelta(hours=48)
-
-
-# Repos
 
 
 def create_repo(
@@ -131,9 +130,7 @@ def list_repos(
         query = query.where(Repo.namespace_key == key_of(namespace))
     if search:
         query = query.where(col(Repo.key).contains(search.lower(), autoescape=True))
-    visible = users.private_namespaces(session, viewer)
-    if visible is not None:
-        query = query.where(or_(col(Repo.private).is_(False), col(Repo.namespace_key).in_(visible)))
+    query = query.where(_visible_to(session, viewer))
     if before is not None:
         changed, seen = col(Repo.last_modified), col(Repo.id)
         query = query.where(
@@ -202,9 +199,6 @@ def delete_repo(session: Session, viewer: Viewer, repo: Repo) -> None:
     session.flush()
     session.execute(delete(Repo).where(col(Repo.id) == repo.id))
     session.expunge(repo)
-
-
-# Reading
 
 
 def resolve(session: Session, repo: Repo, revision: str = MAIN) -> Commit:
@@ -280,9 +274,6 @@ def refs(session: Session, repo: Repo) -> Refs:
     )
 
 
-# Writing
-
-
 def commit(
     session: Session,
     viewer: Viewer,
@@ -356,9 +347,6 @@ def delete_tag(session: Session, viewer: Viewer, repo: Repo, name: str) -> None:
     _delete_ref(session, viewer, repo, RefKind.TAG, name)
 
 
-# Bytes on their way into a commit
-
-
 def hold(session: Session, viewer: Viewer, stored: Stored) -> None:
     """Remember that this user has sent these bytes; they are kept for 48 hours without a commit."""
     user = viewer.require_write()
@@ -387,18 +375,12 @@ def known(session: Session, viewer: Viewer, sha256: Sha256) -> Stored | None:
         if session.exec(query).first() is not None:
             return stored
     readable = (
-        select(Repo)
+        select(Repo.id)
         .join(Commit, col(Commit.repo_id) == col(Repo.id))
         .join(CommitEntry, col(CommitEntry.commit_id) == col(Commit.id))
-        .where(CommitEntry.sha256 == sha256)
-        .distinct()
+        .where(CommitEntry.sha256 == sha256, _visible_to(session, viewer))
     )
-    if any(_may_read(session, viewer, repo) for repo in session.exec(readable)):
-        return stored
-    return None
-
-
-# Inside
+    return stored if session.exec(readable.limit(1)).first() is not None else None
 
 
 def _id(repo: Repo) -> int:
@@ -419,13 +401,22 @@ def _locked(session: Session, repo: Repo) -> Repo:
     return found
 
 
+def _visible_to(session: Session, viewer: Viewer) -> ColumnElement[bool]:
+    """The condition on `Repo` that `_may_read` decides for one."""
+    visible = users.private_namespaces(session, viewer)
+    if visible is None:
+        return true()
+    return or_(col(Repo.private).is_(False), col(Repo.namespace_key).in_(visible))
+
+
 def _may_read(session: Session, viewer: Viewer, repo: Repo) -> bool:
     return not repo.private or users.may_read_private(session, viewer, repo.namespace)
 
 
 def _require_writer(session: Session, viewer: Viewer, namespace: str) -> User:
+    viewer.require_write()
+    viewer = users.recheck(session, viewer)
     user = viewer.require_write()
-    users.recheck(session, viewer)
     if not users.may_write(session, viewer, namespace):
         raise Forbidden(f"{user.name} may not write to {namespace}")
     return user

@@ -58,9 +58,8 @@ class TokenSecret(BaseModel):
 @router.post("/users", status_code=201)
 def create_user(body: UserCreate, viewer: WriterDep, session: WriteSession) -> TokenSecret:
     """A new user and a first token to hand over; for administrators."""
-    if not viewer.is_admin:
+    if not users.recheck(session, viewer).is_admin:
         raise Forbidden("only an administrator makes users")
-    users.recheck(session, viewer)
     user = users.create_user(session, body.name, full_name=body.full_name)
     return TokenSecret(token=users.issue_token(session, user, "first token"))
 
@@ -70,7 +69,7 @@ def create_organization(
     body: OrganizationCreate, viewer: WriterDep, session: WriteSession
 ) -> dict[str, str]:
     """A namespace for several users; its first administrator is who makes it."""
-    users.recheck(session, viewer)
+    viewer = users.recheck(session, viewer)
     organization = users.create_organization(session, body.name, viewer.require_user())
     return {"name": organization.name}
 
@@ -80,7 +79,7 @@ def set_member(
     name: str, user: str, body: MemberSet, viewer: WriterDep, session: WriteSession
 ) -> None:
     """Add a user or change their role; for administrators of the organisation."""
-    users.recheck(session, viewer)
+    viewer = users.recheck(session, viewer)
     users.set_role(session, viewer, name, user, body.role)
 
 
@@ -94,7 +93,7 @@ def list_tokens(viewer: ViewerDep, session: ReadSession) -> list[TokenPublic]:
 @router.post("/tokens", status_code=201)
 def create_token(body: TokenCreate, viewer: WriterDep, session: WriteSession) -> TokenSecret:
     """A further token of the caller."""
-    users.recheck(session, viewer)
+    viewer = users.recheck(session, viewer)
     expires_at = now() + timedelta(days=body.days) if body.days is not None else None
     user = viewer.require_user()
     secret = users.issue_token(session, user, body.name, body.scope, expires_at=expires_at)
@@ -104,5 +103,5 @@ def create_token(body: TokenCreate, viewer: WriterDep, session: WriteSession) ->
 @router.delete("/tokens/{token_id}", status_code=204)
 def revoke_token(token_id: int, viewer: WriterDep, session: WriteSession) -> None:
     """It works no more, and neither do the page's sessions that began with it."""
-    users.recheck(session, viewer)
+    viewer = users.recheck(session, viewer)
     users.revoke_token(session, viewer.require_user(), token_id)

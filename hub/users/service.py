@@ -200,10 +200,9 @@ def viewer_of_token_id(session: Session, token_id: int) -> Viewer:
     return _viewer(session, token)
 
 
-def recheck(session: Session, viewer: Viewer) -> None:
-    """Inside a write transaction: a token revoked since the request began counts no more."""
-    if viewer.token_id is not None:
-        viewer_of_token_id(session, viewer.token_id)
+def recheck(session: Session, viewer: Viewer) -> Viewer:
+    """Inside a write transaction: what was revoked since the request began counts no more."""
+    return viewer if viewer.token_id is None else viewer_of_token_id(session, viewer.token_id)
 
 
 def _viewer(session: Session, token: Token) -> Viewer:

@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 
 from hub import app as app_module
 from hub.app import create_app, mutating_routes, policies_of
+from hub.blobs.files import FileBlobStore
 from hub.context import Hub
 from hub.deps import (
     SESSION_COOKIE,
@@ -221,6 +222,40 @@ def test_an_exception_rolls_back_and_tells_the_client_nothing(hub: Hub, probe: T
     assert response.headers["X-Content-Type-Options"] == "nosniff"
     with hub.db.read() as session:
         assert [user.name for user in session.exec(select(User))] == ["admin"]
+
+
+def test_a_catalogue_that_cannot_grow_is_a_507(hub: Hub, client: TestClient) -> None:
+    with hub.db.writer.connect() as connection:
+        pages = connection.execute(text("PRAGMA page_count")).scalar()
+        connection.execute(text(f"PRAGMA max_page_count = {pages}"))
+    for n in range(200):
+        body = {"name": f"user-{n}"}
+        answer = client.post("/api/users", json=body, headers=bearer(hub.admin_token))
+        if answer.status_code != 201:
+            break
+    assert (answer.status_code, answer.json()["error"]["code"]) == (507, "NoSpace")
+    with hub.db.read() as session:
+        assert len(session.exec(select(User)).all()) == n + 1
+
+
+def test_an_upload_to_a_full_disk_is_a_507_and_leaves_nothing(hub: Hub) -> None:
+    settings = hub.settings.model_copy(update={"min_free_bytes": 2**60})
+    store = FileBlobStore(hub.settings.data_dir / "store", min_free_bytes=2**60)
+    full = Hub(settings, hub.db, store, hub.signer, hub.downloads)
+    lines = (
+        b'{"key": "header", "value": {"summary": "first"}}\n'
+        b'{"key": "file", "value": {"path": "a", "content": "aGVsbG8=", "encoding": "base64"}}\n'
+    )
+    with TestClient(create_app(settings, hub=full), base_url=HOST) as client:
+        admin = bearer(hub.admin_token)
+        assert client.post("/api/repos/create", json={"name": "ink"}, headers=admin).is_success
+        commit = "/api/models/admin/ink/commit/main"
+        answer = client.post(commit, content=lines, headers=admin)
+        assert answer.status_code == 507
+        assert "disk is full" in answer.headers["X-Error-Message"]
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/api/models/admin/ink").json()["siblings"] == []
+    assert not [p for p in (hub.settings.data_dir / "store" / "tmp").iterdir()]
 
 
 def test_a_reading_route_cannot_write(probe: TestClient) -> None:

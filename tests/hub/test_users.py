@@ -69,6 +69,18 @@ def test_a_revoked_token_is_refused_also_in_a_request_that_has_begun(hub: Hub) -
         users.viewer_of(session, secret)
 
 
+def test_an_administrator_who_was_demoted_since_the_request_began_is_none(
+    hub: Hub, admin: Viewer
+) -> None:
+    with hub.db.write() as session:
+        user = users.find_user(session, "admin")
+        user.is_admin = False
+        session.add(user)
+    with hub.db.write() as session:
+        assert admin.is_admin
+        assert not users.recheck(session, admin).is_admin
+
+
 def test_nobody_revokes_the_token_of_another(hub: Hub, admin: Viewer) -> None:
     viewer, _ = make_user(hub, "ada")
     assert viewer.user is not None
