@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
+from math import prod
 
 from merge.families import original
 
@@ -34,6 +35,11 @@ class Module:
     @property
     def kernel(self) -> tuple[int, ...]:
         return self.shape[2:]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(out, in * kernel): the weight as a matrix."""
+        return self.shape[0], prod(self.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from pathlib import Path
 from typing import Any
 
 from merge.errors import (
@@ -61,6 +62,20 @@ class AdapterLayout:
     entries: tuple[Entry, ...]
     alpha_source: str
     families: tuple[str, ...] = ()
+
+
+def read_config(path: Path) -> Mapping[str, Any] | None:
+    """The adapter_config.json beside a PEFT file, which holds its alphas; None without one."""
+    beside = path.with_name("adapter_config.json")
+    if path.name != "adapter_model.safetensors" or not beside.is_file():
+        return None
+    try:
+        config = json.loads(beside.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadAdapter(path.name, f"{beside.name} beside it is not JSON") from error
+    if not isinstance(config, dict):
+        raise BadAdapter(path.name, f"{beside.name} beside it is not a JSON object")
+    return config
 
 
 def read_layout(
@@ -147,11 +162,12 @@ def _dims(group: Group, header: Header, name: str) -> Dims:
 
 
 def find_module(
-    location: Location, family: Family, dims: Dims | None = None
+    location: Location, family: Family, *, extent: tuple[int, int] | None
 ) -> tuple[str, str] | None:
     """(component, module) of `family` that a key points to, or None.
 
-    Where the key leaves the component open and several have such a module, `dims` decide.
+    Where the key leaves the component open and several have such a module, `extent`,
+    (out, in * kernel) of the adapter's delta, decides.
     """
     first = None
     components = family.components if location.component is None else (location.component,)
@@ -162,7 +178,7 @@ def find_module(
         module = table[component].get(location.path)
         if module is None:
             continue
-        if dims is None or dims.fits(family.components[component][module].shape):
+        if extent == family.components[component][module].extent:
             return component, module
         first = first or (component, module)
     return first
@@ -174,7 +190,7 @@ def _choose_family(
     candidates = []
     for family in FAMILIES.values():
         modules = [
-            find_module(group.location, family, its_dims)
+            find_module(group.location, family, extent=its_dims.extent)
             for group, its_dims in zip(found.groups, dims, strict=True)
         ]
         n_named = sum(module is not None for module in modules)

@@ -179,8 +179,10 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     _row("lora-embedding", "embedding_down embedding_up", "alpha"),
     _row("lora-mlx", "mlx_down mlx_up"),
     _row("lora-torchtune", "torchtune_down torchtune_up"),
-    _row("loha", "hada_w1_a hada_w1_b hada_w2_a hada_w2_b", "hada_t1 hada_t2 alpha dora_scale"),
-    _row("lokr", "lokr_w1 lokr_w2", "alpha dora_scale"),
+    _row(
+        "loha", "hada_w1_a hada_w1_b hada_w2_a hada_w2_b", "hada_t1 hada_t2 alpha dora_scale scalar"
+    ),
+    _row("lokr", "lokr_w1 lokr_w2", "alpha dora_scale scalar"),
     _row("lokr", "lokr_w1 lokr_w2_a lokr_w2_b", "lokr_t2 alpha dora_scale"),
     _row("lokr", "lokr_w1_a lokr_w1_b lokr_w2", "lokr_t1 alpha dora_scale"),
     _row("lokr", "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b", "lokr_t1 lokr_t2 alpha dora_scale"),
@@ -266,6 +268,11 @@ class Dims:
     in_features: int
     kernel: tuple[int, ...]
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(out, in * kernel): the delta as a matrix."""
+        return self.out_features, self.in_features * prod(self.kernel)
+
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether the delta has as many elements, in the same order, as a weight of `shape`.
 
@@ -291,3 +298,70 @@ def lora_dims(shapes: Mapping[str, tuple[int, ...]]) -> Dims:
     if any(n != 1 for n in up[2:]):
         raise ValueError(f"up is {up}; the kernel belongs to down")
     return Dims(down[0], up[0], down[1], down[2:])
+
+
+def extent_of(algorithm: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+    """(out, in * kernel) of the weight a module's factors change, where the factors alone say it."""
+    try:
+        return _EXTENTS[algorithm](shapes)
+    except (KeyError, IndexError):
+        return None
+
+
+def _lora_extent(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    down, kernel = shapes["down"], shapes.get("mid", shapes["down"])[2:]
+    return shapes["up"][0], down[1] * prod(kernel)
+
+
+def _loha_extent(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    if "hada_t1" in shapes:  # Tucker: the a factors are (rank, out)
+        kernel = shapes["hada_t1"][2:]
+        return shapes["hada_w1_a"][1], shapes["hada_w1_b"][1] * prod(kernel)
+    return shapes["hada_w1_a"][0], prod(shapes["hada_w1_b"][1:])
+
+
+def _lokr_extent(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    left = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+    if "lokr_w2" in shapes:
+        right = shapes["lokr_w2"][0], prod(shapes["lokr_w2"][1:])
+    elif "lokr_t2" in shapes:
+        kernel = shapes["lokr_t2"][2:]
+        right = shapes["lokr_w2_a"][1], shapes["lokr_w2_b"][1] * prod(kernel)
+    else:
+        right = shapes["lokr_w2_a"][0], prod(shapes["lokr_w2_b"][1:])
+    return left[0] * right[0], left[1] * right[1]
+
+
+def _full_extent(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    return shapes["diff"][0], prod(shapes["diff"][1:])
+
+
+_EXTENTS = {
+    **dict.fromkeys(
+        ("lora", "lora-scaled", "lora-bias", "lora-tucker", "dora", "adalora"), _lora_extent
+    ),
+    "loha": _loha_extent,
+    "lokr": _lokr_extent,
+    "full": _full_extent,
+}
+
+
+def rank_of(algorithm: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """The inner dimension of a module's factors; None for algorithms without one."""
+    for role in _RANK_ROLES.get(algorithm, ()):
+        if shapes.get(role):
+            return shapes[role][0]
+    return None
+
+
+_RANK_ROLES = {
+    **dict.fromkeys(
+        ("lora", "lora-scaled", "lora-bias", "lora-tucker", "dora", "adalora"), ("down",)
+    ),
+    "lora-embedding": ("embedding_down",),
+    "loha": ("hada_w1_b",),
+    "lokr": ("lokr_w2_b", "lokr_w1_b"),
+    "glora": ("a2",),
+    "hira": ("hira_A",),
+    "vera": ("vera_lambda_d",),
+}

@@ -11,6 +11,7 @@ crc32    the whole file, as zlib prints it (Civitai prints the bytes reversed, i
 
 import hashlib
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,17 @@ class Hashes:
         }
 
 
-def hash_file(path: Path, data_offset: int, *, name: str | None = None) -> Hashes:
-    """Hash the file at `path` whose tensor data begins at `data_offset` (of its header)."""
+def hash_file(
+    path: Path,
+    data_offset: int,
+    *,
+    name: str | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Hashes:
+    """Hash the file at `path` whose tensor data begins at `data_offset` (of its header).
+
+    `progress` is called with the number of bytes that were hashed since it was last called.
+    """
     whole, data, window, blake = hashlib.sha256(), hashlib.sha256(), hashlib.sha256(), blake3()
     crc = 0
     at = 0
@@ -75,6 +85,8 @@ def hash_file(path: Path, data_offset: int, *, name: str | None = None) -> Hashe
                 window.update(_overlap(view, at, _AUTOV1_START, _AUTOV1_BYTES))
                 hashing.result()
                 at += len(chunk)
+                if progress is not None:
+                    progress(len(chunk))
                 chunk = next_chunk
     except OSError as error:
         shown = path.name if name is None else name

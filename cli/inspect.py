@@ -1,0 +1,151 @@
+"""`graft inspect`: what a file is, from its header."""
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.filesize import decimal
+from rich.text import Text
+
+from cli.console import CommandError, byte_progress, out, print_json
+from cli.refs import fetch
+
+if TYPE_CHECKING:
+    from merge.identify import Identification, Span
+
+_PEFT = "adapter_model.safetensors"
+_LONGEST_VALUE = 160
+_WIDEST_LABEL = 32
+_NO_AUTOV1 = "none: the file ends before the 64 KiB that it hashes"
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(inspect)
+
+
+def inspect(
+    file: Annotated[str, typer.Argument(help="a safetensors file, or a REF", metavar="FILE")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    hashes: Annotated[
+        bool, typer.Option("--hashes/--no-hashes", help="hash the whole file, or read its header")
+    ] = True,
+) -> None:
+    """What a file is: algorithm, family, ranks, alphas, targets, hashes, metadata, warnings."""
+    from merge.formats.adapters import read_config
+    from merge.formats.hashes import hash_file
+    from merge.formats.reader import TensorFile
+    from merge.identify import identify_file
+
+    path = _file(fetch(file), file)
+    with TensorFile(path) as opened:
+        computed = None
+        if hashes:
+            with byte_progress("hashing", opened.header.file_size) as progress:
+                computed = hash_file(
+                    path,
+                    opened.header.data_offset,
+                    progress=lambda n: progress.advance(progress.task_ids[0], n),
+                )
+        found = identify_file(opened, hashes=computed, config=read_config(path))
+    if as_json:
+        print_json(found.to_json())
+        return
+    _print(path.name, found)
+
+
+def _file(path: Path, ref: str) -> Path:
+    """The file itself, or the only safetensors file of a folder (a PEFT folder has one)."""
+    if not path.is_dir():
+        return path
+    if (path / _PEFT).is_file():
+        return path / _PEFT
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    inside = f"{len(files)} safetensors files" if files else "no safetensors file"
+    raise CommandError(f"{ref} is a folder with {inside}; name one file")
+
+
+def _print(name: str, found: "Identification") -> None:
+    out.print(Text(_printable(name), style="bold"), Text(_headline(found)), sep="  ")
+    _print_rows(_facts(found))
+    if found.hashes is not None:
+        out.print()
+        hashes = found.hashes.to_json() | {"autov1": found.hashes.autov1 or _NO_AUTOV1}
+        _print_rows([(kind, value or "") for kind, value in hashes.items()])
+    if found.metadata:
+        out.print()
+        _print_rows([(key, _shortened(value)) for key, value in sorted(found.metadata.items())])
+    if found.warnings:
+        out.print()
+    for warning in found.warnings:
+        out.print(Text("warning", style="yellow"), Text(_printable(warning.message)))
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    """Two columns; wrapped in a terminal, one line per row for a program that reads them."""
+    shown = [(_printable(label), _printable(value)) for label, value in rows if value]
+    indent = min(max((len(label) for label, _ in shown), default=0), _WIDEST_LABEL) + 2
+    for label, value in shown:
+        width = max(out.width - indent, 20) if out.is_terminal else len(value) or 1
+        lines = textwrap.wrap(value, width, break_on_hyphens=False) or [""]
+        text = Text(label.ljust(indent), style="dim")
+        if len(label) >= indent:
+            text.append("  ")
+        out.print(text, Text(f"\n{' ' * indent}".join(lines)), sep="")
+
+
+def _headline(found: "Identification") -> str:
+    from merge.families import FAMILIES
+
+    what = [found.kind]
+    if found.algorithms:
+        what = [" + ".join(found.algorithms), found.kind]
+    if found.families:
+        best = found.families[0]
+        title = FAMILIES[best.name].title if best.name in FAMILIES else best.name
+        what.append(f"for {title}" if found.kind == "adapter" else f"of {title}")
+    if found.dialect:
+        what.append(f"in {found.dialect} names" if found.kind == "adapter" else found.dialect)
+    return " ".join(what)
+
+
+def _facts(found: "Identification") -> list[tuple[str, str]]:
+    return [
+        ("size", f"{decimal(found.size_bytes)}, {found.parameters:,} parameters"),
+        ("dtypes", ", ".join(f"{dtype} × {n}" for dtype, n in found.dtypes.items())),
+        ("modules", _counts(found)),
+        ("targets", ", ".join(found.targets)),
+        ("rank", _span(found.ranks)),
+        ("alpha", _span(found.alphas)),
+        ("trigger words", ", ".join(found.trigger_words)),
+        *(
+            ("family", f"{family.name} ({family.confidence:.0%}): {family.why}")
+            for family in found.families
+        ),
+    ]
+
+
+def _counts(found: "Identification") -> str:
+    if not found.modules:
+        return ""
+    parts = ", ".join(f"{name} {n}" for name, n in found.components.items())
+    return f"{found.modules} ({parts})" if parts else str(found.modules)
+
+
+def _span(span: "Span | None") -> str:
+    if span is None:
+        return ""
+    return f"{span.min:g}" if span.min == span.max else f"{span.min:g} to {span.max:g}"
+
+
+def _shortened(value: str) -> str:
+    if len(value) <= _LONGEST_VALUE:
+        return value
+    return f"{value[:_LONGEST_VALUE]}… ({len(value):,} characters; --json prints all)"
+
+
+def _printable(text: str) -> str:
+    """Metadata comes from strangers: control characters would steer the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

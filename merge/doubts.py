@@ -1,0 +1,104 @@
+"""What is odd about a file that can be read: warnings of `graft inspect`, each with a stable code."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+from merge.errors import BadAdapter
+from merge.formats.adapters import AdapterLayout
+from merge.formats.hashes import Hashes
+from merge.formats.header import Header
+from merge.formats.keys import Survey
+from merge.formats.metadata import DATA_HASH, NETWORK_DIM
+
+_MOST_KEYS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """One warning; `keys` are the tensors or modules it is about, at most a few of them."""
+
+    code: str
+    message: str
+    keys: tuple[str, ...]
+
+
+def of_container(header: Header, hashes: Hashes | None) -> list[Doubt]:
+    """Doubts about any safetensors file."""
+    found = []
+    if header.leading_spaces:
+        message = f"the header begins with {header.leading_spaces} blanks; some readers refuse that"
+        found.append(Doubt("leading_spaces", message, ()))
+    stated = header.metadata.get(DATA_HASH, "").lower().removeprefix("0x")
+    is_hash = re.fullmatch("[0-9a-f]{64}", stated) is not None
+    if hashes is not None and is_hash and stated != hashes.data_sha256:
+        message = f"{DATA_HASH} in its metadata is not the hash of its tensors"
+        found.append(Doubt("wrong_stated_hash", message, ()))
+    return found
+
+
+def of_refusal(error: BadAdapter, name: str) -> Doubt:
+    """Why merging or baking would refuse this adapter, in the words it would use."""
+    keys = getattr(error, "keys", None) or getattr(error, "modules", None) or ()
+    code = re.sub(r"(?<!^)(?=[A-Z])", "_", error.code).lower()
+    return _doubt(code, str(error).removeprefix(f"{name}: "), keys)
+
+
+def of_adapter(
+    header: Header,
+    found: Survey,
+    layout: AdapterLayout | None,
+    alphas: Mapping[str, float],
+    ranks: Sequence[int],
+) -> list[Doubt]:
+    """Doubts about an adapter's scales and ranks."""
+    doubts = [*_of_alphas(alphas), *_of_missing_alphas(found, layout)]
+    if any(0 in info.shape for info in header.tensors.values()):
+        empty = [key for key, info in header.tensors.items() if 0 in info.shape]
+        message = f"{len(empty)} tensors are empty: it was saved without gathering its parts"
+        doubts.append(_doubt("empty_tensors", message, empty))
+    stated = header.metadata.get(NETWORK_DIM, "")
+    if stated.isdecimal() and ranks and int(stated) not in ranks:
+        message = f"{NETWORK_DIM} says rank {stated}, its tensors have {_range(ranks)}"
+        doubts.append(_doubt("rank_differs", message, ()))
+    return doubts
+
+
+def _of_alphas(alphas: Mapping[str, float]) -> list[Doubt]:
+    kinds = (
+        ("alpha_not_finite", "have an alpha of NaN or Inf", lambda a: not isfinite(a)),
+        ("alpha_zero", "have alpha 0: no effect here, alpha = rank for some trainers",
+         lambda a: a == 0),
+        ("alpha_negative", "have a negative alpha", lambda a: a < 0),
+    )  # fmt: skip
+    doubts = []
+    for code, what, is_so in kinds:
+        keys = [key for key, alpha in alphas.items() if is_so(alpha)]
+        if keys:
+            doubts.append(_doubt(code, f"{len(keys)} modules {what}", keys))
+    return doubts
+
+
+def _of_missing_alphas(found: Survey, layout: AdapterLayout | None) -> list[Doubt]:
+    factors = [group for group in found.groups if {"down", "up"} <= group.keys.keys()]
+    without = [group.location.path for group in factors if "alpha" not in group.keys]
+    if without and len(without) < len(factors):
+        message = (
+            f"{len(without)} of {len(factors)} modules have no alpha; "
+            "they count as scale 1 here, and otherwise in diffusers"
+        )
+        return [_doubt("alpha_partial", message, without)]
+    if layout is not None and layout.dialect == "peft" and layout.alpha_source == "assumed":
+        message = "its alphas are in adapter_config.json, which is not here; scale 1 is assumed"
+        return [_doubt("alpha_unknown", message, ())]
+    return []
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _doubt(code: str, message: str, keys: Sequence[str]) -> Doubt:
+    return Doubt(code, message, tuple(keys[:_MOST_KEYS]))

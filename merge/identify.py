@@ -1,0 +1,456 @@
+"""What a safetensors file is, from its header and a few numbers in it. No torch.
+
+Any valid file gets an answer. What merging would refuse is a warning here, in the same words.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from merge import doubts
+from merge.doubts import Doubt
+from merge.errors import BadAdapter, BadCheckpoint
+from merge.families import FAMILIES, Family
+from merge.families.checkpoints import Checkpoint, read_checkpoint
+from merge.families.fingerprints import recognise, stated_family
+from merge.formats.adapters import AdapterLayout, dialect_of, find_module, is_hinted, read_layout
+from merge.formats.grammar import extent_of, rank_of
+from merge.formats.hashes import Hashes, hash_file
+from merge.formats.keys import Group, Survey, survey
+from merge.formats.metadata import ARCHITECTURE, BASE_VERSION, trigger_words
+from merge.formats.reader import TensorFile
+
+ADAPTER, CHECKPOINT, EMBEDDING, OTHER = "adapter", "checkpoint", "embedding", "other"
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyGuess:
+    """A family the file fits, how surely, and the evidence in words."""
+
+    name: str
+    confidence: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The smallest and the largest of some numbers."""
+
+    min: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Identification:
+    """The answer of `graft inspect`. `to_json` is its public form."""
+
+    kind: str
+    algorithms: tuple[str, ...]  # by falling number of modules
+    dialect: str | None  # of an adapter's keys, or the layout of a checkpoint
+    families: tuple[FamilyGuess, ...]  # likeliest first
+    modules: int
+    components: Mapping[str, int]
+    ranks: Span | None
+    alphas: Span | None
+    targets: tuple[str, ...]
+    dtypes: Mapping[str, int]
+    parameters: int
+    size_bytes: int
+    hashes: Hashes | None
+    trigger_words: tuple[str, ...]
+    metadata: Mapping[str, str]
+    warnings: tuple[Doubt, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "algorithms": list(self.algorithms),
+            "dialect": self.dialect,
+            "families": [
+                {"name": f.name, "confidence": f.confidence, "why": f.why} for f in self.families
+            ],
+            "modules": self.modules,
+            "components": dict(self.components),
+            "ranks": _span_json(self.ranks),
+            "alphas": _span_json(self.alphas),
+            "targets": list(self.targets),
+            "dtypes": dict(self.dtypes),
+            "parameters": self.parameters,
+            "size_bytes": self.size_bytes,
+            "hashes": None if self.hashes is None else self.hashes.to_json(),
+            "trigger_words": list(self.trigger_words),
+            "metadata": dict(self.metadata),
+            "warnings": [
+                {"code": w.code, "message": w.message, "keys": list(w.keys)} for w in self.warnings
+            ],
+        }
+
+
+def identify(
+    path: Path,
+    *,
+    hashes: bool = True,
+    name: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Identification:
+    """Say what the file at `path` is; BadFile if it is no valid safetensors file.
+
+    `config` is the parsed adapter_config.json beside a PEFT file. Hashes read the whole file.
+    """
+    with TensorFile(path, name=name) as file:
+        computed = hash_file(path, file.header.data_offset, name=name) if hashes else None
+        return identify_file(file, hashes=computed, config=config)
+
+
+def identify_file(
+    file: TensorFile, *, hashes: Hashes | None = None, config: Mapping[str, Any] | None = None
+) -> Identification:
+    """The same for a file that is open, with hashes that are known."""
+    found = survey(file.header.tensors)
+    checkpoint = _read_checkpoint(file)
+    if checkpoint is not None:
+        facts = _checkpoint_facts(checkpoint)
+    elif any(_is_adapted(group) for group in found.groups):
+        facts = _adapter_facts(file, found, config)
+    elif is_embedding(file):
+        facts = _embedding_facts(file)
+    else:
+        facts = _other_facts(file, found)
+    return _identification(file, facts, hashes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """The part of the answer that depends on the kind of file."""
+
+    kind: str
+    algorithms: tuple[str, ...] = ()
+    dialect: str | None = None
+    families: tuple[FamilyGuess, ...] = ()
+    modules: int = 0
+    components: Mapping[str, int] | None = None
+    ranks: Span | None = None
+    alphas: Span | None = None
+    targets: tuple[str, ...] = ()
+    warnings: tuple[Doubt, ...] = ()
+
+
+def _identification(file: TensorFile, facts: _Facts, hashes: Hashes | None) -> Identification:
+    header = file.header
+    tensors = header.tensors.values()
+    return Identification(
+        kind=facts.kind,
+        algorithms=facts.algorithms,
+        dialect=facts.dialect,
+        families=facts.families,
+        modules=facts.modules,
+        components=facts.components or {},
+        ranks=facts.ranks,
+        alphas=facts.alphas,
+        targets=facts.targets,
+        dtypes=dict(Counter(info.dtype for info in tensors).most_common()),
+        parameters=sum(info.n_elements for info in tensors),
+        size_bytes=header.file_size,
+        hashes=hashes,
+        trigger_words=tuple(trigger_words(header.metadata)),
+        metadata=header.metadata,
+        warnings=(*facts.warnings, *doubts.of_container(header, hashes)),
+    )
+
+
+def _is_adapted(group: Group) -> bool:
+    match = group.match
+    if match.name == "replacement":
+        return False
+    return match.is_whole or bool(group.keys.keys() & {"down", "up"})
+
+
+def _read_checkpoint(file: TensorFile) -> Checkpoint | None:
+    try:
+        return read_checkpoint(file.header, file.name)
+    except BadCheckpoint:
+        return None
+
+
+def _checkpoint_facts(checkpoint: Checkpoint) -> _Facts:
+    family = checkpoint.family
+    components = {
+        name: sum(module.takes_adapters for module in family.components[name].values())
+        for name in checkpoint.components
+    }
+    n = sum(components.values())
+    why = f"all {n} layers of {_listed(components)} are there with its shapes"
+    confidence = 1.0 if len(checkpoint.families) == 1 else 0.5
+    return _Facts(
+        kind=CHECKPOINT,
+        dialect=checkpoint.layout,
+        families=tuple(FamilyGuess(f.name, confidence, why) for f in checkpoint.families),
+        modules=n,
+        components=components,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """How an adapter's modules fit one family; `modules` is parallel to the groups."""
+
+    family: Family
+    modules: Sequence[tuple[str, str] | None]
+    n_named: int
+    n_fitting: int
+    n_measured: int  # modules whose factors say how large their weight is
+
+
+def _fit(
+    groups: Sequence[Group], extents: Sequence[tuple[int, int] | None], family: Family
+) -> _Fit:
+    modules = [
+        find_module(group.location, family, extent=extent)
+        for group, extent in zip(groups, extents, strict=True)
+    ]
+    pairs = [(m, e) for m, e in zip(modules, extents, strict=True) if m is not None]
+    measured = [(m, e) for m, e in pairs if e is not None]
+    n_fitting = sum(family.components[m[0]][m[1]].extent == e for m, e in measured)
+    return _Fit(family, modules, len(pairs), n_fitting, len(measured))
+
+
+def _adapter_facts(file: TensorFile, found: Survey, config: Mapping[str, Any] | None) -> _Facts:
+    tensors = file.header.tensors
+    groups = found.groups
+    names = [group.match.name for group in groups]
+    shapes = [{role: tensors[key].shape for role, key in g.keys.items()} for g in groups]
+    extents = [extent_of(name, its) for name, its in zip(names, shapes, strict=True)]
+    ranks = [rank_of(name, its) for name, its in zip(names, shapes, strict=True)]
+    fits = [_fit(groups, extents, family) for family in FAMILIES.values()]
+    best = max(fits, key=lambda fit: (fit.n_fitting, fit.n_named))
+    modules = best.modules if best.n_named else [None] * len(groups)
+    layout, refusal = _try_layout(file, config)
+    alphas = _read_alphas(file, groups)
+    known_ranks = [rank for rank in ranks if rank is not None]
+    return _Facts(
+        kind=ADAPTER,
+        algorithms=tuple(name for name, _ in Counter(names).most_common()),
+        dialect=dialect_of(groups),
+        families=_guesses(file.header.metadata, groups, extents, fits),
+        modules=len(groups),
+        components=_components(groups, modules),
+        ranks=_span(known_ranks),
+        alphas=_span([a for a in alphas.values() if isfinite(a)] or _config_alphas(layout)),
+        targets=_targets(groups, modules),
+        warnings=(
+            *([refusal] if refusal else []),
+            *doubts.of_adapter(file.header, found, layout, alphas, known_ranks),
+        ),
+    )
+
+
+def _try_layout(
+    file: TensorFile, config: Mapping[str, Any] | None
+) -> tuple[AdapterLayout | None, Doubt | None]:
+    try:
+        return read_layout(file, name=file.name, config=config), None
+    except BadAdapter as error:
+        return None, doubts.of_refusal(error, file.name)
+
+
+def _guesses(
+    metadata: Mapping[str, str],
+    groups: Sequence[Group],
+    extents: Sequence[tuple[int, int] | None],
+    fits: Iterable[_Fit],
+) -> tuple[FamilyGuess, ...]:
+    n = len(groups)
+    whole = [f for f in fits if f.n_named == n and f.n_fitting == f.n_measured]
+    if whole:
+        guesses = [_whole_guess(fit, n, len(whole), metadata) for fit in whole]
+        return tuple(sorted(guesses, key=lambda guess: -guess.confidence))
+    partial = [f for f in fits if f.n_fitting > n / 2]
+    if partial:
+        best = max(partial, key=lambda fit: fit.n_fitting)
+        why = f"{best.n_fitting} of {n} modules have its names and shapes"
+        return (FamilyGuess(best.family.name, round(0.8 * best.n_fitting / n, 2), why),)
+    return _outside_guesses(metadata, groups, extents)
+
+
+def _whole_guess(fit: _Fit, n: int, n_fits: int, metadata: Mapping[str, str]) -> FamilyGuess:
+    if fit.n_measured:
+        confidence, why = 0.99, f"all {n} modules have its names and shapes"
+    else:
+        confidence, why = 0.7, f"all {n} modules have its names; their shapes say nothing"
+    if n_fits > 1:
+        confidence = 0.5
+        why += f", and those of {n_fits - 1} more"
+    if is_hinted(fit.family, metadata):
+        confidence = max(confidence, 0.9)
+        why += "; the metadata names it"
+    return FamilyGuess(fit.family.name, confidence, why)
+
+
+def _outside_guesses(
+    metadata: Mapping[str, str],
+    groups: Sequence[Group],
+    extents: Sequence[tuple[int, int] | None],
+) -> tuple[FamilyGuess, ...]:
+    """For files of families without a table of ours."""
+    guesses: dict[str, FamilyGuess] = {}
+    paths = {
+        group.location.path.replace(".", "_"): extent
+        for group, extent in zip(groups, extents, strict=True)
+    }
+    fingerprint = recognise(paths)
+    if fingerprint is not None:
+        why = f"its module names look like {fingerprint.title}"
+        guesses[fingerprint.name] = FamilyGuess(fingerprint.name, 0.6, why)
+    for key in (BASE_VERSION, ARCHITECTURE):
+        stated = stated_family(metadata.get(key, ""))
+        if stated is None:
+            continue
+        why = f"{key} says {metadata[key]}"
+        if stated in guesses and fingerprint is not None:
+            why = f"its module names look like {fingerprint.title}, and {why}"
+            guesses[stated] = FamilyGuess(stated, 0.8, why)
+        else:
+            guesses[stated] = FamilyGuess(stated, 0.4, why)
+    return tuple(sorted(guesses.values(), key=lambda guess: -guess.confidence))
+
+
+def _components(
+    groups: Sequence[Group], modules: Sequence[tuple[str, str] | None]
+) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for group, module in zip(groups, modules, strict=True):
+        counts[(module[0] if module else group.location.component) or "unknown"] += 1
+    return dict(counts.most_common())
+
+
+# Up to the last numbered block, which says where a module is and not what it is.
+_BLOCK = re.compile(r"^.*\.\d+\.(?=[^.]*[a-z])|^.*_\d+_(?=[a-z])")
+
+
+def _targets(groups: Sequence[Group], modules: Sequence[tuple[str, str] | None]) -> tuple[str, ...]:
+    """The kinds of layers that are changed: attn1.to_q, ff.net.0.proj, conv1, …"""
+    counts: Counter[str] = Counter()
+    for group, module in zip(groups, modules, strict=True):
+        path = module[1] if module else group.location.path
+        counts[_kind_of_layer(path)] += 1
+    return tuple(sorted(counts))
+
+
+def _kind_of_layer(path: str) -> str:
+    found = _OWN_BLOCK.match(path)
+    return path[found.end() :] if found else _BLOCK.sub("", path)
+
+
+_OWN_BLOCK = re.compile(
+    r"^.*?(?:transformer_blocks|encoder\.layers)\.\d+\.|^.*?(?:resnets|attentions|samplers)\.\d+\."
+)
+
+
+def _read_alphas(file: TensorFile, groups: Iterable[Group]) -> dict[str, float]:
+    """Key -> value of every stored alpha; one small read each."""
+    found = {}
+    for group in groups:
+        key = group.keys.get("alpha")
+        if key is None:
+            continue
+        info = file.header.tensors[key]
+        if info.n_elements == 1 and not info.dtype.startswith("F8"):
+            found[key] = file.read_scalar(key)
+    return found
+
+
+def _config_alphas(layout: AdapterLayout | None) -> list[float]:
+    if layout is None:
+        return []
+    return [e.config_scale * e.rank for e in layout.entries if e.config_scale is not None]
+
+
+def is_embedding(file: TensorFile) -> bool:
+    """Whether the file holds word vectors (textual inversion) and nothing else."""
+    tensors = file.header.tensors
+    names = set(tensors)
+    if names <= _EMBEDDING_KEYS or names == {"text_encoders_0", "text_encoders_1"}:
+        return True
+    # diffusers: the token's own text is the key, and a long one has token_1, token_2, …
+    return len(names) <= 64 and all(
+        len(info.shape) in (1, 2) and info.shape[-1] in _EMBEDDING_FAMILIES and "." not in key
+        for key, info in tensors.items()
+    )
+
+
+_EMBEDDING_KEYS = {
+    *("emb_params", "clip_l", "clip_g", "t5xxl", "t5"),
+    *("clip_l_out", "clip_g_out", "t5_out"),
+}
+_EMBEDDING_FAMILIES = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner"}
+
+
+def _embedding_facts(file: TensorFile) -> _Facts:
+    tensors = file.header.tensors
+    widths = {info.shape[-1] for info in tensors.values() if info.shape}
+    if {768, 1280} <= widths:
+        name = "sd3" if 4096 in widths else "sdxl"
+    elif {768, 4096} <= widths:
+        name = "flux1"
+    else:
+        name = _EMBEDDING_FAMILIES.get(max(widths, default=0), "")
+    why = f"its vectors are {_listed(sorted(widths))} wide"
+    return _Facts(
+        kind=EMBEDDING,
+        families=(FamilyGuess(name, 0.8, why),) if name else (),
+        components={key: _n_vectors(info.shape) for key, info in tensors.items()},
+    )
+
+
+def _n_vectors(shape: Sequence[int]) -> int:
+    return shape[0] if len(shape) > 1 else 1
+
+
+_FEWEST_LAYERS = 10
+_NOT_CHECKPOINTS = (
+    (r"^lllite_unet_", "a ControlNet-LLLite"),
+    (r"^control_model\.|controlnet_cond_embedding\.|^controlnet_", "a ControlNet"),
+    (r"^(ip_adapter|image_proj)\.", "an IP-Adapter"),
+    (r"^(first_stage_model\.)?(encoder\.conv_in|decoder\.conv_out)\.", "a VAE"),
+    (r"^optimizer_state", "the state of an optimizer"),
+)
+
+
+def _other_facts(file: TensorFile, found: Survey) -> _Facts:
+    for expression, what in _NOT_CHECKPOINTS:
+        pattern = re.compile(expression)
+        if any(pattern.search(key) for key in file.header.tensors):
+            notice = Doubt("recognised_as", f"it looks like {what}, which is no adapter", ())
+            return _Facts(kind=OTHER, warnings=(notice,))
+    layers = [group for group in found.groups if "weight" in group.keys]
+    if len(layers) < _FEWEST_LAYERS:
+        return _Facts(kind=OTHER)
+    extents = [_weight_extent(file, group) for group in layers]
+    return _Facts(
+        kind=CHECKPOINT,
+        families=_outside_guesses(file.header.metadata, layers, extents),
+        modules=len(layers),
+        warnings=(Doubt("unknown_family", "its keys and shapes are of no family we know", ()),),
+    )
+
+
+def _weight_extent(file: TensorFile, group: Group) -> tuple[int, int] | None:
+    shape = file.header.tensors[group.keys["weight"]].shape
+    return (shape[0], shape[1]) if len(shape) >= 2 else None
+
+
+def _span(values: Sequence[float]) -> Span | None:
+    return Span(min(values), max(values)) if values else None
+
+
+def _span_json(span: Span | None) -> dict[str, float] | None:
+    return None if span is None else {"min": span.min, "max": span.max}
+
+
+def _listed(values: Iterable[Any]) -> str:
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
