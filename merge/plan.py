@@ -5,7 +5,6 @@ the output is laid out and priced. Only headers and PEFT configs are read and no
 imported, so a web process can answer an impossible recipe at once. `merge.execute` decides nothing.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from merge.bases import Base, Slice, open_base
-from merge.errors import BadAdapter, BadRecipe, ShapeMismatch, UnknownModules, Unsupported
+from merge.errors import BadRecipe, ShapeMismatch, UnknownModules, Unsupported
 from merge.families import FAMILIES
-from merge.formats.adapters import AdapterLayout, Entry, read_layout
+from merge.formats.adapters import AdapterLayout, Entry, read_config, read_layout
 from merge.formats.header import Header, read_header
 from merge.recipe import Input, Recipe
 
@@ -263,20 +262,6 @@ def _open_adapter(source: Input, param: str, files: Mapping[str, Path]) -> Adapt
     for entry in layout.entries:
         _check_dtypes(adapter, entry)
     return adapter
-
-
-def read_config(path: Path) -> Mapping[str, Any] | None:
-    """The adapter_config.json beside a PEFT file, which holds its alphas; None without one."""
-    beside = path.with_name("adapter_config.json")
-    if path.name != "adapter_model.safetensors" or not beside.is_file():
-        return None
-    try:
-        config = json.loads(beside.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadAdapter(path.name, f"{beside.name} beside it is not JSON") from error
-    if not isinstance(config, dict):
-        raise BadAdapter(path.name, f"{beside.name} beside it is not a JSON object")
-    return config
 
 
 def _check_dtypes(adapter: Adapter, entry: Entry) -> None:
