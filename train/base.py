@@ -1,0 +1,166 @@
+"""The base of a run: where it lies, the pipeline in memory, and digests that show it was untouched."""
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from merge.formats.folders import folder_digest
+from train.config import BUILT_IN
+from train.errors import BadBase, BaseChanged
+from train.run import BaseFacts, family_of
+from train.tiny import PIPELINE_DIR
+
+# What a pipeline needs; a repo's other weight files (full checkpoints, other dtypes) stay there.
+PIPELINE_FILES = (
+    "model_index.json",
+    "scheduler/*",
+    "tokenizer/*",
+    "text_encoder/*",
+    "unet/*",
+    "vae/*",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A Stable Diffusion pipeline with frozen parts, and the digest of each part's tensors."""
+
+    pipe: StableDiffusionPipeline
+    facts: BaseFacts
+    parts: Mapping[str, str]
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.pipe.unet
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.pipe.vae
+
+    @property
+    def text_encoder(self) -> CLIPTextModel:
+        return self.pipe.text_encoder
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        return self.pipe.tokenizer
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Arithmetic for a UNet that is not float32; otherwise nothing."""
+        unet = self.unet
+        return torch.autocast(unet.device.type, unet.dtype, enabled=unet.dtype != torch.float32)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side of the images this base was made for."""
+        return int(self.unet.config.sample_size) * int(self.pipe.vae_scale_factor)
+
+    def noise_scheduler(self) -> DDPMScheduler:
+        """The noise levels and prediction type the base was trained with."""
+        return DDPMScheduler.from_config(self.pipe.scheduler.config)
+
+
+def locate(base: str, *, endpoint: str | None = None, token: str | None = None) -> Path:
+    """The folder of the base: built in, on disk, or fetched from a hub as namespace/name[@revision]."""
+    if base == BUILT_IN:
+        return PIPELINE_DIR
+    path = Path(base)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise BadBase(base, "is one file; training needs a diffusers folder")
+    if path.is_absolute() or base.startswith(".") or base.count("/") != 1:
+        raise BadBase(base, "there is no such folder")
+    repo, _, revision = base.partition("@")
+    try:
+        folder = snapshot_download(
+            repo,
+            revision=revision or None,
+            endpoint=endpoint,
+            token=token or False,
+            allow_patterns=list(PIPELINE_FILES),
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BadBase(base, f"cannot be fetched: {_first_line(error)}") from error
+    return Path(folder)
+
+
+def load_base(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Base:
+    """The pipeline with every part frozen; the UNet in `dtype`, the others in float32."""
+    if not (folder / "model_index.json").is_file():
+        raise BadBase(name, "is not a diffusers folder: model_index.json is missing")
+    if (folder / "text_encoder_2").exists():
+        raise BadBase(name, "has two text encoders (SDXL); this trainer knows pipelines with one")
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not (folder / part).is_dir():
+            raise BadBase(name, f"has no {part}; this trainer needs a Stable Diffusion pipeline")
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            folder,
+            dtype={"unet": dtype, "default": torch.float32},
+            safety_checker=None,
+            requires_safety_checker=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
+        raise BadBase(name, f"cannot be loaded: {_first_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False)
+        part.eval()
+    pipe.to(device)
+    facts = BaseFacts(
+        label=_label(name),
+        sha256=folder_digest(folder),
+        family=family_of(pipe.unet),
+        prediction_type=pipe.scheduler.config.prediction_type,
+    )
+    return Base(pipe, facts, _digests(pipe))
+
+
+def require_unchanged(base: Base) -> None:
+    """Every frozen tensor still has the bytes it was loaded with; adapter tensors do not count."""
+    for component, digest in _digests(base.pipe).items():
+        if digest != base.parts[component]:
+            raise BaseChanged(component)
+
+
+def _label(name: str) -> str:
+    """The name that files carry: a path keeps its last part only."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def _digests(pipe: StableDiffusionPipeline) -> dict[str, str]:
+    parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
+    return {name: _digest(part) for name, part in parts.items()}
+
+
+def _digest(module: nn.Module) -> str:
+    """SHA-256 over (name, dtype, shape, bytes) of the module's own tensors, in order of names.
+
+    peft keeps a wrapped layer's own weight under `.base_layer.` and adds factors named lora_*.
+    """
+    tensors = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in module.state_dict().items()
+        if ".lora_" not in name
+    }
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
