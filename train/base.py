@@ -8,26 +8,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from merge.formats.folders import folder_digest
-from train.config import BUILT_IN
 from train.errors import BadBase, BaseChanged
 from train.run import BaseFacts, family_of
-from train.tiny import PIPELINE_DIR
-
-# What a pipeline needs; a repo's other weight files (full checkpoints, other dtypes) stay there.
-PIPELINE_FILES = (
-    "model_index.json",
-    "scheduler/*",
-    "tokenizer/*",
-    "text_encoder/*",
-    "unet/*",
-    "vae/*",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,33 +55,10 @@ class Base:
         return DDPMScheduler.from_config(self.pipe.scheduler.config)
 
 
-def locate(base: str, *, endpoint: str | None = None, token: str | None = None) -> Path:
-    """The folder of the base: built in, on disk, or fetched from a hub as namespace/name[@revision]."""
-    if base == BUILT_IN:
-        return PIPELINE_DIR
-    path = Path(base)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise BadBase(base, "is one file; training needs a diffusers folder")
-    if path.is_absolute() or base.startswith(".") or base.count("/") != 1:
-        raise BadBase(base, "there is no such folder")
-    repo, _, revision = base.partition("@")
-    try:
-        folder = snapshot_download(
-            repo,
-            revision=revision or None,
-            endpoint=endpoint,
-            token=token or False,
-            allow_patterns=list(PIPELINE_FILES),
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise BadBase(base, f"cannot be fetched: {_first_line(error)}") from error
-    return Path(folder)
-
-
 def load_base(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Base:
     """The pipeline with every part frozen; the UNet in `dtype`, the others in float32."""
+    if not folder.is_dir():
+        raise BadBase(name, "there is no such folder")
     if not (folder / "model_index.json").is_file():
         raise BadBase(name, "is not a diffusers folder: model_index.json is missing")
     if (folder / "text_encoder_2").exists():
@@ -135,8 +98,9 @@ def require_unchanged(base: Base) -> None:
 
 
 def _label(name: str) -> str:
-    """The name that files carry: a path keeps its last part only."""
-    return Path(name).name if Path(name).is_dir() else name
+    """The name that files carry: a path keeps its last part only, a REF all of it."""
+    is_path = name.startswith((".", "/", "~")) or Path(name).is_dir()
+    return Path(name).name if is_path else name
 
 
 def _digests(pipe: StableDiffusionPipeline) -> dict[str, str]:

@@ -5,8 +5,10 @@ from typing import Any
 
 import yaml
 
+from train.config import BUILT_IN
 from train.run import Run
 
+BUILT_IN_REPO = f"demo/{BUILT_IN}"
 MEASURED = (
     "Measured after rounding to the file's dtype, "
     "with the same prompts and seeds for adapter and base."
@@ -55,13 +57,22 @@ def _front_matter(run: Run, samples: Sequence[tuple[str, str]]) -> dict[str, Any
     return {
         "license": config.output.license,
         "library_name": "peft" if config.output.dialect == "peft" else "diffusers",
-        "base_model": run.base.label,
-        "base_model_relation": "adapter",
+        # A local folder's name would be read as somebody's repo.
+        **(
+            {"base_model": _repo(run), "base_model_relation": "adapter"}
+            if "/" in _repo(run)
+            else {}
+        ),
         "pipeline_tag": "text-to-image",
         "tags": list(dict.fromkeys(tags)),
         "instance_prompt": run.triggers[0],
         "widget": [{"text": prompt, "output": {"url": path}} for path, prompt in samples],
     }
+
+
+def _repo(run: Run) -> str:
+    """Where users load the base from: hubs keep the built-in one among their demo repos."""
+    return BUILT_IN_REPO if run.base.label == BUILT_IN else run.base.label.partition("@")[0]
 
 
 def _class_word(run: Run) -> str:
@@ -81,7 +92,7 @@ def _snippet(run: Run, file: str) -> str:
         "from diffusers import StableDiffusionPipeline",
         *imports,
         "",
-        f'pipe = StableDiffusionPipeline.from_pretrained("{run.base.label}")',
+        f'pipe = StableDiffusionPipeline.from_pretrained("{_repo(run)}")',
         load,
         f'image = pipe("{run.triggers[0]}").images[0]',
         "```",

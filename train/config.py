@@ -116,7 +116,7 @@ class TrainConfig(_Section):
     base: str = Field(
         BUILT_IN,
         min_length=1,
-        description="a diffusers folder, a repo namespace/name[@revision], or the built-in tiny-sd",
+        description="the built-in tiny-sd, a diffusers folder, or a REF such as namespace/name",
     )
     triggers: tuple[Words, ...] = Field(
         (), description="words that call the adapter; needed for a folder, known for rendered data"

@@ -19,9 +19,9 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from train import rendered
-from train.base import Base, load_base, locate, require_unchanged
+from train.base import Base, load_base, require_unchanged
 from train.checkpoint import Identity, latest_checkpoint, restore_checkpoint, save_checkpoint
-from train.config import ClassImages, TrainConfig
+from train.config import BUILT_IN, ClassImages, TrainConfig
 from train.data import Cache, Report, encode_captions, encode_images, read_folder
 from train.errors import BadBase, CannotResume, Interrupted, NonFiniteLoss, OutputExists, TrainError
 from train.evaluate import evaluate
@@ -30,6 +30,7 @@ from train.inject import Adapter, inject, require_gradients, round_to
 from train.result import Result, write_result
 from train.run import Run
 from train.samples import make_samples, sample_prompts
+from train.tiny import PIPELINE_DIR
 
 CHECKPOINTS = "checkpoints"
 EVENTS = "events.jsonl"
@@ -43,18 +44,17 @@ def train(
     resume: bool = False,
     listener: Listener | None = None,
     cancelled: Callable[[], bool] = lambda: False,
-    endpoint: str | None = None,
-    token: str | None = None,
+    base_folder: Path | None = None,
 ) -> Result:
     """Train, and leave the result in the new folder `output`; its state meanwhile is beside it.
 
     `OUTPUT.run` holds events.jsonl, the checkpoints, the caches and the samples made on the way.
-    `cancelled` is asked after every step; endpoint and token are of the hub that has the base.
+    `cancelled` is asked after every step. `base_folder` is where a base that is no path was fetched.
     """
     work = _prepare(output, resume)
     log = EventLog(work / EVENTS, listener)
     try:
-        return _run(config, output, work, log, cancelled, endpoint, token)
+        return _run(config, output, work, log, cancelled, base_folder or _base_folder(config))
     except TrainError as error:
         log.emit("failed", error=error.code, message=str(error))
         raise
@@ -66,16 +66,13 @@ def _run(
     work: Path,
     log: EventLog,
     cancelled: Callable[[], bool],
-    endpoint: str | None,
-    token: str | None,
+    base_folder: Path,
 ) -> Result:
     started = time.time()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device, dtype = _hardware(config)
-    base = load_base(
-        config.base, locate(config.base, endpoint=endpoint, token=token), device, dtype
-    )
+    base = load_base(config.base, base_folder, device, dtype)
     report, triggers = _read_dataset(config)
     for note in report.warnings:
         log.emit("note", message=note)
@@ -245,7 +242,7 @@ def _step(
 
     optimizer.zero_grad()
     loss = losses.mean()
-    loss.backward()
+    torch.autograd.backward(loss)
     if step == 0:
         require_gradients(adapter)
     torch.nn.utils.clip_grad_norm_(adapter.parameters(), config.max_grad_norm)
@@ -295,7 +292,8 @@ def _weight(config: TrainConfig, scheduler: DDPMScheduler, times: Tensor) -> Ten
     kept = scheduler.alphas_cumprod[times]
     snr = kept / (1 - kept)
     capped = snr.clamp(max=config.min_snr_gamma)
-    return capped / (snr if scheduler.config.prediction_type == "epsilon" else snr + 1)
+    denominator = snr if scheduler.config.prediction_type == "epsilon" else snr + 1
+    return torch.as_tensor(capped / denominator)
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:
@@ -313,7 +311,7 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _optimizer(config: TrainConfig, adapter: Adapter) -> torch.optim.Optimizer:
-    make = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}[config.optimizer]
+    make = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adafactor
     return make(adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
@@ -393,6 +391,10 @@ def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
     """A CPU generator of its own for every purpose and step, whatever the device is."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _base_folder(config: TrainConfig) -> Path:
+    return PIPELINE_DIR if config.base == BUILT_IN else Path(config.base)
 
 
 def _hardware(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
