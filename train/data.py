@@ -127,7 +127,7 @@ def encode_images(
     def encode(example: Example) -> Tensor:
         pixels = torch.from_numpy(example.pixels(resolution).copy()).permute(2, 0, 1)[None]
         image = pixels.to(vae.device, torch.float32) / 127.5 - 1
-        return (vae.encode(image).latent_dist.mode()[0] * scale).cpu()
+        return torch.as_tensor(vae.encode(image).latent_dist.mode()[0] * scale).cpu()
 
     latents = []
     for example in examples:
@@ -151,7 +151,8 @@ def encode_captions(
 
     def encode(caption: str) -> Tensor:
         ids = tokenizer(caption, padding="max_length", truncation=True, return_tensors="pt")
-        return text_encoder(ids.input_ids.to(text_encoder.device)).last_hidden_state[0].cpu()
+        hidden = text_encoder(ids.input_ids.to(text_encoder.device)).last_hidden_state
+        return torch.as_tensor(hidden[0]).cpu()
 
     key = ("text", text_digest, str(tokenizer.model_max_length))
     return {

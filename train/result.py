@@ -3,7 +3,6 @@
 It appears by one rename after everything in it was written and read back.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,13 +21,12 @@ from merge.formats.positioned import sync_folder
 from merge.formats.reader import TensorFile
 from merge.formats.writer import write_file
 from train.card import card
-from train.errors import BadResult
 from train.keys import PEFT_CONFIG, Factors, file_name, keyed, peft_config
+from train.manifest import write_manifest
 from train.metadata import file_metadata
 from train.run import Run
 from train.samples import Sample, cover
 
-MANIFEST = "manifest.json"
 COVER = "samples/cover.png"
 
 
@@ -75,23 +73,6 @@ def write_result(output: Path, run: Run, factors: Factors, samples: Sequence[Sam
     )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished run whose files are all as it says; raises BadResult."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadResult(folder, f"holds no {MANIFEST}, so it is no finished run") from error
-    except (OSError, ValueError) as error:
-        raise BadResult(folder, f"its {MANIFEST} cannot be read") from error
-    for path, expected in manifest["files"].items():
-        file = folder / path
-        if not file.is_file():
-            raise BadResult(folder, f"{path} is missing")
-        if sha256_file(file) != expected["sha256"]:
-            raise BadResult(folder, f"{path} is not what the manifest says")
-    return dict(manifest)
-
-
 def _fill(folder: Path, run: Run, factors: Factors, samples: Sequence[Sample]) -> str:
     """Write and check every file; the name of the adapter's."""
     dialect = run.config.output.dialect
@@ -111,7 +92,7 @@ def _fill(folder: Path, run: Run, factors: Factors, samples: Sequence[Sample]) -
     _write_text(folder / "config.yaml", _config_yaml(run))
     shown = [(_sample_path(index), sample.prompt) for index, sample in enumerate(samples)]
     _write_text(folder / "README.md", card(run, name, shown, COVER if samples else None))
-    _write_manifest(folder, run)
+    write_manifest(folder, run.config.name)
     return name
 
 
@@ -145,21 +126,6 @@ def _config_yaml(run: Run) -> str:
         is_named = run.config.output.privacy == "full"
         fields["dataset"]["folder"] = run.config.dataset.folder.name if is_named else "dataset"
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
-
-
-def _write_manifest(folder: Path, run: Run) -> None:
-    files = {
-        path.relative_to(folder).as_posix(): {
-            "sha256": sha256_file(path),
-            "size": path.stat().st_size,
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    body = {"schema": 1, "name": run.config.name, "files": files}
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    body["digest"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-    _write_text(folder / MANIFEST, json.dumps(body, indent=2) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:
