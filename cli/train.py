@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -106,8 +106,13 @@ def _train(wish: TrainConfig, output: Path, base: Path | None, resume: bool) -> 
     # transformers says at import that optional packages are missing; nobody can act on that.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with err.status("Loading the training libraries"):
+        from diffusers.utils.logging import disable_progress_bar
+
         from train.sd15 import train as run
+
+    disable_progress_bar()
 
     with _stop_on_signal() as stopped, _Watcher() as watcher:
         return run(
@@ -137,18 +142,18 @@ class _Watcher:
         self._task = self._progress.add_task("preparing", total=None, note="")
         self._last_line = 0.0
 
-    def __enter__(self) -> "_Watcher":
-        self._progress.__enter__()
+    def __enter__(self) -> Self:
+        self._progress.start()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._progress.__exit__(*error)
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
 
     def see(self, event: dict[str, Any]) -> None:
         match event["event"]:
             case "note":
                 self._say(f"note: {event['message']}")
-            case "preparing":
+            case "phase":
                 self._progress.update(self._task, description=event["what"])
             case "start":
                 self._start(event)
@@ -204,9 +209,7 @@ def _targets(
     return targets
 
 
-def _publish(
-    folder: Path, target: "Target", guard: Guard
-) -> "Published":
+def _publish(folder: Path, target: "Target", guard: Guard) -> "Published":
     from train.publish import State, publish
 
     with err.status(f"Publishing to {target.name}") as status, guard():

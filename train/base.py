@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from merge.formats.folders import folder_digest
 from train.errors import BadBase, BaseChanged
-from train.run import BaseFacts, family_of
+from train.run import BaseFacts, base_facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +81,8 @@ def load_base(name: str, folder: Path, device: torch.device, dtype: torch.dtype)
         part.requires_grad_(False)
         part.eval()
     pipe.to(device)
-    facts = BaseFacts(
-        label=_label(name),
-        sha256=folder_digest(folder),
-        family=family_of(pipe.unet),
-        prediction_type=pipe.scheduler.config.prediction_type,
-    )
+    prediction_type = pipe.scheduler.config.prediction_type
+    facts = base_facts(_label(name), folder_digest(folder), pipe.unet, prediction_type)
     return Base(pipe, facts, _digests(pipe))
 
 

@@ -52,7 +52,7 @@ def card(run: Run, file: str, samples: Sequence[tuple[str, str]], cover: str | N
 
 def _front_matter(run: Run, samples: Sequence[tuple[str, str]]) -> dict[str, Any]:
     config = run.config
-    family = run.base.family.name
+    family = run.base.family
     tags = ["text-to-image", "diffusers", "lora", "template:sd-lora", family, *config.output.tags]
     return {
         "license": config.output.license,

@@ -221,9 +221,15 @@ def parse_config(fields: dict[str, Any], file: str = "config") -> TrainConfig:
     except ValidationError as error:
         first, *others = error.errors()
         param = ".".join(str(part) for part in first["loc"])
-        detail = first["msg"].removeprefix("Value error, ")
+        detail = _DETAILS.get(first["type"], first["msg"].removeprefix("Value error, "))
         more = f" (and {len(others)} more)" if others else ""
         raise BadConfig(file, param, detail + more) from error
+
+
+_DETAILS = {
+    "extra_forbidden": "there is no such field",
+    "missing": "is required",
+}
 
 
 def _anchored(config: TrainConfig, folder: Path) -> TrainConfig:

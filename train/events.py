@@ -2,6 +2,7 @@
 
 event        fields besides `event` and `time`
 start        name, base, trainable, total, modules, examples, steps, from_step, device, precision
+phase        what: preparing or finishing work that takes more than a moment
 note         message: something about the data the user should know
 image        name, caption: every image with the caption that is used
 step         step, steps, loss, learning_rate, eta_s

@@ -51,7 +51,7 @@ def _kohya(run: Run) -> dict[str, str]:
     folder = _dataset_name(run)
     tags = {folder: run.report.tag_counts()} if config.output.privacy != "minimal" else {}
     return {
-        "ss_base_model_version": run.base.family.ss_base_model_version,
+        "ss_base_model_version": run.base.base_version,
         "ss_v2": "False",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.rank),
@@ -105,7 +105,7 @@ def _modelspec(run: Run, data_sha256: str) -> dict[str, str]:
     config = run.config
     fields = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{run.base.family.modelspec_architecture}/lora",
+        "architecture": f"{run.base.architecture}/lora",
         "implementation": "diffusers",
         "title": config.title or config.name,
         "resolution": f"{run.resolution}x{run.resolution}",
@@ -131,7 +131,7 @@ def _graft(run: Run) -> dict[str, str]:
         GRAFT_TRIGGERS: json.dumps(run.triggers, ensure_ascii=False),
         GRAFT_BASE_SHA256: run.base.sha256,
         "graft.base": run.base.label,
-        "graft.family": run.base.family.name,
+        "graft.family": run.base.family,
         "graft.algorithm": "lora",
         "graft.merge_semantics": "additive",
         "graft.targets": config.targets,

@@ -4,37 +4,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from diffusers import UNet2DConditionModel
+from torch import nn
 
+from merge.families import FAMILIES
 from train.config import TrainConfig
 from train.data import Report
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """How the field's files name a kind of base: kohya's ss_base_model_version, ModelSpec's id."""
-
-    name: str
-    ss_base_model_version: str
-    modelspec_architecture: str
-
-
-UNKNOWN = Family("unknown", "unknown", "unknown")
-
-# By cross-attention width and block channels, which no two of these share.
-FAMILIES: Mapping[tuple[int, tuple[int, ...]], Family] = {
-    (768, (320, 640, 1280, 1280)): Family("sd15", "sd_v1", "stable-diffusion-v1"),
-    (1024, (320, 640, 1280, 1280)): Family("sd2", "sd_v2", "stable-diffusion-v2-512"),
-    (64, (48, 96)): Family("tiny-sd", "tiny-sd", "tiny-sd"),
-}
-
-
-@dataclass(frozen=True, slots=True)
 class BaseFacts:
-    """A base as others may know it: no path of this machine. `sha256` is merge's folder digest."""
+    """A base as others may know it: no path of this machine. `sha256` is merge's folder digest.
+
+    family, base_version (ss_base_model_version) and architecture (ModelSpec) are "unknown" for a UNet
+    that no family's table describes.
+    """
 
     label: str
     sha256: str
-    family: Family
+    family: str
+    base_version: str
+    architecture: str
     prediction_type: str
 
 
@@ -60,7 +49,20 @@ class Run:
         return self.config.effective_alpha
 
 
-def family_of(unet: UNet2DConditionModel) -> Family:
-    """The family whose UNet has this width, or UNKNOWN."""
-    config = unet.config
-    return FAMILIES.get((config.cross_attention_dim, tuple(config.block_out_channels)), UNKNOWN)
+def base_facts(
+    label: str, sha256: str, unet: UNet2DConditionModel, prediction_type: str
+) -> BaseFacts:
+    """The family is the one whose table lists exactly the layers and shapes of this UNet."""
+    layers = {
+        name: tuple(module.weight.shape)
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    for family in FAMILIES.values():
+        table = family.components["unet"]
+        if layers == {name: m.shape for name, m in table.items() if m.takes_adapters}:
+            version = family.base_versions[0]
+            return BaseFacts(
+                label, sha256, family.name, version, family.architecture, prediction_type
+            )
+    return BaseFacts(label, sha256, "unknown", "unknown", "unknown", prediction_type)

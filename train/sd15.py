@@ -72,6 +72,7 @@ def _run(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device, dtype = _hardware(config)
+    log.emit("phase", what="loading the base")
     base = load_base(config.base, base_folder, device, dtype)
     report, triggers = _read_dataset(config)
     for note in report.warnings:
@@ -79,10 +80,13 @@ def _run(
     for example in report.examples:
         log.emit("image", name=example.name, caption=example.caption)
 
+    log.emit("phase", what=f"encoding {len(report.examples)} images")
     resolution = config.resolution or base.resolution
     cache = Cache(work / "cache")
     latents = encode_images(report.examples, base.vae, base.parts["vae"], resolution, cache)
     captions = [example.caption for example in report.examples]
+    if config.class_images:
+        log.emit("phase", what=f"painting {config.class_images.count} class images")
     class_latents, class_captions = _class_images(config, base, captions, triggers, cache)
     texts = encode_captions(
         [*captions, *class_captions, NO_CAPTION],
@@ -148,11 +152,13 @@ def _run(
         if sample_now and done < config.steps:
             _sample_on_the_way(config, base, prompts, work / "samples", done, log)
 
+    log.emit("phase", what="measuring")
     require_unchanged(base)
     factors = round_to(adapter, getattr(torch, config.output.dtype))
     with base.autocast():
         scores = evaluate(base.pipe, config)
     log.emit("scores", **scores)
+    log.emit("phase", what=f"painting {len(prompts)} samples")
     with base.autocast():
         samples = make_samples(base.pipe, prompts, config.samples, resolution)
     finished = time.time()
