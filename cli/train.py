@@ -36,7 +36,8 @@ def register(app: typer.Typer) -> None:
 
 def train(
     config: Annotated[
-        Path | None, typer.Argument(help="What to train; docs/training.md explains the fields.")
+        Path | None,
+        typer.Argument(metavar="CONFIG.yaml", help="What to train; docs/training.md explains it."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="New folder for the result; by default ./NAME.")
@@ -78,8 +79,10 @@ def train(
 
 
 def publish(
-    folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-    target: Annotated[str, typer.Argument(help="A repo namespace/name, or s3://bucket/prefix.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a finished run.")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="A repo namespace/name, or s3://bucket/prefix.")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make a new repo private.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was sent as JSON.")] = False,
 ) -> None:
@@ -280,7 +283,6 @@ def _show(result: "Result", published: "list[Published]") -> None:
     table.add_row("sha256", result.sha256)
     share = result.trainable / result.total
     table.add_row("trained", f"{result.trainable:,} parameters ({share:.2%} of the UNet)")
-    table.add_row("time", _duration(result.seconds))
     for name, value in result.scores.items():
         table.add_row(name.replace("_", " "), f"{value:.3f}")
     table.add_row("samples", str(result.folder / "samples"))
@@ -298,7 +300,6 @@ def _as_json(result: "Result", published: "list[Published]") -> dict[str, Any]:
         "size_bytes": result.size_bytes,
         "trainable": result.trainable,
         "total": result.total,
-        "seconds": round(result.seconds, 1),
         "scores": result.scores,
         "published": [_published_json(one) for one in published],
     }

@@ -27,11 +27,12 @@ SCORES = {
 def card(run: Run, file: str, samples: Sequence[tuple[str, str]], cover: str | None) -> str:
     """`samples` are (path, prompt)."""
     config = run.config
-    front = yaml.safe_dump(_front_matter(run, samples), sort_keys=False, allow_unicode=True)
+    # Hubs show the first widget as the repo's picture.
+    shown = [(cover, ", ".join(run.triggers)), *samples] if cover else samples
+    front = yaml.safe_dump(_front_matter(run, shown), sort_keys=False, allow_unicode=True)
     sections = [
         f"# {config.title or config.name}",
         config.description,
-        f"![Samples]({cover})" if cover else "",
         "<Gallery />",
         "## Trigger words",
         "\n".join(f"- `{trigger}`" for trigger in run.triggers),

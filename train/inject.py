@@ -65,7 +65,10 @@ def inject(unet: UNet2DConditionModel, preset: str, rank: int, alpha: float) -> 
     if not modules:
         raise BadBase(type(unet).__name__, f"preset {preset} names no layer of this UNet")
     unet.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, lora_dropout=0.0)
+    # Gaussian as in diffusers' own training scripts; the default starts convolutions too small.
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=modules, init_lora_weights="gaussian"
+    )
     unet.add_adapter(config, adapter_name=ADAPTER)
     layers = dict(unet.named_modules())
     pairs = []

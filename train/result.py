@@ -41,7 +41,6 @@ class Result:
     scores: dict[str, float]
     trainable: int
     total: int
-    seconds: float
 
 
 def write_result(output: Path, run: Run, factors: Factors, samples: Sequence[Sample]) -> Result:
@@ -69,7 +68,6 @@ def write_result(output: Path, run: Run, factors: Factors, samples: Sequence[Sam
         scores=dict(run.scores),
         trainable=run.trainable,
         total=run.total,
-        seconds=run.finished - run.started,
     )
 
 
@@ -114,7 +112,6 @@ def _metrics(run: Run, file: Path) -> dict[str, Any]:
         "file_bytes": file.stat().st_size,
         "steps": run.config.steps,
         "last_loss": round(run.last_loss, 6),
-        "seconds": round(run.finished - run.started, 1),
     }
 
 

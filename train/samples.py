@@ -13,8 +13,8 @@ from train import rendered
 from train.config import Samples, TrainConfig
 
 DEFAULT_COUNT = 9
-COVER_TILE = 256
-COVER_GAP = 8
+COVER_TILE = 192
+COVER_GAP = 6
 COVER_PAPER = (24, 24, 27)
 
 

@@ -7,6 +7,7 @@ run that was killed and resumed ends, on a CPU with the same number of threads, 
 
 import hashlib
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def _run(
     cancelled: Callable[[], bool],
     base_folder: Path,
 ) -> Result:
-    started = time.time()
+    started, begun = _now(), time.monotonic()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device, dtype = _hardware(config)
@@ -161,7 +162,6 @@ def _run(
     log.emit("phase", what=f"painting {len(prompts)} samples")
     with base.autocast():
         samples = make_samples(base.pipe, prompts, config.samples, resolution)
-    finished = time.time()
     result = write_result(
         output,
         Run(
@@ -176,14 +176,14 @@ def _run(
             last_loss=loss,
             scores=scores,
             started=started,
-            finished=finished,
+            finished=_now(),
         ),
         factors,
         samples,
     )
     shutil.rmtree(checkpoints)
     shutil.rmtree(cache.folder)
-    log.emit("finish", path=str(result.file.name), seconds=round(finished - started, 1))
+    log.emit("finish", path=str(result.file.name), seconds=round(time.monotonic() - begun, 1))
     return result
 
 
@@ -391,6 +391,12 @@ def _sample_on_the_way(
         path = folder / f"step-{step:07d}-{index}.png"
         sample.save(path)
         log.emit("sample", step=step, path=str(path), prompt=sample.prompt, seed=sample.seed)
+
+
+def _now() -> float:
+    """Unix seconds for the header; SOURCE_DATE_EPOCH makes files that can be made again."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH")
+    return time.time() if fixed is None else float(fixed)
 
 
 def _generator(seed: int, purpose: str, number: int) -> torch.Generator:

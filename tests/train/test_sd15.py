@@ -148,6 +148,14 @@ def test_two_runs_give_the_same_bits_and_another_seed_does_not(
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
+def test_a_fixed_clock_gives_the_same_folder_byte_for_byte(
+    config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    first, second = (train(config(), tmp_path / name).folder for name in ("a", "b"))
+    assert digest_of(first) == digest_of(second)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_both_targets_and_optimizers_train(
@@ -302,7 +310,10 @@ def test_the_card_has_front_matter_a_hub_reads(run: Callable[..., Result]) -> No
     assert front["license"] == "mit"
     assert front["instance_prompt"] == "sks"
     assert {"lora", "text-to-image", "test", "tiny-sd"} <= set(front["tags"])
-    assert front["widget"] == [{"text": "a sks circle", "output": {"url": "samples/00.png"}}]
+    assert front["widget"] == [
+        {"text": "sks", "output": {"url": "samples/cover.png"}},
+        {"text": "a sks circle", "output": {"url": "samples/00.png"}},
+    ]
     assert "# My toy" in text
 
 
