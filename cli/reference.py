@@ -34,7 +34,26 @@ def settings() -> str:
     )
 
 
+def methods() -> str:
+    """Every merge method with its parameters and its source."""
+    from merge.methods import METHODS
+
+    lines = ["# Merge methods", "", "What `method:` in a recipe and `graft merge --method` take."]
+    for method in METHODS.values():
+        lines += ["", f"## {method.name}", "", method.summary, method.exactness, ""]
+        fields = [
+            f"| `{name}` | {_default(name, field.get_default())} | {field.description} |"
+            for name, field in method.parameters.model_fields.items()
+            if name != "name"
+        ]
+        head = ["| parameter | default | meaning |", "|---|---|---|"]
+        lines += [*head, *fields] if fields else ["It has no parameters."]
+        lines += ["", f"Source: {method.reference}."]
+    return "\n".join([*lines, ""])
+
+
 DOCUMENTS: Mapping[str, Callable[[], str]] = {
+    "docs/methods.md": methods,
     "docs/settings.md": settings,
 }
 

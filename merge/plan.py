@@ -280,20 +280,20 @@ def _file(name: str, param: str, files: Mapping[str, Path]) -> Path:
 
 def _check_selectors(inputs: Iterable[Input], adapters: Iterable[Adapter]) -> None:
     """A component or glob that selects nothing anywhere is a typing error, not a wish."""
-    unmatched: dict[str, str] = {}
-    matched: set[str] = set()
+    said: dict[tuple[str, str], str] = {}
+    matched: set[tuple[str, str]] = set()
     for source, adapter in zip(inputs, adapters, strict=True):
-        components = sorted({entry.component for entry in adapter.layout.entries})
-        for component in source.components:
-            if component not in components:
-                detail = f"{adapter.name} has no such component, only {', '.join(components)}"
-                raise BadRecipe(f"{adapter.param}.components.{component}", detail)
-        for glob in source.blocks:
-            unmatched[glob] = f"{adapter.param}.blocks.{glob}"
-            if any(fnmatchcase(f"{e.component}.{e.module}", glob) for e in adapter.layout.entries):
-                matched.add(glob)
-    for glob, param in unmatched.items():
-        if glob not in matched:
+        names = {f"{entry.component}.{entry.module}" for entry in adapter.layout.entries}
+        for field, globs in (
+            ("components", {component: f"{component}.*" for component in source.components}),
+            ("blocks", {glob: glob for glob in source.blocks}),
+        ):
+            for key, glob in globs.items():
+                said.setdefault((field, key), f"{adapter.param}.{field}.{key}")
+                if any(fnmatchcase(name, glob) for name in names):
+                    matched.add((field, key))
+    for selector, param in said.items():
+        if selector not in matched:
             raise BadRecipe(param, "matches no module of any input that it is given for")
 
 

@@ -64,10 +64,17 @@ class AdapterLayout:
     families: tuple[str, ...] = ()
 
 
-def read_config(path: Path) -> Mapping[str, Any] | None:
+def config_beside(path: Path) -> Path | None:
     """The adapter_config.json beside a PEFT file, which holds its alphas; None without one."""
     beside = path.with_name("adapter_config.json")
-    if path.name != "adapter_model.safetensors" or not beside.is_file():
+    is_peft = path.name == "adapter_model.safetensors"
+    return beside if is_peft and beside.is_file() else None
+
+
+def read_config(path: Path) -> Mapping[str, Any] | None:
+    """What `config_beside` holds, parsed."""
+    beside = config_beside(path)
+    if beside is None:
         return None
     try:
         config = json.loads(beside.read_text("utf-8"))

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from merge.errors import BadRecipe
-from merge.recipe import Pinned, Recipe
+from merge.methods import METHODS
+from merge.recipe import Input, Linear, Output, Pinned, Rank, Recipe
 
 A, B = "a" * 64, "b" * 64
 PINS = {"ink": Pinned(sha256=A), "robot": Pinned(sha256=B)}
@@ -167,3 +170,30 @@ def test_a_strength_of_zero_is_zero_and_not_the_default() -> None:
     recipe = Recipe.load("kind: merge\ninputs: [{ref: a, strength: 0, components: {unet: 0}}]")
     assert recipe.inputs[0].strength_at("unet", "x") == 0
     assert recipe.inputs[0].strength_at("text_encoder", "x") == 0
+
+
+def _example() -> str:
+    text = (Path(__file__).parents[2] / "docs" / "merging.md").read_text("utf-8")
+    return re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0]
+
+
+def test_the_example_in_the_documents_is_a_recipe_and_shows_every_field() -> None:
+    example = re.sub(r"^base:.*$", "", _example(), flags=re.MULTILINE)
+    recipe = Recipe.load(re.sub(r"(config_)?sha256: \S*…", "", example))
+    assert recipe.inputs[0].strength == 0.7
+    fields = {
+        alias or name
+        for part in (Recipe, Input, Output)
+        for name, alias in ((n, f.alias) for n, f in part.model_fields.items())
+    }
+    assert not [name for name in fields if f"{name}:" not in _example()]
+    text = (Path(__file__).parents[2] / "docs" / "merging.md").read_text("utf-8")
+    assert not [name for name in Rank.model_fields if name not in text]
+
+
+def test_every_method_a_recipe_may_name_is_in_the_table() -> None:
+    assert set(METHODS) == set(get_args(Linear.model_fields["name"].annotation))
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert all(f.description for n, f in method.parameters.model_fields.items() if n != "name")
+        assert "http" in method.reference

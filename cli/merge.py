@@ -1,0 +1,319 @@
+"""graft merge, bake, recipe run: wishes on the command line, results with their certificate."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from cli.console import CommandError, byte_progress, count_progress, err, out, print_json
+from cli.refs import fetch, parse_weighted
+
+if TYPE_CHECKING:
+    from merge.execute import Outcome
+    from merge.plan import Plan
+    from merge.recipe import Pinned, Recipe
+
+Inputs = Annotated[list[str], typer.Argument(metavar="REF=STRENGTH…", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The file or folder to write.")]
+Blocks = Annotated[
+    list[str] | None,
+    typer.Option("--block", metavar="GLOB=FACTOR", help="Multiply the strength of some modules."),
+]
+Components = Annotated[
+    list[str] | None,
+    typer.Option("--component", metavar="NAME=STRENGTH", help="A component's own strength."),
+]
+LeaveOut = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="Modules to leave out, by name.")
+]
+Reproducible = Annotated[
+    bool, typer.Option("--reproducible", help="The same bytes for any number of threads.")
+]
+SaveRecipe = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the pinned recipe as YAML.")
+]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(merge)
+    app.command()(bake)
+    recipes = typer.Typer(no_args_is_help=True, help="Wishes in files.")
+    recipes.command("run")(run_recipe)
+    app.add_typer(recipes, name="recipe")
+
+
+def merge(
+    inputs: Inputs,
+    to: Out,
+    method: Annotated[str, typer.Option(help="See docs/methods.md.")] = "linear",
+    rank: Annotated[int | None, typer.Option(help="The best result of this rank.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Keep this share of each module's squared norm.")
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(metavar="BYTES", help="The best ranks within so many bytes.")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Ranks add up; the default.")] = False,
+    block: Blocks = None,
+    component: Components = None,
+    leave_out: LeaveOut = None,
+    dtype: Annotated[str, typer.Option(help="keep, float16, bfloat16 or float32.")] = "keep",
+    dialect: Annotated[
+        str | None, typer.Option("--to", help="kohya, diffusers, comfy or peft (a folder).")
+    ] = None,
+    reproducible: Reproducible = False,
+    save_recipe: SaveRecipe = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Combine adapters into one: graft merge ink.safetensors=0.7 robot.safetensors=0.5 -o OUT."""
+    from merge.recipe import Recipe
+
+    ranks = {"fixed": rank, "energy": energy, "budget_bytes": budget, "exact": exact or None}
+    said = {name: value for name, value in ranks.items() if value is not None}
+    recipe = Recipe.parse(
+        {
+            "kind": "merge",
+            "inputs": _inputs(inputs, block, component, leave_out),
+            "method": {"name": method},
+            "rank": said or {"exact": True},
+            "output": {"dialect": dialect, "dtype": dtype},
+            "numerics": "reproducible" if reproducible else "fast",
+        }
+    )
+    _run(recipe, to, save_recipe, as_json)
+
+
+def bake(
+    base: Annotated[str, typer.Argument(metavar="BASE", show_default=False)],
+    inputs: Inputs,
+    to: Out,
+    block: Blocks = None,
+    component: Components = None,
+    leave_out: LeaveOut = None,
+    dtype: Annotated[str, typer.Option(help="Only keep: every tensor keeps its own.")] = "keep",
+    reproducible: Reproducible = False,
+    save_recipe: SaveRecipe = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Add adapters to a checkpoint's own weights: graft bake BASE ink.safetensors=0.8 -o OUT."""
+    from merge.recipe import Recipe
+
+    recipe = Recipe.parse(
+        {
+            "kind": "bake",
+            "base": {"ref": base},
+            "inputs": _inputs(inputs, block, component, leave_out),
+            "output": {"dtype": dtype},
+            "numerics": "reproducible" if reproducible else "fast",
+        }
+    )
+    _run(recipe, to, save_recipe, as_json)
+
+
+def run_recipe(
+    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
+    to: Out,
+    source: Annotated[
+        list[Path] | None,
+        typer.Option("--from", metavar="PATH", help="Files for sources known by SHA-256 alone."),
+    ] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Do what a recipe file (YAML or JSON) says."""
+    from merge.recipe import Recipe
+
+    _run(Recipe.load(file), to, None, as_json, source or [])
+
+
+def _inputs(
+    weighted: Iterable[str],
+    block: list[str] | None,
+    component: list[str] | None,
+    leave_out: list[str] | None,
+) -> list[dict[str, Any]]:
+    shared = {
+        "blocks": _factors(block, "--block"),
+        "components": _factors(component, "--component"),
+        "leave_out": leave_out or [],
+    }
+    return [
+        {"ref": ref, "strength": strength, **shared}
+        for ref, strength in map(parse_weighted, weighted)
+    ]
+
+
+def _factors(texts: list[str] | None, option: str) -> dict[str, float]:
+    """NAME=NUMBER of an option that may be repeated."""
+    found = {}
+    for text in texts or []:
+        name, equals, number = text.rpartition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise CommandError(f"{option} {text}: write {option} NAME=NUMBER")
+    return found
+
+
+def _run(
+    recipe: "Recipe",
+    to: Path,
+    save_recipe: Path | None,
+    as_json: bool,
+    sources: Iterable[Path] = (),
+) -> None:
+    from merge.plan import plan
+
+    files, pins = _gather(recipe, list(sources))
+    recipe = recipe.pin(pins)
+    planned = plan(recipe, files)
+    outcome = _execute(planned, to)
+    if save_recipe is not None:
+        save_recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+    if as_json:
+        print_json(
+            {
+                "path": str(to),
+                "sha256": outcome.sha256,
+                "size": outcome.size,
+                "recipe_digest": outcome.recipe_digest,
+                "plan": planned.to_json(),
+                "certificate": outcome.certificate,
+            }
+        )
+    else:
+        _print(planned, to, outcome)
+
+
+def _gather(recipe: "Recipe", sources: list[Path]) -> tuple[dict[str, Path], dict[str, "Pinned"]]:
+    """A local file for every source of the recipe, and what its bytes are."""
+    from merge.formats.hashes import sha256_file
+
+    by_digest = {f"sha256:{sha256_file(path)}": path for path in sources}
+    files = {}
+    for name in recipe.refs():
+        if name in by_digest:
+            files[name] = by_digest[name]
+        elif name.startswith("sha256:"):
+            raise CommandError(f"{name} has no ref; give its file with --from PATH")
+        else:
+            files[name] = _adapter_in(fetch(name)) if _is_input(recipe, name) else fetch(name)
+    with err.status("hashing"):
+        return files, {name: _pin(path) for name, path in files.items()}
+
+
+def _is_input(recipe: "Recipe", name: str) -> bool:
+    return any(source.name == name for source in recipe.inputs)
+
+
+def _adapter_in(path: Path) -> Path:
+    """The adapter of a folder that PEFT or diffusers saved."""
+    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    return path
+
+
+def _pin(path: Path) -> "Pinned":
+    from merge.formats.adapters import config_beside
+    from merge.formats.folders import folder_digest
+    from merge.formats.hashes import sha256_file
+    from merge.recipe import Pinned
+
+    if path.is_dir():
+        return Pinned(sha256=folder_digest(path))
+    config = config_beside(path)
+    return Pinned(sha256=sha256_file(path), config_sha256=sha256_file(config) if config else None)
+
+
+def _execute(planned: "Plan", to: Path) -> "Outcome":
+    from merge.execute import execute
+    from merge.plan import BakePlan
+
+    if isinstance(planned, BakePlan):
+        bar = byte_progress("baking", planned.cost.bytes_to_write)
+    else:
+        bar = count_progress("merging", None, "modules")
+    with bar as progress:
+        task = progress.task_ids[0]
+        return execute(
+            planned,
+            to,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def _print(planned: "Plan", to: Path, outcome: "Outcome") -> None:
+    certificate = outcome.certificate
+    columns = _COLUMNS[certificate["kind"]]
+    table = Table(box=None, pad_edge=False)
+    for title in ("component", "modules", *(title for title, _, _ in columns)):
+        table.add_column(title, justify="left" if title == "component" else "right")
+    for component, modules in _by_component(certificate["modules"]).items():
+        cells = (_range([m[field] for m in modules], form) for _, field, form in columns)
+        table.add_row(component, str(len(modules)), *cells)
+    out.print(table)
+    if certificate["left_out"]:
+        out.print(f"left out: {len(certificate['left_out'])} modules, as the recipe allows")
+    out.print(_verdict(certificate))
+    out.print(f"recipe  {outcome.recipe_digest}")
+    if outcome.sha256 is not None:
+        out.print(f"output  sha256:{outcome.sha256}")
+    out.print(f"[bold]{_plain(str(to))}[/]  {_size(outcome.size)}")
+
+
+# title, field of a module in the certificate, how a value is shown
+_COLUMNS = {
+    "merge": [
+        ("rank", "rank", "{:d}"),
+        ("norm", "norm", "{:.3g}"),
+        ("truncation", "truncation", "{:.2%}"),
+        ("rounding", "rounding", "{:.3%}"),
+    ],
+    "bake": [("norm", "norm", "{:.3g}"), ("values that stayed", "unchanged", "{:.2%}")],
+}
+
+
+def _verdict(certificate: Mapping[str, Any]) -> str:
+    if certificate["kind"] == "merge":
+        if certificate["truncation"] == 0:
+            return f"exact, but for storage rounding of {certificate['rounding']:.3%}"
+        return (
+            f"error {certificate['error']:.2%} of the exact sum: "
+            f"truncation {certificate['truncation']:.2%}, rounding {certificate['rounding']:.3%}"
+        )
+    if certificate["elements"] == 0:
+        return "every strength is 0: the base, bit for bit"
+    return (
+        f"{certificate['elements']:,} values rounded once; "
+        f"{certificate['unchanged']:.2%} of them stayed what they were"
+    )
+
+
+def _by_component(modules: Mapping[str, Any]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for name, facts in modules.items():
+        found.setdefault(name.partition(".")[0], []).append(facts)
+    return found
+
+
+def _range(values: list[Any], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} – {high}"
+
+
+def _size(n_bytes: int) -> str:
+    size = float(n_bytes)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,195 @@
+"""graft merge, bake and recipe run as commands, on the pipeline that comes with the project."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from merge.families import FAMILIES
+from merge.formats.hashes import sha256_file
+from merge.recipe import Recipe
+from tests.fixtures.engine import MadeAdapter, load_deltas, make_adapter, some_of
+
+ROOT = Path(__file__).parents[2]
+PIPELINE = ROOT / "train" / "tiny" / "pipeline"
+FAMILY = FAMILIES["tiny-sd"]
+NAMES = some_of(FAMILY)
+
+
+@pytest.fixture
+def ink(tmp_path: Path) -> MadeAdapter:
+    return make_adapter(tmp_path / "ink.safetensors", FAMILY, NAMES, rank=4)
+
+
+@pytest.fixture
+def robot(tmp_path: Path) -> MadeAdapter:
+    return make_adapter(tmp_path / "robot.safetensors", FAMILY, NAMES, rank=6, seed=2)
+
+
+def graft(folder: Path, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "cli", *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        check=False,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(folder)},
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def refused(folder: Path, *arguments: str | Path) -> str:
+    """The one sentence of a failure, after which nothing has changed."""
+    before = sorted(p.name for p in folder.iterdir())
+    done = graft(folder, *arguments)
+    assert done.returncode == 1
+    assert sorted(p.name for p in folder.iterdir()) == before
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_merge_writes_the_adapter_and_its_recipe(
+    tmp_path: Path, ink: MadeAdapter, robot: MadeAdapter
+) -> None:
+    done = graft(
+        tmp_path,
+        *("merge", "ink.safetensors=0.7", "robot.safetensors=-0.5", "-o", "out.safetensors"),
+        *("--dtype", "float32", "--save-recipe", "recipe.yaml"),
+    )
+    assert done.returncode == 0
+    found = load_deltas(tmp_path / "out.safetensors", FAMILY, NAMES)
+    for name, change in found.items():
+        wanted = 0.7 * ink.deltas[name] - 0.5 * robot.deltas[name]
+        assert abs(change - wanted).max() < 1e-6
+    recipe = Recipe.load(tmp_path / "recipe.yaml")
+    digest = sha256_file(tmp_path / "out.safetensors")
+    assert "exact, but for storage rounding" in done.stdout
+    assert f"recipe  {recipe.digest()}" in done.stdout
+    assert f"output  sha256:{digest}" in done.stdout
+    again = graft(tmp_path, "recipe", "run", "recipe.yaml", "-o", "again.safetensors")
+    assert again.returncode == 0
+    assert sha256_file(tmp_path / "again.safetensors") == digest
+
+
+def test_every_option_of_merge_reaches_the_recipe(
+    tmp_path: Path, ink: MadeAdapter, robot: MadeAdapter
+) -> None:
+    done = graft(
+        tmp_path,
+        *("merge", "ink.safetensors", "robot.safetensors=0.5", "-o", "out.safetensors", "--json"),
+        *("--rank", "3", "--block", "*.attn1.*=0.5", "--component", "text_encoder=0.4"),
+        *("--leave-out", "*.fc1", "--to", "diffusers", "--dtype", "bfloat16", "--reproducible"),
+        *("--save-recipe", "recipe.yaml"),
+    )
+    assert done.returncode == 0
+    answer = json.loads(done.stdout)
+    assert answer["plan"]["dialect"] == "diffusers"
+    assert answer["certificate"]["left_out"]
+    recipe = Recipe.load(tmp_path / "recipe.yaml")
+    assert answer["recipe_digest"] == recipe.digest()
+    shared = {
+        "components": {"text_encoder": 0.4},
+        "blocks": {"*.attn1.*": 0.5},
+        "leave_out": ["*.fc1"],
+    }
+    document = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    assert [{k: v for k, v in i.items() if k != "sha256"} for i in document["inputs"]] == [
+        {"ref": "ink.safetensors", **shared},
+        {"ref": "robot.safetensors", "strength": 0.5, **shared},
+    ]
+    del document["inputs"]
+    assert document == {
+        "kind": "merge",
+        "rank": {"fixed": 3},
+        "output": {"dialect": "diffusers", "dtype": "bfloat16"},
+        "numerics": "reproducible",
+    }
+
+
+def test_bake_writes_a_pipeline_that_differs_where_it_should(
+    tmp_path: Path, ink: MadeAdapter
+) -> None:
+    done = graft(tmp_path, "bake", PIPELINE, "ink.safetensors=0.8", "-o", "baked")
+    assert done.returncode == 0, done.stderr
+    assert "values rounded once" in done.stdout
+    before = load_file(next((PIPELINE / "unet").glob("*.safetensors")))
+    after = load_file(next((tmp_path / "baked" / "unet").glob("*.safetensors")))
+    changed = {key for key in before if not before[key].equal(after[key])}
+    assert changed == {f"{module}.weight" for component, module in NAMES if component == "unet"}
+    for component, module in NAMES:
+        if component == "unet":
+            change = after[f"{module}.weight"].double() - before[f"{module}.weight"].double()
+            wanted = 0.8 * ink.deltas[component, module]
+            assert abs(change.numpy() - wanted).max() < 2e-3 * abs(wanted).max() + 1e-3
+
+
+def test_a_recipe_with_digests_alone_finds_its_files_by_content(
+    tmp_path: Path, ink: MadeAdapter
+) -> None:
+    digest = sha256_file(ink.path)
+    recipe = {"kind": "merge", "inputs": [{"sha256": digest, "strength": 0.5}]}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    told = refused(tmp_path, "recipe", "run", "recipe.json", "-o", "out.safetensors")
+    assert told == f"error: sha256:{digest} has no ref; give its file with --from PATH"
+    done = graft(
+        tmp_path,
+        *("recipe", "run", "recipe.json", "--from", "ink.safetensors", "-o", "out.safetensors"),
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "out.safetensors").exists()
+
+
+def test_a_peft_adapter_is_given_as_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "peft").mkdir()
+    names = [name for name in NAMES if name[0] == "unet"]
+    made = make_adapter(
+        tmp_path / "peft" / "adapter_model.safetensors", FAMILY, names, alpha=6.0, dialect="peft"
+    )
+    done = graft(
+        tmp_path,
+        *("merge", "peft=2", "-o", "out.safetensors", "--to", "kohya", "--dtype", "float32"),
+    )
+    assert done.returncode == 0, done.stderr
+    for name, change in load_deltas(tmp_path / "out.safetensors", FAMILY, names).items():
+        assert abs(change - 2 * made.deltas[name]).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["merge", "nope.safetensors", "-o", "x"], "nope.safetensors: there is no such file"),
+        (["merge", "ink.safetensors", "-o", "x", "--rank", "0"], "rank.fixed"),
+        (["merge", "ink.safetensors", "-o", "x", "--rank", "2", "--exact"], "exactly one of"),
+        (["merge", "ink.safetensors", "-o", "x", "--method", "ties"], "method.name"),
+        (["merge", "ink.safetensors", "-o", "x", "--to", "onnx"], "output.dialect"),
+        (["merge", "ink.safetensors", "-o", "x", "--block", "attn"], "write --block NAME=NUMBER"),
+        (["merge", "ink.safetensors", "-o", "x", "--block", "*.nope=1"], "matches no module"),
+        (["merge", "ink.safetensors", "-o", "no/x"], "the folder no does not exist"),
+        (["merge", "ink.safetensors", "-o", "ink.safetensors"], "is an input"),
+        (["bake", "ink.safetensors", "ink.safetensors", "-o", "x"], "neither an LDM checkpoint"),
+        (["bake", "nope", "ink.safetensors", "-o", "x"], "nope: there is no such file"),
+        (["recipe", "run", "nope.yaml", "-o", "x"], "cannot read nope.yaml"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    tmp_path: Path, ink: MadeAdapter, arguments: list[str], says: str
+) -> None:
+    assert says in refused(tmp_path, *arguments)
+
+
+def test_planning_needs_no_torch(tmp_path: Path, ink: MadeAdapter) -> None:
+    program = (
+        "import sys; from pathlib import Path; from merge.plan import plan; "
+        "from merge.recipe import Recipe; "
+        "recipe = Recipe.load(sys.argv[1]); "
+        "plan(recipe, {'i': Path('ink.safetensors'), 'b': Path(sys.argv[2])}); "
+        "assert 'torch' not in sys.modules"
+    )
+    recipe = '{"kind": "bake", "base": {"ref": "b"}, "inputs": [{"ref": "i"}]}'
+    command = [sys.executable, "-c", program, recipe, str(PIPELINE)]
+    subprocess.run(command, check=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
