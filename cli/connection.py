@@ -152,6 +152,7 @@ def _prepare_client() -> None:
     """
     for name in ("DISABLE_XET", "DISABLE_PROGRESS_BARS", "DISABLE_TELEMETRY"):
         os.environ[f"HF_HUB_{name}"] = "1"
+    os.environ["HF_HUB_VERBOSITY"] = "error"
 
 
 def _refused(hub: Connection, response: Any) -> str:

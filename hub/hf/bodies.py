@@ -3,9 +3,16 @@
 Unknown fields are ignored: clients of other versions send more than we need.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from hub.errors import BadRequest
 
@@ -17,6 +24,14 @@ RepoType = Literal["model", "dataset", "space"]
 
 class _Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
+
+    @model_validator(mode="after")
+    def _is_text(self) -> Self:
+        """JSON can spell characters that no database keeps: NUL and halves of surrogate pairs."""
+        for value in self.__dict__.values():
+            if isinstance(value, str) and b"\0" in value.encode():
+                raise ValueError("text without NUL is expected")
+        return self
 
 
 Parsed = TypeVar("Parsed", bound=_Body)

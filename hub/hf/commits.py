@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from anyio import to_thread
-from fastapi import Request
+from fastapi import Request, Response
 from sqlmodel import Session
 
 from hub.adapters.service import publish
@@ -40,6 +40,7 @@ def preupload(
     repo: RepoDep,
     revision: str,
     body: bodies.Preupload,
+    response: Response,
     create_pr: str = "",
 ) -> dict[str, Any]:
     """How each file is to be sent, and what is at its path now.
@@ -64,6 +65,13 @@ def preupload(
             # Clients leave a file out if this is its own digest, in the kind of the mode above.
             answer["oid"] = blob.sha256 if is_lfs else blob.git_oid
         answers.append(answer)
+    if any(answer["uploadMode"] == "lfs" for answer in answers):
+        # Clients print it. From 1.20 on they would use Xet, and fail without saying how to go on.
+        limit = hub.settings.max_regular_bytes // 2**20
+        response.headers["X-HF-Warning"] = (
+            f"large-files; this hub takes files above {limit} MiB over Git LFS."
+            " If the upload fails, set HF_HUB_DISABLE_XET=1."
+        )
     return {"files": answers, "commitOid": head.id}
 
 

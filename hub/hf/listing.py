@@ -35,8 +35,8 @@ class ListQuery(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    search: str | None = Field(None, max_length=256)
-    author: str | None = Field(None, max_length=256)
+    search: str | None = Field(None, max_length=256, pattern=r"^[^\x00]*$")
+    author: str | None = Field(None, max_length=256, pattern=r"^[^\x00]*$")
     filter: list[str] = Field([], max_length=32)
     pipeline_tag: str | None = None
     sort: str = "lastModified"

@@ -57,6 +57,8 @@ class HFRoute(APIRoute):
         match, child = super().matches({**scope, "path": scope["raw_path"].decode("ascii")})
         if match is not Match.NONE:
             child["path_params"] = {k: unquote(v) for k, v in child["path_params"].items()}
+            if any("\0" in value for value in child["path_params"].values()):
+                return Match.NONE, {}
         return match, child
 
 

@@ -131,3 +131,40 @@ def test_a_cursor_of_ours_only(client: TestClient) -> None:
         answer = client.get(f"/api/models?cursor={cursor}")
         assert answer.status_code in (200, 400), cursor
         assert answer.headers.get("X-Error-Code", "BadRequest") == "BadRequest"
+
+
+@pytest.mark.usefixtures("weights")
+def test_text_that_no_database_keeps_is_refused(hub: Hub, client: TestClient) -> None:
+    headers = bearer(hub.admin_token)
+    for address in (
+        "/admin/a/resolve/main/%00",
+        "/admin/a/resolve/%00/a.safetensors",
+        "/api/models/admin/a%00",
+        "/api/models/admin/a/tree/main/%00",
+        "/api/models/admin/a/refs%00",
+        "/api/models?search=%00",
+        "/api/models?author=%00",
+        "/api/models?search=%ff%fe",
+        "/admin/a.git/info/lfs/objects/%00",
+    ):
+        assert 200 <= client.get(address, headers=headers).status_code < 500, address
+    for body in (
+        '{"name": "x\\u0000"}',
+        '{"name": "x\\ud800"}',
+        '{"name": "x", "organization": "\\u0000"}',
+    ):
+        answer = client.post(
+            "/api/repos/create",
+            content=body,
+            headers=headers | {"Content-Type": "application/json"},
+        )
+        assert answer.status_code == 422, body
+        assert "is expected" in answer.json()["error"] or "surrogates" in answer.json()["error"]
+    for summary in ("\\u0000", "\\ud800"):
+        lines = f'{{"key": "header", "value": {{"summary": "{summary}"}}}}\n{json.dumps(LINES[1])}'
+        answer = client.post("/api/models/admin/a/commit/main", content=lines, headers=headers)
+        assert answer.status_code == 400
+    answer = client.post(
+        "/api/models/admin/a/paths-info/main", content=b"\xff\x00=1&paths=%00&paths=%ff"
+    )
+    assert answer.json() == []
