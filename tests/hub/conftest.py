@@ -1,6 +1,8 @@
 """A hub opened in this process on a real SQLite file, its users, and a client of its routes."""
 
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,26 @@ from tests.fixtures.postgres import postgres_server, postgres_url
 __all__ = ["postgres_server", "postgres_url"]
 
 
+@pytest.fixture(scope="session")
+def first_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder after its first start; copying it is ten times faster than making it."""
+    data = tmp_path_factory.mktemp("first-start") / "data"
+    with open_hub(Settings(data_dir=data)):
+        return data
+
+
 @pytest.fixture
-def hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hub]:
+def hub(request: pytest.FixtureRequest, tmp_path: Path, first_start: Path) -> Iterator[Hub]:
     """On SQLite; `both_databases` runs a test on PostgreSQL too."""
     settings = Settings(data_dir=tmp_path / "data", min_free_bytes=0)
     if getattr(request, "param", "sqlite") == "postgresql":
         url = SecretStr(request.getfixturevalue("postgres_url"))
         settings = settings.model_copy(update={"database_url": url})
+    else:
+        shutil.copytree(first_start, settings.data_dir)
     with open_hub(settings) as opened:
-        yield opened
+        token = (settings.data_dir / "admin.token").read_text().strip()
+        yield replace(opened, admin_token=token)
 
 
 both_databases = pytest.mark.parametrize("hub", ["sqlite", "postgresql"], indirect=True)
