@@ -68,7 +68,9 @@ def test_seeding_that_was_interrupted_is_continued(hub: Hub, admin: Viewer, tmp_
 def test_a_backup_of_a_running_hub_serves_every_acknowledged_file(tmp_path: Path) -> None:
     with running_hub(tmp_path / "old") as old:
         body = {"name": "ink"}
-        created = httpx2.post(f"{old.url}/api/repos/create", json=body, headers=old.auth)
+        created = httpx2.post(
+            f"{old.url}/api/repos/create", json=body, headers=old.auth, timeout=60
+        )
         assert created.status_code == 200
         lines = (
             b'{"key": "header", "value": {"summary": "first"}}\n'
@@ -76,7 +78,7 @@ def test_a_backup_of_a_running_hub_serves_every_acknowledged_file(tmp_path: Path
             b' "encoding": "base64"}}\n'
         )
         commit = f"{old.url}/api/models/admin/ink/commit/main"
-        assert httpx2.post(commit, content=lines, headers=old.auth).status_code == 200
+        assert httpx2.post(commit, content=lines, headers=old.auth, timeout=60).status_code == 200
 
         backup = tmp_path / "new" / "data"
         backup.mkdir(parents=True)
@@ -90,7 +92,7 @@ def test_a_backup_of_a_running_hub_serves_every_acknowledged_file(tmp_path: Path
         shutil.copytree(old.data_dir / "store", backup / "store")
     with running_hub(tmp_path / "new") as new:
         assert new.admin_token == old.admin_token
-        assert httpx2.get(f"{new.url}/admin/ink/resolve/main/a.txt").content == b"hello"
+        assert httpx2.get(f"{new.url}/admin/ink/resolve/main/a.txt", timeout=60).content == b"hello"
 
 
 def test_a_catalogue_without_its_blobs_is_refused_and_not_repaired(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_serve_answers_and_stops_cleanly_and_starts_again_on_the_same_data(tmp_path: Path) -> None:
     with running_hub(tmp_path) as hub:
-        assert httpx2.get(f"{hub.url}/healthz").json() == {"status": "ok"}
-        assert httpx2.get(f"{hub.url}/readyz").status_code == 200
-        assert httpx2.get(f"{hub.url}/metrics", headers=hub.auth).status_code == 200
+        assert httpx2.get(f"{hub.url}/healthz", timeout=60).json() == {"status": "ok"}
+        assert httpx2.get(f"{hub.url}/readyz", timeout=60).status_code == 200
+        assert httpx2.get(f"{hub.url}/metrics", headers=hub.auth, timeout=60).status_code == 200
         token = hub.admin_token
         assert (hub.data_dir / "admin.token").stat().st_mode & 0o777 == 0o600
         assert (hub.data_dir / "secret.key").stat().st_mode & 0o777 == 0o600
@@ -35,7 +35,7 @@ def test_serve_answers_and_stops_cleanly_and_starts_again_on_the_same_data(tmp_p
     assert not (tmp_path / "data" / "hub.sqlite3-wal").exists()
     with running_hub(tmp_path) as hub:
         assert hub.admin_token == token
-        assert httpx2.get(f"{hub.url}/metrics", headers=hub.auth).status_code == 200
+        assert httpx2.get(f"{hub.url}/metrics", headers=hub.auth, timeout=60).status_code == 200
 
 
 def test_a_second_server_on_the_same_data_is_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_killed_server_leaves_the_data_folder_usable(tmp_path: Path) -> None:
     hub = start_hub(tmp_path)
     hub.kill()
     with running_hub(tmp_path) as hub:
-        assert httpx2.get(f"{hub.url}/readyz").status_code == 200
+        assert httpx2.get(f"{hub.url}/readyz", timeout=60).status_code == 200
 
 
 def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
