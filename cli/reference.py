@@ -3,6 +3,7 @@
 To add one: a function that gives its whole text, and its row in `DOCUMENTS`.
 """
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,8 +53,18 @@ def methods() -> str:
     return "\n".join([*lines, ""])
 
 
+def openapi() -> str:
+    """Our own HTTP API; the Hugging Face protocol is described by its owners."""
+    from hub.app import create_app
+    from hub.settings import Settings
+
+    description = create_app(Settings()).openapi()
+    return json.dumps(description, indent=1, ensure_ascii=False) + "\n"
+
+
 DOCUMENTS: Mapping[str, Callable[[], str]] = {
     "docs/methods.md": methods,
+    "docs/openapi.json": openapi,
     "docs/settings.md": settings,
 }
 
