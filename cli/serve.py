@@ -4,8 +4,10 @@ import errno
 import ipaddress
 import signal
 import socket
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -54,6 +56,22 @@ def worker() -> None:
         raise CommandError(
             "with SQLite `graft serve` runs the jobs itself; workers need GRAFT_DATABASE_URL"
         )
+    from hub.context import open_hub
+    from hub.errors import CannotStart
+    from hub.jobs.dispatcher import LocalDispatcher
+
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    try:
+        with open_hub(settings) as hub:
+            dispatcher = LocalDispatcher(hub, settings.workers)
+            dispatcher.start()
+            out.print(f"Taking jobs, {settings.workers} at a time.")
+            stopped.wait()
+            dispatcher.stop()
+    except CannotStart as error:
+        raise CommandError(error.message) from error
 
 
 def load_settings(**options: Any) -> "Settings":
@@ -129,15 +147,23 @@ def _run(settings: "Settings", hub: Any, listener: socket.socket) -> None:
 
     from hub.app import create_app
 
+    app = create_app(settings, hub=hub)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            # Before uvicorn waits for open connections: event streams end, jobs are handed back.
+            app.state.stopping.set()
+            super().handle_exit(sig, frame)
+
     config = uvicorn.Config(
-        create_app(settings, hub=hub),
+        app,
         log_level="warning",
         access_log=False,
         lifespan="on",
         server_header=False,
         timeout_graceful_shutdown=10,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])
 
 
 def _stop(*_: Any) -> NoReturn:

@@ -22,6 +22,8 @@ from hub.deps import POLICIES
 from hub.hf import routes as hf_routes
 from hub.hf import routing as hf
 from hub.http import EveryResponse, Traffic
+from hub.jobs import routes as jobs
+from hub.jobs.dispatcher import LocalDispatcher
 from hub.settings import Settings
 from hub.users import routes as users
 from hub.web import routes as web
@@ -33,6 +35,7 @@ ROUTERS = (
     users.router,
     adapters.router,
     adapters.thumbs,
+    jobs.router,
     hf_routes.router,
     hf_routes.fallback,  # It answers whatever else is asked for under /api.
     *web.ROUTERS,  # Last: the page of a repo has an address of any two names.
@@ -51,12 +54,15 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with nullcontext(hub) if hub is not None else open_hub(settings) as opened:
             app.state.hub = opened
+            app.state.jobs = LocalDispatcher(opened, settings.workers, stopping=app.state.stopping)
             async with create_task_group() as background:
                 background.start_soon(_count_downloads, opened)
-                stopping = Event()
-                background.start_soon(run_in_threadpool, _catch_up, opened, stopping)
-                yield
-                stopping.set()
+                background.start_soon(run_in_threadpool, _catch_up, opened, app.state.stopping)
+                app.state.jobs.start()
+                try:
+                    yield
+                finally:
+                    await run_in_threadpool(app.state.jobs.stop)
                 background.cancel_scope.cancel()
 
     app = FastAPI(
@@ -67,6 +73,8 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.state.traffic = Traffic()
+    # Set when the process is told to end: event streams and jobs end before their connections.
+    app.state.stopping = Event()
     # Outermost last: the headers belong on the refusal of a wrong host too.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=_hosts(settings), www_redirect=False)
     app.add_middleware(EveryResponse, traffic=app.state.traffic)

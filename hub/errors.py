@@ -3,7 +3,7 @@
 HubError
 ├── NotFound            RepoNotFound RevisionNotFound EntryNotFound JobNotFound RecipeNotFound
 │                       HashNotFound UserNotFound PageNotFound
-├── Conflict            RepoExists RefExists NameTaken
+├── Conflict            RepoExists RefExists NameTaken KeyReused
 │   └── StaleParent     the branch has moved since the caller looked
 ├── Invalid             the request asks for something impossible; `param` says where
 │   ├── BadName BadPath BadField BadUpload DigestMismatch
@@ -11,6 +11,7 @@ HubError
 ├── Unauthorized        no valid token
 ├── Forbidden           a valid token that may not do this
 ├── TooLarge            more bytes than a setting allows
+├── TooMany             of this user's jobs are not finished yet
 ├── NoSpace             the disk is, or would become, full
 ├── Busy                the database did not become free in time
 ├── NotImplementedHere  a feature of the protocol that this hub does not have
@@ -91,6 +92,9 @@ class RefExists(Conflict): ...
 class NameTaken(Conflict): ...
 
 
+class KeyReused(Conflict): ...
+
+
 class StaleParent(Conflict): ...
 
 
@@ -124,6 +128,9 @@ class Forbidden(HubError): ...
 class TooLarge(HubError): ...
 
 
+class TooMany(HubError): ...
+
+
 class NoSpace(HubError): ...
 
 
@@ -145,6 +152,7 @@ STATUS: Mapping[type[HubError], HTTPStatus] = {
     Unauthorized: HTTPStatus.UNAUTHORIZED,
     Forbidden: HTTPStatus.FORBIDDEN,
     TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    TooMany: HTTPStatus.TOO_MANY_REQUESTS,
     NoSpace: HTTPStatus.INSUFFICIENT_STORAGE,
     Busy: HTTPStatus.SERVICE_UNAVAILABLE,
     NotImplementedHere: HTTPStatus.NOT_IMPLEMENTED,

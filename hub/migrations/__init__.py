@@ -19,6 +19,7 @@ MODELS = (
     "hub.users.models",
     "hub.repos.models",
     "hub.adapters.models",
+    "hub.jobs.models",
 )
 
 

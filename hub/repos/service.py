@@ -100,7 +100,7 @@ def get_repo(
 ) -> Repo:
     """RepoNotFound if it is missing, or private and not for this viewer."""
     repo = _find(session, key_of(f"{namespace}/{name}"), RepoType(type))
-    if repo is None or not _may_read(session, viewer, repo):
+    if repo is None or not may_read(session, viewer, repo):
         raise RepoNotFound("Repository not found")
     return repo
 
@@ -111,7 +111,7 @@ def moved_to(
     """The repo that had this name before it was moved, if the viewer may see it."""
     old = session.get(Redirect, (RepoType(type), key_of(f"{namespace}/{name}")))
     repo = session.get(Repo, old.repo_id) if old is not None else None
-    return repo if repo is not None and _may_read(session, viewer, repo) else None
+    return repo if repo is not None and may_read(session, viewer, repo) else None
 
 
 def list_repos(
@@ -130,7 +130,7 @@ def list_repos(
         query = query.where(Repo.namespace_key == key_of(namespace))
     if search:
         query = query.where(col(Repo.key).contains(search.lower(), autoescape=True))
-    query = query.where(_visible_to(session, viewer))
+    query = query.where(visible_to(session, viewer))
     if before is not None:
         changed, seen = col(Repo.last_modified), col(Repo.id)
         query = query.where(
@@ -378,7 +378,7 @@ def known(session: Session, viewer: Viewer, sha256: Sha256) -> Stored | None:
         select(Repo.id)
         .join(Commit, col(Commit.repo_id) == col(Repo.id))
         .join(CommitEntry, col(CommitEntry.commit_id) == col(Commit.id))
-        .where(CommitEntry.sha256 == sha256, _visible_to(session, viewer))
+        .where(CommitEntry.sha256 == sha256, visible_to(session, viewer))
     )
     return stored if session.exec(readable.limit(1)).first() is not None else None
 
@@ -401,15 +401,16 @@ def _locked(session: Session, repo: Repo) -> Repo:
     return found
 
 
-def _visible_to(session: Session, viewer: Viewer) -> ColumnElement[bool]:
-    """The condition on `Repo` that `_may_read` decides for one."""
+def visible_to(session: Session, viewer: Viewer) -> ColumnElement[bool]:
+    """The condition on `Repo` that `may_read` decides for one."""
     visible = users.private_namespaces(session, viewer)
     if visible is None:
         return true()
     return or_(col(Repo.private).is_(False), col(Repo.namespace_key).in_(visible))
 
 
-def _may_read(session: Session, viewer: Viewer, repo: Repo) -> bool:
+def may_read(session: Session, viewer: Viewer, repo: Repo) -> bool:
+    """Whether the viewer may know of a repo at all."""
     return not repo.private or users.may_read_private(session, viewer, repo.namespace)
 
 

@@ -1,0 +1,321 @@
+"""From a child's output to a commit: checked, stored, described, linked to what it came from.
+
+The commit, the lineage and the end of the job are one transaction, conditional on the fence:
+an attempt that lost its lease leaves unreferenced blobs and nothing else.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sqlmodel import Session
+
+from hub.adapters import service as adapters
+from hub.adapters.card import MAX_CARD_BYTES, parse_card
+from hub.blobs.store import Sha256, Stored
+from hub.context import Hub
+from hub.errors import EntryNotFound, Forbidden, RepoNotFound, StaleParent
+from hub.jobs import lineage, queue
+from hub.jobs.card import Facts, Ingredient, write_card
+from hub.jobs.inputs import Resolved
+from hub.jobs.models import Job, JobKind
+from hub.jobs.queue import Claim
+from hub.jobs.schemas import Publish
+from hub.repos import service as repos
+from hub.repos.models import CommitEntry, Repo
+from hub.repos.operations import Add
+from hub.users.models import Scope, User
+from hub.users.service import Viewer
+from merge.errors import BadFile
+from merge.formats.folders import digest_of_files
+from merge.formats.header import read_header
+from merge.formats.metadata import trigger_words
+from merge.recipe import Input, Recipe
+
+_CARD = "README.md"
+_TRIES = 5  # other commits may land on the branch between reading its card and committing
+
+
+class BadOutput(Exception):
+    """What the child left is not what it said it made."""
+
+
+def output_name(job: Job) -> str:
+    """The name the engine writes to in the attempt's scratch folder."""
+    path = Publish.model_validate(job.request["publish"]).path
+    return PurePosixPath(path).name if path is not None else "pipeline"
+
+
+def publish(
+    hub: Hub, claim: Claim, manifest: Mapping[str, Any], folder: Path, beat: Callable[[], None]
+) -> None:
+    """Commit the output in `folder` and end the job.
+
+    LeaseLost when the attempt lost its job meanwhile, BadOutput, or what refuses the commit.
+    `beat` is called between steps that take long.
+    """
+    with hub.db.read() as session:
+        job = session.get_one(Job, claim.job_id)
+        viewer = _viewer(session, job)
+    if manifest["recipe_digest"] != job.recipe_digest:
+        raise BadOutput("it was made from another recipe")
+    stored = _take_in(hub, job, manifest, folder / output_name(job), beat)
+    for last in [False] * (_TRIES - 1) + [True]:
+        try:
+            repo_id = _commit(hub, viewer, claim, job, manifest, stored)
+        except StaleParent:
+            if last:
+                raise
+        else:
+            adapters.project(hub, repo_id)
+            return
+
+
+def _viewer(session: Session, job: Job) -> Viewer:
+    """The requester with the rights of this moment, which the commit checks again."""
+    user = session.get_one(User, job.requester_id)
+    if user.is_disabled:
+        raise Forbidden(f"{user.name} may not publish any more")
+    return Viewer(user, Scope.WRITE)
+
+
+def _take_in(
+    hub: Hub, job: Job, manifest: Mapping[str, Any], made: Path, beat: Callable[[], None]
+) -> dict[str, Stored]:
+    """Check the output and move it into the store; path in the repo -> blob."""
+    stored: dict[str, Stored] = {}
+    for path, file in sorted(_files(job, made)):
+        if file.suffix == ".safetensors":
+            _check_header(file)
+        beat()
+        stored[path] = hub.store.adopt(file)
+    digests = {path: str(item.sha256) for path, item in stored.items()}
+    found = digests[_path(job)] if _path(job) else digest_of_files(digests)
+    if found != manifest["sha256"]:
+        raise BadOutput(f"its SHA-256 is {found} and not {manifest['sha256']}")
+    return stored
+
+
+def _check_header(file: Path) -> None:
+    try:
+        read_header(file)
+    except BadFile as error:
+        raise BadOutput(str(error)) from error
+
+
+def _files(job: Job, made: Path) -> Iterator[tuple[str, Path]]:
+    if _path(job):
+        if not made.is_file():
+            raise BadOutput("there is no output file")
+        yield _path(job), made
+        return
+    for file in made.rglob("*"):
+        if file.is_file():
+            yield file.relative_to(made).as_posix(), file
+
+
+def _path(job: Job) -> str:
+    return job.request["publish"]["path"] or ""
+
+
+def _commit(
+    hub: Hub,
+    viewer: Viewer,
+    claim: Claim,
+    job: Job,
+    manifest: Mapping[str, Any],
+    stored: Mapping[str, Stored],
+) -> int:
+    target = Publish.model_validate(job.request["publish"])
+    resolved = [Resolved.of_json(item) for item in job.request["inputs"]]
+    recipe = Recipe.load(job.request["recipe"])
+    namespace, _, name = target.repo.partition("/")
+    head, old_card = _present(hub, viewer, namespace, name)
+    facts = _facts(hub, job, recipe, resolved, manifest)
+    card = _new_card(hub, old_card, _front(hub, job, resolved, facts), facts, name)
+    everything = dict(stored)
+    if card is not None:
+        everything[_CARD] = hub.store.put([card])
+    largest = hub.settings.max_regular_bytes
+    operations = [
+        Add(path, item, lfs=item.git_oid is None or item.size > largest)
+        for path, item in everything.items()
+    ]
+    with hub.db.write() as session:
+        repo = repos.create_repo(
+            session,
+            viewer,
+            namespace,
+            name,
+            private=_is_private(session, target, resolved),
+            exist_ok=True,
+        )
+        _check_still_secret(session, repo, resolved)
+        made = repos.commit(
+            session,
+            viewer,
+            repo,
+            operations=operations,
+            message=target.message or f"{job.kind.capitalize()} {len(recipe.inputs)} adapters",
+            description=f"Recipe {job.recipe_digest}",
+            parent=head,
+        )
+        assert repo.id is not None
+        child = (repo.id, made.id, target.path or "", manifest["sha256"])
+        lineage.write(session, child, recipe, job.recipe_digest, resolved)
+        result = {
+            "repo": repo.full_name,
+            "commit": made.id,
+            "path": target.path or "",
+            "sha256": manifest["sha256"],
+            "recipe_digest": job.recipe_digest,
+            "certificate": manifest["certificate"],
+        }
+        queue.succeed(session, claim, result)
+        return repo.id
+
+
+def _is_private(session: Session, target: Publish, resolved: list[Resolved]) -> bool:
+    """Of a repo that is made for the result: as asked, else as the strictest input."""
+    return bool(target.private) or _secret(session, resolved) is not None
+
+
+def _check_still_secret(session: Session, repo: Repo, resolved: list[Resolved]) -> None:
+    # Visibility may have changed while the job ran.
+    secret = _secret(session, resolved)
+    if secret is not None and not repo.private:
+        raise Forbidden(f"{secret} is private and {repo.full_name} is not; nothing was published")
+
+
+def _secret(session: Session, resolved: list[Resolved]) -> str | None:
+    for item in resolved:
+        repo = session.get(Repo, item.repo_id)
+        if repo.private if repo is not None else item.private:
+            return item.repo
+    return None
+
+
+def _present(
+    hub: Hub, viewer: Viewer, namespace: str, name: str
+) -> tuple[str | None, CommitEntry | None]:
+    """The target's head and card, each None where there is none."""
+    with hub.db.read() as session:
+        try:
+            repo = repos.get_repo(session, viewer, namespace, name)
+            head = repos.resolve(session, repo)
+            return head.id, repos.entry(session, head, _CARD)
+        except RepoNotFound:
+            return None, None
+        except EntryNotFound:
+            return head.id, None
+
+
+def _new_card(
+    hub: Hub, old: CommitEntry | None, front: dict[str, Any], facts: Facts, title: str
+) -> bytes | None:
+    """The card with this result in it; None to leave one alone that we cannot read whole."""
+    if old is None:
+        return write_card(None, front, facts, title).encode()
+    if old.size > MAX_CARD_BYTES:
+        return None
+    text = _bytes(hub, old)
+    try:
+        return write_card(text.decode(), front, facts, title).encode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _facts(
+    hub: Hub, job: Job, recipe: Recipe, resolved: Sequence[Resolved], manifest: Mapping[str, Any]
+) -> Facts:
+    by_name = {item.ref: item for item in resolved}
+    triggers = [word for item in resolved for word in _triggers(hub, item)]
+    return Facts(
+        kind=job.kind,
+        path=_path(job),
+        base=_ingredient(by_name[recipe.base.name], None) if recipe.base is not None else None,
+        inputs=[
+            _ingredient(by_name[source.name], source.strength, _by_part(source))
+            for source in recipe.inputs
+        ],
+        method=_method(recipe),
+        triggers=list(dict.fromkeys(triggers)),
+        losses=_losses(manifest["certificate"]),
+        recipe_digest=job.recipe_digest,
+    )
+
+
+def _ingredient(item: Resolved, strength: float | None, note: str = "") -> Ingredient:
+    return Ingredient(item.repo, item.commit, item.main or "", item.digest, strength, note)
+
+
+def _by_part(source: Input) -> str:
+    parts = [f"{name} {strength:g}" for name, strength in sorted(source.components.items())]
+    parts += [f"{glob} \N{MULTIPLICATION SIGN} {f:g}" for glob, f in sorted(source.blocks.items())]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _method(recipe: Recipe) -> str:
+    if recipe.kind == "bake":
+        return "each adapter's change, times its strength, added to the base's weights"
+    rank = recipe.rank.model_dump(exclude_none=True)
+    (how, value), *_ = rank.items()
+    kept = "ranks add up, nothing is cut" if how == "exact" else f"rank: {how} {value}"
+    return f"{recipe.method.name}; {kept}"
+
+
+def _losses(certificate: Mapping[str, Any]) -> list[str]:
+    """What the engine measured, in words; norms are Frobenius over all modules."""
+    found = []
+    if "truncation" in certificate:
+        found.append(
+            f"Cutting to the chosen rank lost {_percent(certificate['truncation'])} of the change,"
+            f" rounding to {certificate['dtype']} {_percent(certificate['rounding'])}"
+            " (relative Frobenius norm)."
+        )
+    if "unchanged" in certificate:
+        found.append(
+            f"{_percent(certificate['unchanged'])} of the {certificate['elements']:,} weights that"
+            " the adapters touch kept their stored value: the change was below their precision."
+        )
+    if certificate.get("left_out"):
+        found.append(f"Left out, as the recipe allows: {len(certificate['left_out'])} modules.")
+    return found
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.3g} %"
+
+
+def _triggers(hub: Hub, item: Resolved) -> list[str]:
+    if item.main is None:
+        return []
+    with hub.store.local(Sha256(item.files[item.main])) as file:
+        return trigger_words(read_header(file).metadata)
+
+
+def _front(hub: Hub, job: Job, resolved: Sequence[Resolved], facts: Facts) -> dict[str, Any]:
+    """Front matter that Hugging Face tools understand; nothing that we do not know."""
+    front: dict[str, Any] = {}
+    if job.kind == JobKind.BAKE:
+        front["base_model"] = resolved[0].repo
+        front["tags"] = ["grafthub", "baked"]
+    else:
+        bases = {_base_of(hub, item) for item in resolved}
+        if len(bases) == 1 and None not in bases:
+            front["base_model"] = bases.pop()
+        front["tags"] = ["grafthub", "lora", "merge"]
+    if facts.triggers:
+        front["instance_prompt"] = ", ".join(facts.triggers)
+    return front
+
+
+def _base_of(hub: Hub, item: Resolved) -> str | None:
+    """What the card of an input's repo names as its base model."""
+    with hub.db.read() as session:
+        card = session.get(CommitEntry, (item.commit, _CARD))
+    return parse_card(_bytes(hub, card)).base_model if card is not None else None
+
+
+def _bytes(hub: Hub, card: CommitEntry) -> bytes:
+    return b"".join(hub.store.open(Sha256(card.sha256), 0, min(card.size, MAX_CARD_BYTES)))
