@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -62,10 +64,33 @@ def openapi() -> str:
     return json.dumps(description, indent=1, ensure_ascii=False) + "\n"
 
 
+def training_config() -> str:
+    """Every field of a training configuration."""
+    from train.config import ClassImages, Dataset, Output, Samples, TrainConfig
+
+    parts = ["# Training configuration", ""]
+    parts += ["A YAML file for `graft train`; [Training](training.md) shows one.", ""]
+    parts += ["Unknown fields are refused.", ""]
+    sections: list[tuple[str, type[BaseModel]]] = [("", TrainConfig)]
+    sections += [("dataset", Dataset), ("class_images", ClassImages)]
+    sections += [("samples", Samples), ("output", Output)]
+    for title, section in sections:
+        parts += [f"## `{title}`", ""] if title else []
+        parts += ["| field | default | meaning |", "|---|---|---|"]
+        for name, field in section.model_fields.items():
+            is_section = field.default_factory is not None
+            default = "required" if field.is_required() else _default(name, field.get_default())
+            shown = "see below" if is_section else default
+            parts.append(f"| `{name}` | {shown} | {field.description} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
 DOCUMENTS: Mapping[str, Callable[[], str]] = {
     "docs/methods.md": methods,
     "docs/openapi.json": openapi,
     "docs/settings.md": settings,
+    "docs/training_config.md": training_config,
 }
 
 
@@ -85,7 +110,7 @@ def _present(name: str) -> str | None:
 
 
 def _default(name: str, value: Any) -> str:
-    if value is None or value == ():
+    if value is None or value in ((), ""):
         return ""
     if name.endswith("_bytes"):
         units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))

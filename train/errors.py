@@ -8,6 +8,7 @@ TrainError
 ├── OutputExists       a result or unfinished run is in the way   .folder
 ├── NonFiniteLoss      NaN or Inf before an optimizer step        .step .images
 ├── NoGradient         targets that would stay untrained          .modules
+├── OutOfMemory        the device is too small for this run       .step
 ├── BaseChanged        a frozen tensor has other bytes at the end .component
 ├── Interrupted        stopped on request, after a checkpoint     .step
 ├── BadResult          a folder that is not a finished run        .folder
@@ -90,6 +91,17 @@ class NoGradient(TrainError):
             f"{', '.join(modules[:3])}{more}"
         )
         self.modules = tuple(modules)
+
+
+class OutOfMemory(TrainError):
+    """The device's memory is full; the last checkpoint is kept."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"the device's memory is full at step {step}; use a smaller batch, resolution or "
+            "targets, or precision bfloat16"
+        )
+        self.step = step
 
 
 class BaseChanged(TrainError):

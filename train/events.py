@@ -1,7 +1,8 @@
 """What happens in a run: one JSON line per event in events.jsonl, and a callback for whoever watches.
 
 event        fields besides `event` and `time`
-start        name, base, trainable, total, modules, examples, steps, from_step, device, precision
+start        name, base, trainable, total, modules, examples, steps, from_step, device, precision,
+             trigger_tokens
 phase        what: preparing or finishing work that takes more than a moment
 note         message: something about the data the user should know
 image        name, caption: every image with the caption that is used

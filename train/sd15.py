@@ -24,10 +24,18 @@ from train.base import Base, load_base, require_unchanged
 from train.checkpoint import Identity, latest_checkpoint, restore_checkpoint, save_checkpoint
 from train.config import BUILT_IN, ClassImages, TrainConfig
 from train.data import Cache, Report, encode_captions, encode_images, read_folder
-from train.errors import BadBase, CannotResume, Interrupted, NonFiniteLoss, OutputExists, TrainError
+from train.errors import (
+    BadBase,
+    CannotResume,
+    Interrupted,
+    NonFiniteLoss,
+    OutOfMemory,
+    OutputExists,
+    TrainError,
+)
 from train.evaluate import evaluate
 from train.events import Clock, EventLog, Listener
-from train.inject import Adapter, inject, require_gradients, round_to
+from train.inject import Adapter, inject, require_gradients, round_to, untouched
 from train.result import Result, write_result
 from train.run import Run
 from train.samples import make_samples, sample_prompts
@@ -76,7 +84,7 @@ def _run(
     log.emit("phase", what="loading the base")
     base = load_base(config.base, base_folder, device, dtype)
     report, triggers = _read_dataset(config)
-    for note in report.warnings:
+    for note in (*report.warnings, *_long_captions(base, report)):
         log.emit("note", message=note)
     for example in report.examples:
         log.emit("image", name=example.name, caption=example.caption)
@@ -124,6 +132,7 @@ def _run(
         from_step=first,
         device=device.type,
         precision=str(dtype).removeprefix("torch."),
+        trigger_tokens={trigger: base.tokenizer.tokenize(trigger) for trigger in triggers},
     )
 
     prompts = sample_prompts(config, captions)
@@ -131,7 +140,10 @@ def _run(
     clock = Clock()
     for step in range(first, config.steps):
         clock.start()
-        loss = _step(config, step, data, base, scheduler, adapter, optimizer)
+        try:
+            loss = _step(config, step, data, base, scheduler, adapter, optimizer)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(step + 1) from error
         clock.stop()
         done = step + 1
         log.emit(
@@ -155,6 +167,8 @@ def _run(
 
     log.emit("phase", what="measuring")
     require_unchanged(base)
+    if idle := untouched(adapter):
+        log.emit("note", message=f"{len(idle)} modules are still zero, such as {idle[0]}")
     factors = round_to(adapter, getattr(torch, config.output.dtype))
     with base.autocast():
         scores = evaluate(base.pipe, config)
@@ -317,8 +331,10 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _optimizer(config: TrainConfig, adapter: Adapter) -> torch.optim.Optimizer:
-    make = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adafactor
-    return make(adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(adapter.parameters(), fused=True, **settings)
+    return torch.optim.Adafactor(adapter.parameters(), **settings)
 
 
 def _read_dataset(config: TrainConfig) -> tuple[Report, tuple[str, ...]]:
@@ -327,6 +343,17 @@ def _read_dataset(config: TrainConfig) -> tuple[Report, tuple[str, ...]]:
         return read_folder(config.dataset, config.dataset.folder, config.triggers), config.triggers
     report = rendered.rendered(config.dataset, config.seed)
     return report, config.triggers or (rendered.trigger(config.dataset),)
+
+
+def _long_captions(base: Base, report: Report) -> list[str]:
+    """Captions whose end the text encoder never sees."""
+    longest = base.tokenizer.model_max_length
+    lengths = [(e.name, len(base.tokenizer(e.caption).input_ids)) for e in report.examples]
+    return [
+        f"{name}: its caption has {length} tokens, the base reads {longest}"
+        for name, length in lengths
+        if length > longest
+    ]
 
 
 def _class_images(

@@ -29,6 +29,7 @@ from train.errors import (
     Interrupted,
     NoGradient,
     NonFiniteLoss,
+    OutOfMemory,
     OutputExists,
 )
 from train.inject import inject, require_gradients, target_modules
@@ -435,6 +436,33 @@ def test_a_failing_sample_does_not_end_the_run(
     assert [(event["step"], event["detail"]) for event in failed] == [(1, "out of memory")]
     kinds = [event["event"] for event in seen]
     assert kinds.index("checkpoint") < kinds.index("sample_failed")
+
+
+def test_a_full_device_is_one_sentence(
+    config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = sd15._step
+
+    def full(config: Any, step: int, *rest: Any) -> float:
+        if step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(config, step, *rest)
+
+    monkeypatch.setattr(sd15, "_step", full)
+    with pytest.raises(OutOfMemory, match="full at step 3; use a smaller batch"):
+        train(config(checkpoint_every=1), tmp_path / "toy")
+    monkeypatch.setattr(sd15, "_step", original)
+    assert train(config(checkpoint_every=1), tmp_path / "toy", resume=True).file.exists()
+
+
+def test_a_caption_that_is_too_long_is_told(config: Make, photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "1.txt").write_text("a sks circle and " * 10)
+    seen: list[dict[str, Any]] = []
+    wish = config(dataset={"folder": str(tmp_path / "photos")}, steps=1)
+    train(wish, tmp_path / "toy", listener=seen.append)
+    notes = [event["message"] for event in seen if event["event"] == "note"]
+    assert notes == ["1.png: its caption has 42 tokens, the base reads 16"]
 
 
 @pytest.mark.parametrize("missing", ["model_index.json", "unet", "text_encoder"])
