@@ -89,29 +89,10 @@ def _run(
     for example in report.examples:
         log.emit("image", name=example.name, caption=example.caption)
 
-    log.emit("phase", what=f"encoding {len(report.examples)} images")
     resolution = config.resolution or base.resolution
     cache = Cache(work / "cache")
-    latents = encode_images(report.examples, base.vae, base.parts["vae"], resolution, cache)
-    captions = [example.caption for example in report.examples]
-    if config.class_images:
-        log.emit("phase", what=f"painting {config.class_images.count} class images")
-    class_latents, class_captions = _class_images(config, base, captions, triggers, cache)
-    texts = encode_captions(
-        [*captions, *class_captions, NO_CAPTION],
-        base.tokenizer,
-        base.text_encoder,
-        base.parts["text_encoder"],
-        cache,
-    )
-    data = _Data(
-        names=[example.name for example in report.examples],
-        latents=latents,
-        texts=torch.stack([texts[caption] for caption in captions]),
-        class_latents=class_latents,
-        class_texts=torch.stack([texts[c] for c in class_captions]) if class_captions else None,
-        no_text=texts[NO_CAPTION],
-    )
+    data = _encode(config, base, report, triggers, resolution, cache, log)
+    total = sum(parameter.numel() for parameter in base.unet.parameters())
 
     torch.manual_seed(config.seed)
     adapter = inject(base.unet, config.targets, config.rank, config.effective_alpha)
@@ -119,7 +100,6 @@ def _run(
     identity = Identity(config.digest(), report.fingerprint(), base.facts.sha256)
     checkpoints = work / CHECKPOINTS
     first, loss = restore_checkpoint(checkpoints, adapter, optimizer, identity)
-    total = sum(parameter.numel() for parameter in base.unet.parameters())
     log.emit(
         "start",
         name=config.name,
@@ -135,7 +115,7 @@ def _run(
         trigger_tokens={trigger: base.tokenizer.tokenize(trigger) for trigger in triggers},
     )
 
-    prompts = sample_prompts(config, captions)
+    prompts = sample_prompts(config, [example.caption for example in report.examples])
     scheduler = base.noise_scheduler()
     clock = Clock()
     for step in range(first, config.steps):
@@ -211,6 +191,39 @@ class _Data:
     class_latents: Tensor | None
     class_texts: Tensor | None
     no_text: Tensor
+
+
+def _encode(
+    config: TrainConfig,
+    base: Base,
+    report: Report,
+    triggers: tuple[str, ...],
+    resolution: int,
+    cache: Cache,
+    log: EventLog,
+) -> _Data:
+    """Everything the VAE, the text encoder and the untrained UNet are needed for."""
+    log.emit("phase", what=f"encoding {len(report.examples)} images")
+    latents = encode_images(report.examples, base.vae, base.parts["vae"], resolution, cache)
+    captions = [example.caption for example in report.examples]
+    if config.class_images:
+        log.emit("phase", what=f"painting {config.class_images.count} class images")
+    class_latents, class_captions = _class_images(config, base, captions, triggers, cache)
+    texts = encode_captions(
+        [*captions, *class_captions, NO_CAPTION],
+        base.tokenizer,
+        base.text_encoder,
+        base.parts["text_encoder"],
+        cache,
+    )
+    return _Data(
+        names=[example.name for example in report.examples],
+        latents=latents,
+        texts=torch.stack([texts[caption] for caption in captions]),
+        class_latents=class_latents,
+        class_texts=torch.stack([texts[c] for c in class_captions]) if class_captions else None,
+        no_text=texts[NO_CAPTION],
+    )
 
 
 def _step(
@@ -331,10 +344,10 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _optimizer(config: TrainConfig, adapter: Adapter) -> torch.optim.Optimizer:
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    parameters, rate, decay = adapter.parameters(), config.learning_rate, config.weight_decay
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(adapter.parameters(), fused=True, **settings)
-    return torch.optim.Adafactor(adapter.parameters(), **settings)
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+    return torch.optim.Adafactor(parameters, lr=rate, weight_decay=decay)
 
 
 def _read_dataset(config: TrainConfig) -> tuple[Report, tuple[str, ...]]:
