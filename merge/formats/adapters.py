@@ -22,6 +22,7 @@ from merge.errors import (
     Unsupported,
 )
 from merge.families import FAMILIES, Family
+from merge.families.family import TEXT_MODEL
 from merge.formats.grammar import SUPPORTED, Dims, lora_dims
 from merge.formats.header import Header
 from merge.formats.keys import Group, Location, Survey, survey
@@ -400,13 +401,21 @@ def _stem(component: str, module: str, dialect: str, family: Family) -> str:
     if dialect == "comfy":
         prefix = _COMFY_TEXT.get(component, "diffusion_model.")
         return prefix + original
-    return f"base_model.model.{module}" if dialect == "peft" else f"{component}.{module}"
+    if dialect == "peft":
+        # PEFT wants the paths of the model in memory, and only CLIPTextModel is flattened there.
+        path = module.removeprefix(TEXT_MODEL) if component == "text_encoder" else module
+        return f"base_model.model.{path}"
+    return f"{component}.{module}"
 
 
 def peft_config(
     ranks: Mapping[str, int], alphas: Mapping[str, float], base: str | None = None
 ) -> dict[str, Any]:
-    """adapter_config.json for modules of one component with these ranks and alphas."""
+    """adapter_config.json for modules of one component with these ranks and alphas.
+
+    Targets are without `text_model.`, which transformers dropped from CLIPTextModel in 5.6: PEFT
+    compares the ends of paths, so that they fit models of either kind.
+    """
     modules = sorted(ranks)
     rank, alpha = _most_common(ranks), _most_common(alphas)
     return {
@@ -414,7 +423,7 @@ def peft_config(
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": modules,
+        "target_modules": [module.removeprefix(TEXT_MODEL) for module in modules],
         "rank_pattern": {_exactly(m): ranks[m] for m in modules if ranks[m] != rank},
         "alpha_pattern": {_exactly(m): alphas[m] for m in modules if alphas[m] != alpha},
         "lora_dropout": 0.0,
@@ -446,4 +455,5 @@ def _most_common(values: Mapping[str, Any]) -> Any:
 
 def _exactly(module: str) -> str:
     """A pattern that matches this path alone: PEFT would let `conv1` match every `…conv1`."""
-    return "^" + module.replace(".", r"\.")
+    anchor = "" if module.startswith(TEXT_MODEL) else "^"
+    return anchor + module.removeprefix(TEXT_MODEL).replace(".", r"\.")
