@@ -26,7 +26,7 @@ from merge.formats.header import Header
 from merge.formats.positioned import copy_between, read_at
 from merge.formats.reader import TensorFile
 from merge.formats.writer import FileWriter
-from merge.inputs import Inputs
+from merge.inputs import Inputs, open_as_planned
 from merge.methods import linear
 from merge.plan import TILE_ELEMENTS, BakePlan, Patch
 from merge.threads import Cancelled, run_in_order
@@ -171,7 +171,7 @@ class _Rewrite:
         metadata = provenance.of_bake(self._plan, header.metadata)
         steps = list(_steps(header, self._patches))
         with (
-            TensorFile(self._file.path) as source,
+            open_as_planned(self._file.path, header) as source,
             FileWriter(target, tensors, metadata) as writer,
         ):
             digest = _Behind(writer.fileno(), target.name)

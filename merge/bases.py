@@ -1,8 +1,9 @@
 """Where a module's weight lies in a base checkpoint: which file, which tensor, which rows.
 
-Three layouts are known: a diffusers folder (shards too), one component of it as a single file, and
-the LDM single file that most tools share. The last goes through the family's tables; in the others
-modules are looked up in the base's own keys, so that any model with such names will do.
+Three layouts are known: a diffusers folder (shards too), components of it as a single file, and
+the LDM single file that most tools share. Single files go through the tables of the adapters'
+family; in a folder, and in a single file of another model with diffusers' names, modules are looked
+up in the base's own keys.
 Only headers are read.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from merge.errors import BadCheckpoint
 from merge.families import FAMILIES
-from merge.families.checkpoints import Checkpoint, read_checkpoint
+from merge.families.checkpoints import DIFFUSERS, Checkpoint, read_checkpoint
 from merge.formats.folders import Folder, read_folder
 from merge.formats.header import Header, read_header
 
@@ -63,7 +64,8 @@ class BaseFile:
 @dataclass(frozen=True, slots=True)
 class Base:
     """A checkpoint by its headers. `files` and `others` are named relative to a folder's root;
-    `others` are copied with it so that the result loads. `single` is set for the LDM layout.
+    `others` are copied with it so that the result loads. `single` is set for a single file of a
+    family that we know.
     """
 
     path: Path
@@ -117,16 +119,22 @@ class Base:
 
 
 def open_base(path: Path, families: Sequence[str]) -> Base:
-    """The base at `path`; `families` are those that the adapters fit, which the LDM layout needs."""
+    """The base at `path`; `families` are those that the adapters fit, likeliest first."""
     if path.is_dir():
         return _open_folder(path)
     header = read_header(path)
-    if any(key.startswith(_LDM_PREFIX) for key in header.tensors):
-        files = {path.name: BaseFile(path, header, None)}
-        return Base(path, "ldm", files, single=_read_single(header, path.name, families))
+    files = {path.name: BaseFile(path, header, None)}
+    is_ldm = any(key.startswith(_LDM_PREFIX) for key in header.tensors)
+    try:
+        single = _read_single(header, path.name, families)
+    except BadCheckpoint:
+        if is_ldm:
+            raise
+    else:
+        return Base(path, single.layout, files, single=single)
     for component, beginnings in _COMPONENTS.items():
         if any(key.startswith(beginnings) for key in header.tensors):
-            return Base(path, "diffusers", {path.name: BaseFile(path, header, component)})
+            return Base(path, DIFFUSERS, {path.name: BaseFile(path, header, component)})
     raise BadCheckpoint(path.name, "is neither an LDM checkpoint nor a diffusers model")
 
 

@@ -3,16 +3,27 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from math import isfinite
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
 
 from merge.algorithms import lora
-from merge.errors import NotFinite
+from merge.errors import BadFile, NotFinite
 from merge.formats.adapters import scale_of
+from merge.formats.header import Header
 from merge.formats.reader import TensorFile
 from merge.plan import Adapter, Module, Term
+
+
+def open_as_planned(path: Path, header: Header) -> TensorFile:
+    """The file, if its header is still the one that was planned with."""
+    file = TensorFile(path)
+    if file.header != header:
+        file.close()
+        raise BadFile(path.name, "st_changed", "the file changed after it was planned with")
+    return file
 
 
 class Inputs:
@@ -25,7 +36,8 @@ class Inputs:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._files = [
-                stack.enter_context(TensorFile(adapter.path)) for adapter in self._adapters
+                stack.enter_context(open_as_planned(adapter.path, adapter.header))
+                for adapter in self._adapters
             ]
             self._stack = stack.pop_all()
         return self

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from merge import bake as bake_module
 from merge.errors import (
     BadCheckpoint,
+    BadFile,
     BadRecipe,
     CannotWrite,
     NotFinite,
@@ -539,6 +540,53 @@ def test_modules_that_the_base_lacks_are_named_and_can_be_left_out(
     source = {"ref": str(made.path), "leave_out": ["text_encoder.*"]}
     outcome = run(tmp_path / "out.safetensors", [source], base=base)
     assert len(outcome.certificate["left_out"]) == 3
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
+def test_a_text_encoder_alone_is_recognised_by_its_shapes(
+    monkeypatch: pytest.MonkeyPatch, component: str, tmp_path: Path
+) -> None:
+    family = tiny_family("sdxl-tiny")
+    monkeypatch.setitem(FAMILIES, family.name, family)
+    base = tmp_path / "base.safetensors"
+    save_file(make_models(family.name)[component].half().state_dict(), base)
+    made = make_adapter(
+        tmp_path / "a.safetensors", family, [n for n in some_of(family) if n[0] == component]
+    )
+    outcome = run(tmp_path / "out.safetensors", [(made.path, 1.0)], base=base)
+    assert len(outcome.certificate["modules"]) == len(made.deltas)
+
+
+def test_another_model_with_diffusers_names_is_baked_by_its_own_keys(
+    sd15: Family, tmp_path: Path
+) -> None:
+    """A layer fewer than the family has: not its table, but its names."""
+    name = some_of(sd15)[0]
+    base = make_base(tmp_path, sd15, "diffusers", torch.float16)
+    state = load_file(base)
+    del state["mid_block.resnets.0.conv1.weight"]
+    save_file(state, base)
+    made = make_adapter(tmp_path / "a.safetensors", sd15, [name])
+    run(tmp_path / "out.safetensors", [(made.path, 1.0)], base=base)
+    after = load_file(tmp_path / "out.safetensors")
+    changed = {key for key in state if not torch.equal(_raw(state[key]), _raw(after[key]))}
+    assert changed == {f"{name[1]}.weight"}
+
+
+@pytest.mark.parametrize("which", ["adapter", "base"])
+def test_a_file_that_changed_after_planning_is_refused(
+    sd15: Family, which: str, tmp_path: Path
+) -> None:
+    names = _components("diffusers", some_of(sd15))
+    base = make_base(tmp_path, sd15, "diffusers", torch.float16)
+    made = make_adapter(tmp_path / "a.safetensors", sd15, names)
+    planned = plan(*make_recipe([(made.path, 1.0)], base=base))
+    if which == "base":
+        make_base(tmp_path, sd15, "diffusers", torch.float32)
+    else:
+        make_adapter(tmp_path / "a.safetensors", sd15, names, rank=5)
+    with pytest.raises(BadFile, match="changed after it was planned"):
+        execute(planned, tmp_path / "out.safetensors")
 
 
 def test_the_wrong_base_is_refused_when_planned(

@@ -157,3 +157,5 @@ def test_a_budget_pays_for_each_modules_alpha() -> None:
 def test_a_budget_never_takes_a_rank_without_the_ones_before_it() -> None:
     spectra = [torch.tensor([5.0, 4.0]), torch.tensor([1.0])]
     assert linear.ranks_for_budget(spectra, [100, 10], 0, 50) == [0, 1]
+    # The first rank pays for the alpha and does not fit; the second alone would.
+    assert linear.ranks_for_budget([torch.tensor([5.0, 4.0])], [10], 4, 12) == [0]

@@ -57,6 +57,11 @@ def test_write_gives_back_what_was_parsed(
     assert tensors["alpha"].item() == 0.5 * rank
 
 
+def test_alpha_is_exact_where_bfloat16_would_round_it() -> None:
+    up, down = torch.ones(2, 257, dtype=torch.bfloat16), torch.ones(257, 3, dtype=torch.bfloat16)
+    assert lora.write(lora.Factors(up, down))["alpha"].item() == 257
+
+
 @pytest.mark.parametrize(("out", "inner", "kernel", "rank"), SHAPES)
 def test_norm_is_that_of_the_dense_change(
     out: int, inner: int, kernel: tuple[int, ...], rank: int
