@@ -14,7 +14,7 @@ from fastapi.routing import RouteContext, iter_route_contexts
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from hub import errors, operations
+from hub import errors, health
 from hub.adapters import routes as adapters
 from hub.adapters.service import catch_up
 from hub.context import Hub, open_hub
@@ -31,7 +31,7 @@ from hub.web import routes as web
 log = logging.getLogger(__name__)
 
 ROUTERS = (
-    operations.router,
+    health.router,
     users.router,
     adapters.router,
     adapters.thumbs,
