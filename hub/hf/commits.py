@@ -13,11 +13,11 @@ from hub.context import Hub
 from hub.deps import HubDep, ReadSession, WriterDep, public_url
 from hub.errors import BadRequest, Forbidden, NotImplementedHere, TooLarge
 from hub.hf import bodies, info
-from hub.hf.deps import RepoDep, TypeDep
+from hub.hf.deps import RepoDep, TypeDep, find
 from hub.hf.ndjson import Line, read_lines
 from hub.hf.routing import UNLIMITED, hf_router
 from hub.repos import service as repos
-from hub.repos.models import Blob, Repo, RepoType
+from hub.repos.models import Blob, Repo
 from hub.repos.operations import Add, Copy, Delete, DeleteFolder, Operation
 from hub.repos.paths import check_path
 from hub.users import service as users
@@ -87,8 +87,15 @@ async def commit(
     create_pr: str = "",
 ) -> dict[str, Any]:
     """All operations of the body as one commit; a commit that changes nothing is the head."""
+
     # Not RepoDep: its session would keep a snapshot of the catalogue for the whole upload.
-    repo = await to_thread.run_sync(_writable, hub, viewer, type, namespace, name, create_pr)
+    def writable() -> Repo:
+        with hub.db.read() as session:
+            repo = find(request, session, viewer, type, namespace, name)
+            _require_writable(session, viewer, repo, create_pr)
+            return repo
+
+    repo = await to_thread.run_sync(writable)
     header, operations = await _read_commit(hub, viewer, request)
     made = await to_thread.run_sync(
         lambda: publish(
@@ -111,15 +118,6 @@ async def commit(
         "hookOutput": "",
         "pullRequestUrl": None,
     }
-
-
-def _writable(
-    hub: Hub, viewer: Viewer, type: RepoType, namespace: str, name: str, create_pr: str
-) -> Repo:
-    with hub.db.read() as session:
-        repo = repos.get_repo(session, viewer, namespace, name, type=type)
-        _require_writable(session, viewer, repo, create_pr)
-        return repo
 
 
 def _require_writable(session: Session, viewer: Viewer, repo: Repo, create_pr: str) -> None:

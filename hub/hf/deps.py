@@ -3,12 +3,14 @@
 from typing import Annotated
 
 from fastapi import Depends, Request
+from sqlmodel import Session
 
 from hub.deps import ReadSession, ViewerDep
 from hub.errors import NotImplementedHere, RepoNotFound
 from hub.hf.routing import RepoMoved
 from hub.repos import service as repos
 from hub.repos.models import Commit, Repo, RepoType
+from hub.users.service import Viewer
 
 TYPES = {"models": RepoType.MODEL, "datasets": RepoType.DATASET}
 
@@ -36,7 +38,19 @@ def repo(
     namespace: str,
     name: str,
 ) -> Repo:
-    """The repo if the viewer may see it, by any name it ever had: RepoNotFound, RepoMoved."""
+    """The repo of an address if the viewer may see it: RepoNotFound, RepoMoved."""
+    return find(request, session, viewer, type, namespace, name)
+
+
+def find(
+    request: Request,
+    session: Session,
+    viewer: Viewer,
+    type: RepoType,
+    namespace: str,
+    name: str,
+) -> Repo:
+    """As `repo`, for routes that do not keep a session while a body arrives."""
     try:
         return repos.get_repo(session, viewer, namespace, name, type=type)
     except RepoNotFound:

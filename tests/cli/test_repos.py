@@ -1,5 +1,6 @@
 """login, whoami, push, pull, show, search and fetch, as commands against a real hub."""
 
+import hashlib
 import json
 import os
 import pty
@@ -252,6 +253,21 @@ def test_a_private_repo_is_the_users_alone(
     shell.ok("pull", "admin/mine-alone")
     upload(hub, style, "admin/for-all")
     assert "everybody can see it" in shell.refused("push", style, "admin/for-all", "--private")
+
+
+def test_bytes_that_rotted_on_the_hub_are_not_put_in_place(
+    hub: RunningHub, anonymous: Shell, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sound"
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(os.urandom(1000))
+    upload(hub, folder, "admin/rotten")
+    digest = hashlib.sha256((folder / "a.safetensors").read_bytes()).hexdigest()
+    (blob,) = (hub.data_dir / "store/blobs").rglob(digest)
+    blob.chmod(0o600)
+    blob.write_bytes(os.urandom(1000))
+    assert "a.safetensors arrived damaged" in anonymous.refused("pull", "admin/rotten")
+    assert not (anonymous.home / "rotten").exists()
 
 
 def test_a_push_that_is_refused_changes_nothing(

@@ -165,6 +165,8 @@ def test_a_moved_repo_answers_under_its_old_name(
     assert api.model_info(repo).id == "admin/moved-here"
     path = api.hf_hub_download(repo, "ink.safetensors", cache_dir=tmp_path)
     assert Path(path).read_bytes() == b"ink" * 1000
+    api.upload_file(path_or_fileobj=b"later", path_in_repo="later.txt", repo_id=repo)
+    assert api.file_exists("admin/moved-here", "later.txt")
     answer = httpx2.head(f"{hub.url}/{repo}/resolve/main/sub/a%20b.txt?x=1")
     assert answer.status_code == 307
     assert answer.headers["Location"] == "/admin/moved-here/resolve/main/sub/a%20b.txt?x=1"

@@ -120,7 +120,12 @@ def test_files_arrive_whole_however_the_body_is_cut(size: int) -> None:
 @pytest.mark.usefixtures("small_buffers")
 def test_the_path_may_come_first_and_the_last_line_needs_no_end() -> None:
     content = os.urandom(1000)
-    value = {"path": TRAP, "encoding": "base64", "content": base64.b64encode(content).decode()}
+    value = {
+        'odd"content': "not it",
+        "path": TRAP,
+        "encoding": "base64",
+        "content": base64.b64encode(content).decode(),
+    }
     lines = read(HEADER + json.dumps({"value": value, "key": "file"}).encode())
     assert (lines[1].kept, lines[1].value["path"]) == (content, TRAP)
 
