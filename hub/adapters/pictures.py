@@ -65,7 +65,7 @@ def make_thumbnail(source: Path, target: int) -> bytes:
         try:
             if image.format == "JPEG":
                 image.draft("RGB", (size[0] * 2, size[1] * 2))
-            shown = ImageOps.exif_transpose(image)
+            shown = image if image.format == "PNG" else ImageOps.exif_transpose(image)
             shown = shown.convert("RGBA" if shown.has_transparency_data else "RGB")
             resample = Image.Resampling.NEAREST if is_tiny else Image.Resampling.LANCZOS
             shown = shown.resize(size, resample)
@@ -109,8 +109,8 @@ def _open(path: Path) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> tuple[int, int]:
-    # EXIF orientations 5 to 8 lie on their side.
-    if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
+    # EXIF orientations 5 to 8 lie on their side. For a PNG, Pillow would decode all of it to know.
+    if image.format != "PNG" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
         return image.height, image.width
     return image.width, image.height
 
