@@ -98,6 +98,9 @@ class EveryResponse:
         app = self._app
         if request.get("Content-Encoding", "identity").lower() != "identity":
             app = _error("BadRequest", "send bodies without Content-Encoding", 415)
+        # No name here has one, and PostgreSQL refuses it in any text.
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            app = _error("BadRequest", "an address holds no NUL character", 400)
         try:
             await app(scope, receive, send_with_headers)
         except Exception:

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import delete
-from sqlmodel import Session, col, select
+from sqlmodel import Session, SQLModel, col, select
 
 from hub.adapters import pictures, text
 from hub.adapters.card import MAX_CARD_BYTES, ParsedCard, parse_card
@@ -40,6 +40,7 @@ from merge.errors import MergeError
 from merge.formats import metadata as keys
 from merge.formats.hashes import hash_file
 from merge.formats.reader import TensorFile
+from merge.identify import identify_file
 
 CARD_PATH = "README.md"
 CONFIG_NAME = "adapter_config.json"
@@ -50,6 +51,7 @@ MAX_METADATA_VALUE = 4096
 _EMPTY = hashlib.sha256().hexdigest()
 
 Key = tuple[str, str]  # sha256 of the file and of the adapter_config.json beside it, or ""
+Row = TypeVar("Row", bound=SQLModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,28 +129,22 @@ def _identify(hub: Hub, entry: CommitEntry, config: CommitEntry | None) -> Ident
             hub.store.local(Sha256(entry.sha256)) as path,
             TensorFile(path, name=entry.path) as file,
         ):
-            document = _describe(file) | {"profile": profile_of(file)}
+            hashes = hash_file(path, file.header.data_offset, name=entry.path)
+            answer = identify_file(file, hashes=hashes, config=_config(hub, config))
+            # All 64 digits: AutoV3 is its first 12, and trainers write the whole of it.
+            aliases = hashes.to_json() | {"autov3": hashes.data_sha256}
+            document = answer.to_json() | {"aliases": aliases, "profile": profile_of(file)}
     except MergeError as error:
-        problem = str(error)
+        # The same bytes may have another name elsewhere.
+        problem = str(error).removeprefix(f"{entry.path}: ")
     except FileNotFoundError:
-        problem = f"{entry.path}: the blob store has lost its bytes"
+        problem = "the blob store has lost its bytes"
     return Identification(
         sha256=entry.sha256,
         config_sha256=config.sha256 if config is not None else "",
         document=json.dumps(document),
         problem=problem,
     )
-
-
-def _describe(file: TensorFile) -> dict[str, Any]:
-    header = file.header
-    return {
-        "kind": Kind.OTHER,
-        "parameters": sum(info.n_elements for info in header.tensors.values()),
-        "size_bytes": header.file_size,
-        "hashes": hash_file(file.path, header.data_offset, name=file.name).to_json(),
-        "metadata": dict(header.metadata),
-    }
 
 
 def _config(hub: Hub, entry: CommitEntry | None) -> dict[str, Any] | None:
@@ -237,24 +233,26 @@ def _insert(session: Session, repo: Repo, reading: _Reading) -> None:
     assert repo.id is not None
     card = reading.card
     session.add(
-        Card(
-            repo_id=repo.id,
-            commit_id=reading.commit.id,
-            title=card.title,
-            summary=card.summary,
-            license=card.license,
-            base_model=card.base_model,
-            problem=card.problem,
+        _storable(
+            Card(
+                repo_id=repo.id,
+                commit_id=reading.commit.id,
+                title=card.title,
+                summary=card.summary,
+                license=card.license,
+                base_model=card.base_model,
+                problem=card.problem,
+            )
         )
     )
-    session.add_all(Tag(repo_id=repo.id, name=tag) for tag in card.tags)
-    session.add_all(reading.previews)
+    session.add_all(_storable(Tag(repo_id=repo.id, name=tag)) for tag in card.tags)
+    session.add_all(map(_storable, reading.previews))
     by_path = {entry.path: entry for entry in reading.entries}
     found = []
     for entry in reading.entries:
         if _is_tensors(entry.path):
             key = _key(entry, by_path)
-            identification = session.merge(reading.identified[key])
+            identification = session.merge(_storable(reading.identified[key]))
             found.append((entry, identification, json.loads(identification.document)))
     found.sort(key=lambda item: _rank(item[0], item[2]))
     for position, (entry, identification, document) in enumerate(found):
@@ -293,6 +291,7 @@ def _insert_adapter(
     algorithms = document.get("algorithms") or []
     ranks = document.get("ranks") or {}
     metadata = document.get("metadata") or {}
+    problem = identification.problem
     adapter = Adapter(
         repo_id=repo.id,
         path=entry.path,
@@ -309,16 +308,16 @@ def _insert_adapter(
         rank_max=ranks.get("max"),
         parameters=document.get("parameters") or 0,
         profile=document.get("profile") or FLAT,
-        problem=identification.problem,
+        problem=problem and f"{entry.path}: {problem}",
     )
-    session.add(adapter)
+    session.add(_storable(adapter))
     session.flush()
     assert adapter.id is not None
     triggers = _triggers(adapter.id, metadata, card)
-    session.add_all(triggers)
-    session.add_all(_facts(adapter.id, document, card))
-    for kind, value in (document.get("hashes") or {}).items():
-        if value and not _EMPTY.startswith(value):
+    session.add_all(map(_storable, triggers))
+    session.add_all(map(_storable, _facts(adapter.id, document, card)))
+    for kind, value in (document.get("aliases") or {}).items():
+        if value and not _EMPTY.startswith(value[:8]):
             session.merge(HashAlias(kind=kind, value=value.lower(), sha256=entry.sha256))
     words = [trigger.word for trigger in triggers]
     text.put(
@@ -392,3 +391,12 @@ def _facts(adapter_id: int, document: Mapping[str, Any], card: ParsedCard) -> li
         )
         for name, value, source, confidence in found
     ]
+
+
+def _storable(row: Row) -> Row:
+    """`row` without NUL characters, which PostgreSQL cannot store."""
+    for name in type(row).model_fields:
+        value = getattr(row, name)
+        if isinstance(value, str) and "\0" in value:
+            setattr(row, name, value.replace("\0", "\N{REPLACEMENT CHARACTER}"))
+    return row

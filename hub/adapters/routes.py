@@ -78,7 +78,7 @@ def query_of(
         rank_max=rank_max,
         sort=sort,
         limit=limit,
-        cursor=cursor,
+        cursor=cursor or None,
         by_repo=by_repo,
     )
 

@@ -274,7 +274,10 @@ def _read_cursor(query: AdapterQuery) -> tuple[Any, int]:
         if order != query.order or type(last_id) is not int or abs(last_id) >= 2**63:
             raise ValueError
         if order in (Sort.UPDATED, Sort.CREATED):
-            return datetime.fromisoformat(value), last_id
+            moment = datetime.fromisoformat(value)
+            if moment.tzinfo is None:
+                raise ValueError
+            return moment, last_id
         if type(value) is not (str if order == Sort.NAME else int):
             raise ValueError
         if isinstance(value, int) and abs(value) >= 2**63:

@@ -44,7 +44,7 @@ def is_sqlite(session: Session) -> bool:
 
 def put(session: Session, adapter_id: int, fields: Mapping[str, str]) -> None:
     """Index one adapter; its old text is gone with its old row."""
-    values: dict[str, Any] = {name: fields[name][:MAX_BODY] for name in FIELDS}
+    values: dict[str, Any] = {name: fields[name][:MAX_BODY].replace("\0", " ") for name in FIELDS}
     values["id"] = adapter_id
     if is_sqlite(session):
         statement = (

@@ -55,9 +55,6 @@ OPEN_ROUTES = {
     "PUT /{namespace}/{name}.git/info/lfs/objects/{oid}",
     "PUT /{kind:repos}/{namespace}/{name}.git/info/lfs/objects/{oid}",
     "* /api/{path:path}",
-    "POST /login",
-    "POST /logout",
-    "POST /settings/theme",
 }
 
 

@@ -127,8 +127,9 @@ def test_prompts_in_png_files(
 
 def test_an_animation_is_its_first_frame(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (400, 400), c) for c in ("red", "blue")]
-    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
     with Image.open(io.BytesIO(make_thumbnail(tmp_path / "a.webp", 160))) as image:
         assert getattr(image, "n_frames", 1) == 1
         red, _, blue = image.convert("RGB").getpixel((80, 80))
-        assert red > 200 > 50 > blue
+        assert red > 200
+        assert blue < 50
