@@ -158,12 +158,16 @@ def write_adapter(
     """The adapter in the plan's dialect: a file, or for PEFT the two files of a folder `out`."""
     kept = {(r.module.component, r.module.module): r for r in results if r.rank > 0}
     keys = write_keys(kept, plan.dialect, plan.family)
+    ranks = {name: result.rank for name, result in kept.items()}
+    # A file without alphas is read with scale 1 by every tool. Alphas that differ between modules
+    # are not: diffusers 0.42 gives attention layers in kohya's names the most common one.
+    left_out = {"alpha"} if plan.dialect == "kohya" and len(set(ranks.values())) > 1 else set()
     tensors = {
         key: result.tensors[role]
         for name, result in kept.items()
         for role, key in keys[name].items()
+        if role not in left_out
     }
-    ranks = {name: result.rank for name, result in kept.items()}
     metadata = provenance.of_merge(plan, list(ranks.values()), certificate)
     # Every alpha equals its rank, so that the scale is 1 wherever it is read from.
     alphas = {name: float(rank) for name, rank in ranks.items()}

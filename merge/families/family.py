@@ -4,12 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import resources
 from math import prod
+from pathlib import Path
 
 from merge.families import original
 
 TEXT_MODEL = "text_model."
+_DATA = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,7 @@ class Family:
         """Component -> module path -> module, generated from the model classes."""
         if self.table is not None:
             return self.table
-        source = resources.files("merge.families").joinpath("data", f"{self.name}.json")
-        return parse_table(source.read_text("utf-8"))
+        return parse_table((_DATA / f"{self.name}.json").read_text("utf-8"))
 
     @cached_property
     def original(self) -> Mapping[str, Mapping[str, str]]:

@@ -12,7 +12,7 @@ crc32    the whole file, as zlib prints it (Civitai prints the bytes reversed, i
 import hashlib
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,19 +71,22 @@ def hash_file(
     crc = 0
     at = 0
     try:
-        # hashlib releases the interpreter lock, so the second SHA-256 costs no time of its own
-        # on two cores.
-        with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as second:
+        # All of these release the interpreter lock, so that on two cores the second SHA-256
+        # and BLAKE3 cost little time of their own.
+        with path.open("rb", buffering=0) as file, ThreadPoolExecutor(3) as pool:
             chunk = file.read(_CHUNK_BYTES)
             while chunk:
                 view = memoryview(chunk)
-                hashing = second.submit(data.update, view[max(0, data_offset - at) :])
-                whole.update(view)
-                next_chunk = file.read(_CHUNK_BYTES)
-                blake.update(view)
+                running: list[Future[object]] = [
+                    pool.submit(whole.update, view),
+                    pool.submit(data.update, view[max(0, data_offset - at) :]),
+                    pool.submit(blake.update, view),
+                ]
                 crc = zlib.crc32(view, crc)
                 window.update(_overlap(view, at, _AUTOV1_START, _AUTOV1_BYTES))
-                hashing.result()
+                next_chunk = file.read(_CHUNK_BYTES)
+                for hashing in running:
+                    hashing.result()
                 at += len(chunk)
                 if progress is not None:
                     progress(len(chunk))
