@@ -18,7 +18,7 @@ import numpy as np
 
 from merge.errors import CannotWrite
 from merge.formats.header import DTYPE_BITS, METADATA, PREFIX_BYTES, TensorInfo
-from merge.formats.positioned import copy_between, sync_folder, write_at
+from merge.formats.positioned import copy_between, reserve, sync_folder, write_at
 from merge.formats.reader import TORCH_DTYPES
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class FileWriter:
         except OSError as error:
             raise self._failure(error) from error
         try:
-            os.truncate(self._fd, self.layout.file_size)
+            reserve(self._fd, self.layout.file_size)
             write_at(self._fd, memoryview(self.layout.head), 0)
         except BaseException as error:
             self._abandon()

@@ -1,5 +1,6 @@
 """Adapters baked into real checkpoints of every layout, against float64 references."""
 
+import errno
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -376,18 +378,20 @@ def test_the_portable_way_writes_the_same_bytes(
     expected = run(tmp_path / "out.safetensors", inputs, base=base).sha256
     calls = []
 
-    def counted(function: Callable[..., int]) -> Callable[..., int]:
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: calls.append(function) or function(*args)  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(positioned, "_read_some", counted(positioned._read_portably))
     monkeypatch.setattr(positioned, "_write_some", counted(positioned._write_portably))
     monkeypatch.setattr(positioned, "_copy_some", counted(positioned._copy_portably))
+    monkeypatch.setattr(positioned, "_reserve", counted(positioned._reserve_portably))
     again = run(tmp_path / "portable.safetensors", inputs, base=base).sha256
     assert again == expected == sha256_file(tmp_path / "portable.safetensors")
     assert set(calls) == {
         positioned._read_portably,
         positioned._write_portably,
         positioned._copy_portably,
+        positioned._reserve_portably,
     }
 
 
@@ -515,6 +519,34 @@ def test_a_disk_that_fills_up_leaves_nothing(
             execute(planned, tmp_path / f"out{base.suffix}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("layout", ["ldm", "folder"])
+@pytest.mark.parametrize("function", ["_write_some", "_copy_some"])
+@pytest.mark.parametrize("nth", [0, 1, 7])
+def test_a_write_that_fails_in_any_thread_leaves_nothing(
+    sd15: Family,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+    function: str,
+    nth: int,
+    tmp_path: Path,
+) -> None:
+    base = make_base(tmp_path, sd15, layout, torch.float16)
+    made = make_adapter(tmp_path / "a.safetensors", sd15, some_of(sd15))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    planned = plan(*make_recipe([(made.path, 1.0)], base=base))
+    real, calls = getattr(positioned, function), count()
+
+    def fails(*args: Any) -> Any:
+        if next(calls) == nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args)
+
+    monkeypatch.setattr(positioned, function, fails)
+    with pytest.raises(CannotWrite, match="No space left on device; nothing was written"):
+        execute(planned, tmp_path / f"out{base.suffix}")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
