@@ -103,11 +103,8 @@ class Database:
         return self._writer
 
     def close(self) -> None:
-        """Readers first, so that the writer is the last connection and does the checkpoint."""
+        """Readers first: SQLite does the last checkpoint when its last connection closes."""
         self._reader.dispose()
-        if self.is_sqlite:
-            with self._writer.connect() as connection:
-                connection.connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._writer.dispose()
         if self._lock is not None:
             self._lock.release()

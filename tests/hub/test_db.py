@@ -89,6 +89,15 @@ def test_sqlite_is_durable_and_its_readers_read_only(hub: Hub) -> None:
             reader.execute(text("DELETE FROM token"))
 
 
+def test_a_write_block_keeps_every_other_writer_out_from_its_first_statement(hub: Hub) -> None:
+    stranger = sqlite3.connect(hub.settings.data_dir / "hub.sqlite3", timeout=0)
+    with hub.db.write() as session:
+        session.execute(text("SELECT 1"))
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            stranger.execute("BEGIN IMMEDIATE")
+    stranger.close()
+
+
 def test_sqlite_has_one_writer_at_a_time(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(db_module, "WRITER_WAIT_S", 0)
     other = Database.__new__(Database)
