@@ -42,7 +42,7 @@ class Hub:
 
     @property
     def scratch(self) -> Path:
-        """Folder for what jobs write before it becomes a blob; emptied at each start."""
+        """Folder for what jobs write before it becomes a blob; a start empties it of what is dead."""
         return self.settings.data_dir / "scratch"
 
     @property

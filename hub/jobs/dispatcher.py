@@ -98,7 +98,7 @@ class LocalDispatcher:
             else:
                 queue.sweep(session, queue.now(session))
             running = queue.running(session)
-        for folder in self._hub.scratch.glob("job-*"):
+        for folder in self._hub.scratch.glob("*" if self._hub.db.is_sqlite else "job-*"):
             if folder.name not in {_folder_name(claim) for claim in running}:
                 shutil.rmtree(folder)
 

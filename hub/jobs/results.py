@@ -150,6 +150,8 @@ def _commit(
             private=_is_private(session, target, resolved),
             exist_ok=True,
         )
+        if head is None and repos.entries(session, repos.resolve(session, repo)):
+            raise StaleParent(f"{target.repo} was made by someone else meanwhile")
         _check_still_secret(session, repo, resolved)
         made = repos.commit(
             session,

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -667,3 +668,44 @@ def test_cancel_ends_a_running_job_and_leaves_nothing(own: Person) -> None:
     while list((own.hub.data_dir / "scratch").iterdir()):
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_a_worker_of_its_own_runs_the_jobs_of_a_hub_on_postgresql(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    with running_hub(tmp_path, workers=0, database_url=postgres_url) as hub:
+        ada = Person(hub, hub.admin_token)
+        write_lora(tmp_path / "ink" / "ink.safetensors", 0)
+        ada.upload(tmp_path / "ink", "admin/ink")
+        job_id = ada.merge("admin/x", "admin/ink=1").json()["id"]
+        assert ada.job(job_id)["state"] == "queued"
+        settings = {"GRAFT_DATABASE_URL": postgres_url, "GRAFT_DATA_DIR": str(hub.data_dir)}
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "cli", "worker"],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | settings,
+            stdout=subprocess.PIPE,
+        )
+        job = ada.wait(job_id)
+        worker.send_signal(signal.SIGTERM)
+        worker.communicate(timeout=60)
+        assert worker.returncode == 0
+        assert job["state"] == "succeeded", job["error"]
+        # The worker's commit is in the server's catalogue too.
+        assert ada.get("/api/models/admin/x").json()["sha"] == job["result"]["commit"]
+
+
+def test_a_worker_with_sqlite_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "cli", "worker"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"GRAFT_DATA_DIR": str(tmp_path / "data")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr == (
+        "error: with SQLite `graft serve` runs the jobs itself; workers need GRAFT_DATABASE_URL\n"
+    )
+    assert not (tmp_path / "data").exists()

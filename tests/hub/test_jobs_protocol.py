@@ -7,10 +7,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlmodel import select
 
+from hub.blobs.store import Sha256
 from hub.context import Hub
 from hub.errors import Forbidden, TooMany
 from hub.jobs import queue, results, service
@@ -535,9 +537,43 @@ def test_two_jobs_into_one_repo_both_keep_their_files(
         paths = {item.path for item in repos.entries(session, head)}
         card = repos.entry(session, head, "README.md")
     assert paths == {"one.safetensors", "two.safetensors", "README.md"}
-    text = b"".join(hub.store.open(card.sha256)).decode()  # type: ignore[arg-type]
+    text = b"".join(hub.store.open(Sha256(card.sha256))).decode()
     assert "one.safetensors" in text
     assert "two.safetensors" in text
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_commit_that_comes_between_is_kept(
+    hub: Hub,
+    admin: Viewer,
+    enqueue: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+    exists: bool,
+) -> None:
+    if exists:
+        make_repo(hub, admin, "result")
+    write_card, calls = results.write_card, []
+
+    def write_card_late(*given: Any) -> str:
+        calls.append(given)
+        if len(calls) == 1:
+            stored = hub.store.put([b"# Written meanwhile\n"])
+            with hub.db.write() as session:
+                repo = repos.create_repo(session, admin, "admin", "result", exist_ok=True)
+                add = Add("README.md", stored, lfs=False)
+                repos.commit(session, admin, repo, operations=[add], message="meanwhile")
+        return write_card(*given)
+
+    monkeypatch.setattr(results, "write_card", write_card_late)
+    assert run(hub, "finish", enqueue()).state == "succeeded"
+    assert len(calls) == 2
+    newest, before, *_ = commits_of(hub, admin, "result")
+    assert before.message == "meanwhile"
+    with hub.db.read() as session:
+        card = repos.entry(session, newest, "README.md")
+    text = b"".join(hub.store.open(Sha256(card.sha256))).decode()
+    assert "# Written meanwhile\n" in text
+    assert "merged.safetensors" in text
 
 
 def test_output_name_is_the_last_part_of_the_path(hub: Hub, enqueue: Callable[..., str]) -> None:
