@@ -53,6 +53,7 @@ demo: setup ## train the demo catalogue anew (about twenty minutes)
 bench: setup ## print the ratios the README promises
 	$(BIN)/python benchmarks/bake.py
 	$(BIN)/python benchmarks/combine.py
+	$(BIN)/python benchmarks/download.py
 
 clean: ## remove what setup and tests made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

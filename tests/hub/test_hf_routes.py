@@ -1,13 +1,16 @@
 """What needs a look inside the hub: download counts, abandoned downloads, what a refusal leaves."""
 
 import json
+import os
 
+import anyio
 import pytest
 from starlette.testclient import TestClient
 
 from hub.adapters.service import publish
 from hub.blobs.store import Stored
 from hub.context import Hub
+from hub.hf import files
 from hub.repos import service as repos
 from hub.repos.operations import Add
 from hub.users.service import Viewer
@@ -46,6 +49,31 @@ def test_whole_downloads_of_weights_are_counted(
     assert downloads(hub, admin) == 1
     assert client.get(address, headers={"Range": "bytes=0-"}).status_code == 206
     assert downloads(hub, admin) == 2
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_a_blob_is_sent_in_pieces_from_memory_or_disk(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, is_cached: bool
+) -> None:
+    """Both ways of reading: the one that asks Linux not to wait, and the one that every system has."""
+    monkeypatch.setattr(files, "PIECE", 1000)
+    if not is_cached:
+        monkeypatch.setattr(files, "_read_cached", lambda *_: None)
+    data = os.urandom(2345)
+    stored = hub.store.put([data])
+
+    async def read(start: int, end: int) -> list[bytes]:
+        found = files.read_blob(hub.store, stored.sha256, start, end)
+        return [bytes(piece) async for piece in found]
+
+    assert anyio.run(read, 0, 2345) == [data[:1000], data[1000:2000], data[2000:]]
+    assert anyio.run(read, 999, 1001) == [data[999:1001]]
+    path = hub.store.path(stored.sha256)
+    assert path is not None
+    path.chmod(0o600)
+    path.write_bytes(data[:1500])
+    with pytest.raises(OSError, match="shorter than it was"):
+        anyio.run(read, 0, 2345)
 
 
 def test_head_reads_no_blob(hub: Hub, client: TestClient, weights: Stored) -> None:
