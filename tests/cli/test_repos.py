@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
+import numpy as np
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from hub.context import open_hub
 from hub.settings import Settings
+from merge.formats.writer import write_file
 from tests.fixtures.server import RunningHub, running_hub
 from tests.hub.conftest import make_user
 
@@ -327,6 +329,57 @@ def _on_a_terminal(shell: Shell, *arguments: str) -> str:
     os.close(parent)
     assert process.returncode == 0, seen
     return seen.decode()
+
+
+# show and search
+
+
+@pytest.fixture
+def adapter(hub: RunningHub, tmp_path: Path) -> str:
+    """A repo with one LoRA of rank 4 for one layer of Stable Diffusion 1.5."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {
+        f"{stem}.lora_down.weight": np.ones((4, 320), np.float16),
+        f"{stem}.lora_up.weight": np.ones((320, 4), np.float16),
+        f"{stem}.alpha": np.array(4, np.float16),
+    }
+    write_file(folder / "quill.safetensors", tensors, {"ss_base_model_version": "sd_v1"})
+    (folder / "README.md").write_text(
+        "---\ntags: [feather]\ntrigger_words: [qll]\n---\n# Quill\n\nThin strokes.\n"
+    )
+    upload(hub, folder, "admin/quill")
+    return "admin/quill"
+
+
+def test_show_tells_what_the_files_say(anonymous: Shell, adapter: str) -> None:
+    shown = anonymous.ok("show", adapter)
+    assert shown.startswith(f"{adapter} at ")
+    row = next(line for line in shown.splitlines() if line.startswith("quill.safetensors"))
+    assert row.split()[:5] == ["quill.safetensors", "adapter", "lora", "sd15", "4"]
+    answer = json.loads(anonymous.ok("show", adapter, "--json"))
+    assert [file["file"] for file in answer["files"]] == ["README.md", "quill.safetensors"]
+    assert answer["adapters"][0]["hashes"].keys() >= {"sha256", "autov2", "autov3"}
+    assert (answer["private"], answer["tags"]) == (False, ["feather"])
+    assert "is not on" in anonymous.refused("show", "admin/nothing")
+
+
+def test_search_finds_by_word_facet_and_hash(
+    anonymous: Shell, adapter: str, tmp_path: Path
+) -> None:
+    def found(*arguments: str) -> list[str]:
+        items = json.loads(anonymous.ok("search", *arguments, "--json"))["items"]
+        return [f"{item['repo']}:{item['file']}" for item in items]
+
+    here = [f"{adapter}:quill.safetensors"]
+    assert found("strokes", "--tag", "feather", "--base", "sd15", "--algorithm", "lora") == here
+    assert found("strokes", "--base", "sdxl") == []
+    digest = hashlib.sha256((tmp_path / "adapter/quill.safetensors").read_bytes()).hexdigest()
+    assert found(digest[:10].upper()) == here
+    assert "quill.safetensors" in anonymous.ok("search", "quill", "--sort", "name")
+    assert anonymous.run("search", "strokes", "--tag", "none").stderr == "nothing matches\n"
+    assert "sort" in anonymous.refused("search", "--sort", "sideways")
 
 
 # REFs on the hub
