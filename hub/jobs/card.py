@@ -40,6 +40,7 @@ class Facts:
     method: str
     triggers: Sequence[str]
     losses: Sequence[str]
+    licenses: Sequence[str]
     recipe_digest: str
 
 
@@ -87,6 +88,9 @@ def _section(facts: Facts) -> str:
     if facts.triggers:
         words = ", ".join(_code(word) for word in facts.triggers)
         lines += ["", f"Trigger words: {words}."]
+    if facts.licenses:
+        names = ", ".join(_code(name) for name in facts.licenses)
+        lines += ["", f"Licences of what it was made from: {names}."]
     lines += ["", f"Recipe: `{facts.recipe_digest}`; it is also in the file's metadata."]
     return "\n".join(lines)
 

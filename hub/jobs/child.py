@@ -124,7 +124,9 @@ def _described(error: MergeError) -> dict[str, object]:
     cause = error.__cause__
     if isinstance(error, CannotWrite) and isinstance(cause, OSError) and cause.errno in _FULL:
         return {"code": "NoSpace", "message": _no_space(cause), "param": None}
-    return {"code": error.code, "message": str(error), "param": getattr(error, "param", None)}
+    fields = ("param", "module", "key", "file")
+    param = next((getattr(error, name) for name in fields if hasattr(error, name)), None)
+    return {"code": error.code, "message": str(error), "param": param}
 
 
 def _no_space(error: OSError) -> str:

@@ -123,8 +123,8 @@ def beat(session: Session, claim: Claim, progress: Progress, lease_s: float) -> 
 
 
 def extend(session: Session, claim: Claim, lease_s: float) -> None:
-    """Extend the lease without progress to report; LeaseLost."""
-    _change(session, claim, lease_until=now(session) + timedelta(seconds=lease_s))
+    """Extend the lease without progress to report, so nobody is told; LeaseLost."""
+    _update(session, claim, lease_until=now(session) + timedelta(seconds=lease_s))
 
 
 def is_cancel_requested(session: Session, claim: Claim) -> bool:
@@ -210,10 +210,16 @@ def request_cancel(session: Session, job: Job) -> None:
 def _change(
     session: Session, claim: Claim, *conditions: ColumnElement[bool], **values: object
 ) -> None:
+    _update(session, claim, *conditions, sequence=col(Job.sequence) + 1, **values)
+
+
+def _update(
+    session: Session, claim: Claim, *conditions: ColumnElement[bool], **values: object
+) -> None:
     changed = session.execute(
         update(Job)
         .where(*_ownership(claim), *conditions)
-        .values(sequence=col(Job.sequence) + 1, **values)
+        .values(**values)
         .execution_options(synchronize_session=False)
     )
     assert isinstance(changed, CursorResult)

@@ -4,14 +4,14 @@ The commit, the lineage and the end of the job are one transaction, conditional 
 an attempt that lost its lease leaves unreferenced blobs and nothing else.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sqlmodel import Session
 
 from hub.adapters import service as adapters
-from hub.adapters.card import MAX_CARD_BYTES, parse_card
+from hub.adapters.card import MAX_CARD_BYTES, ParsedCard, parse_card
 from hub.blobs.store import Sha256, Stored
 from hub.context import Hub
 from hub.errors import EntryNotFound, Forbidden, RepoNotFound, StaleParent
@@ -131,8 +131,9 @@ def _commit(
     recipe = Recipe.load(job.request["recipe"])
     namespace, _, name = target.repo.partition("/")
     head, old_card = _present(hub, viewer, namespace, name)
-    facts = _facts(hub, job, recipe, resolved, manifest)
-    card = _new_card(hub, old_card, _front(hub, job, resolved, facts), facts, name)
+    cards = [_card_of(hub, item) for item in resolved]
+    facts = _facts(hub, job, recipe, resolved, cards, manifest)
+    card = _new_card(hub, old_card, _front(job, resolved, cards, facts), facts, name)
     everything = dict(stored)
     if card is not None:
         everything[_CARD] = hub.store.put([card])
@@ -228,7 +229,12 @@ def _new_card(
 
 
 def _facts(
-    hub: Hub, job: Job, recipe: Recipe, resolved: Sequence[Resolved], manifest: Mapping[str, Any]
+    hub: Hub,
+    job: Job,
+    recipe: Recipe,
+    resolved: Sequence[Resolved],
+    cards: Sequence[ParsedCard],
+    manifest: Mapping[str, Any],
 ) -> Facts:
     by_name = {item.ref: item for item in resolved}
     triggers = [word for item in resolved for word in _triggers(hub, item)]
@@ -243,6 +249,7 @@ def _facts(
         method=_method(recipe),
         triggers=list(dict.fromkeys(triggers)),
         losses=_losses(manifest["certificate"]),
+        licenses=sorted({card.license or "not stated" for card in cards}),
         recipe_digest=job.recipe_digest,
     )
 
@@ -296,27 +303,38 @@ def _triggers(hub: Hub, item: Resolved) -> list[str]:
         return trigger_words(read_header(file).metadata)
 
 
-def _front(hub: Hub, job: Job, resolved: Sequence[Resolved], facts: Facts) -> dict[str, Any]:
+def _front(
+    job: Job, resolved: Sequence[Resolved], cards: Sequence[ParsedCard], facts: Facts
+) -> dict[str, Any]:
     """Front matter that Hugging Face tools understand; nothing that we do not know."""
     front: dict[str, Any] = {}
+    license = _common(card.license for card in cards)
+    if license is not None:
+        front["license"] = license
     if job.kind == JobKind.BAKE:
         front["base_model"] = resolved[0].repo
         front["tags"] = ["grafthub", "baked"]
     else:
-        bases = {_base_of(hub, item) for item in resolved}
-        if len(bases) == 1 and None not in bases:
-            front["base_model"] = bases.pop()
+        base = _common(card.base_model for card in cards)
+        if base is not None:
+            front["base_model"] = base
         front["tags"] = ["grafthub", "lora", "merge"]
     if facts.triggers:
         front["instance_prompt"] = ", ".join(facts.triggers)
     return front
 
 
-def _base_of(hub: Hub, item: Resolved) -> str | None:
-    """What the card of an input's repo names as its base model."""
+def _common(values: Iterable[str | None]) -> str | None:
+    """What all of them say, or None where they differ or one says nothing."""
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None
+
+
+def _card_of(hub: Hub, item: Resolved) -> ParsedCard:
+    """The card of an input's repo as it was; an empty one where there is none."""
     with hub.db.read() as session:
         card = session.get(CommitEntry, (item.commit, _CARD))
-    return parse_card(_bytes(hub, card)).base_model if card is not None else None
+    return parse_card(_bytes(hub, card)) if card is not None else ParsedCard()
 
 
 def _bytes(hub: Hub, card: CommitEntry) -> bytes:

@@ -142,7 +142,7 @@ def deltas(ada: Person, tmp_path_factory: pytest.TempPathFactory) -> Deltas:
     for seed, name in enumerate(("ink", "robot", "secret")):
         file = folder / name / f"{name}.safetensors"
         found[name] = write_lora(file, seed, rank=seed + 2, alpha=1.5, trigger=f"{name}word")
-        (file.parent / "README.md").write_text("---\nbase_model: demo/tiny-sd\n---\n# x\n")
+        (file.parent / "README.md").write_text("---\nlicense: mit\nbase_model: demo/tiny-sd\n---\n")
         ada.upload(file.parent, f"ada/{name}", private=name == "secret")
     return found
 
@@ -190,7 +190,7 @@ def test_a_merge_becomes_a_commit_with_its_recipe_inside(
     commits = ada.get("/api/models/ada/both/commits/main").json()
     assert [commit["title"] for commit in commits] == ["Ink robot", "initial commit"]
     card = fetch(ada, result, "README.md", tmp_path).read_text()
-    assert card.startswith("---\nbase_model: demo/tiny-sd\n")
+    assert card.startswith("---\nlicense: mit\nbase_model: demo/tiny-sd\n")
     for words in ("ada/ink:ink.safetensors", "| 0.7 |", "| 0.5 |", "inkword", "robotword"):
         assert words in card
 
@@ -245,6 +245,60 @@ def test_a_baked_folder_is_published_whole(ada: Person, deltas: Deltas, tmp_path
     for name, delta in deltas["ink"].items():
         expected = weights[f"{name}.weight"] + 0.8 * delta
         np.testing.assert_allclose(baked[f"{name}.weight"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_file_is_baked_into_a_file(ada: Person, deltas: Deltas, tmp_path: Path) -> None:
+    weights = write_base(tmp_path / "base")
+    ada.upload(tmp_path / "base", "ada/base-file")
+    body = {
+        "recipe": {
+            "kind": "bake",
+            "base": {"ref": "ada/base-file:unet/diffusion_pytorch_model.safetensors"},
+            "inputs": [{"ref": "ada/ink", "strength": -1.0}, {"ref": "ada/robot"}],
+        },
+        "publish": {"repo": "ada/baked-file", "path": "checkpoints/unet.safetensors"},
+    }
+    answer = ada.post("/api/bakes", body)
+    assert answer.status_code == 202, answer.text
+    job = ada.wait(answer.json()["id"])
+    assert job["state"] == "succeeded", job["error"]
+    file = fetch(ada, job["result"], "checkpoints/unet.safetensors", tmp_path)
+    baked = safetensors.numpy.load_file(file)
+    for name in modules():
+        expected = weights[f"{name}.weight"] - deltas["ink"][name] + deltas["robot"][name]
+        np.testing.assert_allclose(baked[f"{name}.weight"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_peft_adapter_is_two_files_in_and_out(
+    ada: Person, deltas: Deltas, tmp_path: Path
+) -> None:
+    body = {
+        "recipe": {
+            "kind": "merge",
+            "inputs": [{"ref": "ada/ink"}],
+            "output": {"dialect": "peft"},
+        },
+        "publish": {"repo": "ada/peft"},
+    }
+    to_peft = ada.post("/api/merges", body)
+    assert to_peft.status_code == 202, to_peft.text
+    job = ada.wait(to_peft.json()["id"])
+    assert job["state"] == "succeeded", job["error"]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        fetch(ada, job["result"], name, tmp_path)
+    answer = ada.merge("ada/from-peft", "ada/peft=0.5", "ada/robot=1")
+    assert answer.status_code == 202, answer.text
+    job = ada.wait(answer.json()["id"])
+    assert job["state"] == "succeeded", job["error"]
+    recipe = ada.get(f"/api/recipes/{job['recipe_digest']}").json()["recipe"]
+    config = hashlib.sha256((tmp_path / "adapter_config.json").read_bytes()).hexdigest()
+    assert [item.get("config_sha256") for item in recipe["inputs"]].count(config) == 1
+    merged = deltas_of(
+        safetensors.numpy.load_file(fetch(ada, job["result"], "merged.safetensors", tmp_path))
+    )
+    for name, delta in merged.items():
+        expected = 0.5 * deltas["ink"][name] + deltas["robot"][name]
+        np.testing.assert_allclose(delta, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_file_can_be_named_by_its_digest_and_by_revision(ada: Person, deltas: Deltas) -> None:

@@ -20,6 +20,7 @@ def facts(path: str = "both.safetensors", strength: float = 0.7) -> Facts:
         method="linear; ranks add up, nothing is cut",
         triggers=["inkstyle", "a `robot` | here\nnow"],
         losses=["Cutting to the chosen rank lost 1.2 % of the change."],
+        licenses=["mit", "not stated"],
         recipe_digest="sha256:" + "3" * 64,
     )
 
@@ -34,6 +35,7 @@ def test_a_new_card_says_what_the_file_was_made_of() -> None:
         + " | 0.5 (unet 0.2) | `2222222222222222…` |",
         "Method: linear; ranks add up, nothing is cut.",
         "- Cutting to the chosen rank lost 1.2 % of the change.",
+        "Licences of what it was made from: `mit`, `not stated`.",
         "Trigger words: `inkstyle`, `a 'robot' / here now`.",
     ):
         assert line in text.splitlines()
