@@ -27,12 +27,17 @@ class Connection:
     token: str | None
 
     def api(self) -> "HfApi":
-        """A Hugging Face client of this hub; uploads go over plain HTTP (regular or LFS)."""
+        """A Hugging Face client of this hub, whose uploads go over plain HTTP."""
         _prepare_client()
         from huggingface_hub import HfApi
 
         # `False` and not None: None would send the user's huggingface.co token here.
-        return HfApi(endpoint=self.endpoint, token=self.token or False)
+        # The header asks our hub to take all but small files over LFS; others ignore it.
+        return HfApi(
+            endpoint=self.endpoint,
+            token=self.token or False,
+            headers={"X-Graft-Upload": "lfs"},
+        )
 
     def get(self, path: str, params: dict[str, Any] | None = None) -> Any:
         """The JSON answer of one of the hub's own routes; CommandError on anything else."""

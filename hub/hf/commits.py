@@ -28,6 +28,9 @@ API = "/api/{kind:repos}/{namespace}/{name}"
 # Files that other clients expect to be Git LFS objects, so that they see and check the SHA-256.
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".npz", ".zip")
 LFS_BYTES = 10 * 2**20
+# What a client sends that can do LFS: larger files then never pass through memory as base64.
+CAN_LFS = "X-Graft-Upload"
+SMALL_BYTES = 2**20
 
 router = hf_router()
 
@@ -40,6 +43,7 @@ def preupload(
     repo: RepoDep,
     revision: str,
     body: bodies.Preupload,
+    request: Request,
     response: Response,
     create_pr: str = "",
 ) -> dict[str, Any]:
@@ -49,11 +53,15 @@ def preupload(
     """
     _require_writable(session, viewer, repo, create_pr)
     head = repos.resolve(session, repo, revision)
+    can_lfs = request.headers.get(CAN_LFS) == "lfs"
+    limit = hub.settings.max_regular_bytes
+    if can_lfs:
+        limit = min(limit, SMALL_BYTES)
     before = {entry.path: entry for entry in repos.entries(session, head)}
     answers = []
     for file in body.files:
         check_path(file.path)
-        is_lfs = file.size > hub.settings.max_regular_bytes
+        is_lfs = file.size > limit
         answer: dict[str, Any] = {
             "path": file.path,
             "uploadMode": "lfs" if is_lfs else "regular",
@@ -65,11 +73,10 @@ def preupload(
             # Clients leave a file out if this is its own digest, in the kind of the mode above.
             answer["oid"] = blob.sha256 if is_lfs else blob.git_oid
         answers.append(answer)
-    if any(answer["uploadMode"] == "lfs" for answer in answers):
+    if not can_lfs and any(answer["uploadMode"] == "lfs" for answer in answers):
         # Clients print it. From 1.20 on they would use Xet, and fail without saying how to go on.
-        limit = hub.settings.max_regular_bytes // 2**20
         response.headers["X-HF-Warning"] = (
-            f"large-files; this hub takes files above {limit} MiB over Git LFS."
+            f"large-files; this hub takes files above {limit // 2**20} MiB over Git LFS."
             " If the upload fails, set HF_HUB_DISABLE_XET=1."
         )
     return {"files": answers, "commitOid": head.id}

@@ -40,7 +40,7 @@ def other(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def hub(folder: Path, other: str) -> Iterator[RunningHub]:
-    with running_hub(folder, max_regular_bytes=2 * MiB) as hub:
+    with running_hub(folder, max_regular_bytes=2 * MiB, max_commit_bytes=4 * MiB) as hub:
         yield hub
 
 
@@ -218,9 +218,10 @@ def test_a_file_goes_to_the_users_own_namespace(hub: RunningHub, shell: Shell, s
     assert files_in(shell.home / "here") == {"style.bin": (style / "style.bin").read_bytes()}
 
 
-def test_a_large_file_goes_over_lfs(shell: Shell, tmp_path: Path) -> None:
+def test_files_together_larger_than_any_commit(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "large").mkdir()
-    (tmp_path / "large/a.safetensors").write_bytes(os.urandom(5 * MiB))
+    for name in "abcd":
+        (tmp_path / f"large/{name}.bin").write_bytes(os.urandom(2 * MiB))
     shell.ok("push", "large", "admin/large")
     shell.ok("pull", "admin/large", "out")
     assert files_in(tmp_path / "out") == files_in(tmp_path / "large")
