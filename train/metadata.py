@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 
 from torch import Tensor
 
@@ -17,6 +16,8 @@ from merge.formats.writer import aligned_order, describe, layout, raw_bytes
 from train.keys import Factors, diffusers_metadata
 from train.run import Run
 
+# Raised when the same configuration gives other weights than before.
+TRAINER = "1"
 LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
 
 
@@ -127,7 +128,7 @@ def _modelspec(run: Run, data_sha256: str) -> dict[str, str]:
 def _graft(run: Run) -> dict[str, str]:
     config = run.config
     fields = {
-        GRAFT_VERSION: _version(),
+        GRAFT_VERSION: TRAINER,
         GRAFT_TRIGGERS: json.dumps(run.triggers, ensure_ascii=False),
         GRAFT_BASE_SHA256: run.base.sha256,
         "graft.base": run.base.label,
@@ -147,13 +148,6 @@ def _graft(run: Run) -> dict[str, str]:
     if config.dataset.license:
         fields["graft.dataset_license"] = config.dataset.license
     return fields
-
-
-def _version() -> str:
-    try:
-        return version("grafthub")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
 
 
 def _dataset_name(run: Run) -> str:
