@@ -200,14 +200,17 @@ def _targets(
 ) -> "list[tuple[Target, Guard]]":
     """Where the result goes, each with what explains the errors of its client."""
     targets: list[tuple[Target, Guard]] = []
-    if repo is not None or url is not None:
-        from train.targets import HubTarget, s3_target
     if repo is not None:
-        hub = connection()
         if repo.count("/") != 1:
             raise CommandError(f"{repo} is not a repo name: write namespace/name")
-        targets.append((HubTarget(hub.api(), repo, private), partial(explained, hub, repo)))
+        hub = connection()
+        api = hub.api()  # before the next import: it decides how huggingface_hub uploads
+        from train.targets import HubTarget
+
+        targets.append((HubTarget(api, repo, private), partial(explained, hub, repo)))
     if url is not None:
+        from train.targets import s3_target
+
         targets.append((s3_target(url, name), nullcontext))
     return targets
 
