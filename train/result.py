@@ -27,7 +27,7 @@ from train.metadata import file_metadata
 from train.run import Run
 from train.samples import Sample, cover
 
-COVER = "samples/cover.png"
+COVER = "samples/cover.webp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def _fill(folder: Path, run: Run, factors: Factors, samples: Sequence[Sample]) -
     for index, sample in enumerate(samples):
         sample.save(folder / _sample_path(index))
     if samples:
-        cover(samples).save(folder / COVER, optimize=True)
+        cover(samples).save(folder / COVER, quality=90)
     _write_text(folder / "metrics.json", json.dumps(_metrics(run, folder / name), indent=2) + "\n")
     _write_text(folder / "config.yaml", _config_yaml(run))
     shown = [(_sample_path(index), sample.prompt) for index, sample in enumerate(samples)]

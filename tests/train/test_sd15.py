@@ -202,7 +202,7 @@ def test_the_folder_is_complete_and_its_manifest_true(run: Callable[..., Result]
         "metrics.json",
         "samples/00.png",
         "samples/01.png",
-        "samples/cover.png",
+        "samples/cover.webp",
         "toy.safetensors",
     }
     assert manifest.files["toy.safetensors"].sha256 == result.sha256
@@ -312,7 +312,7 @@ def test_the_card_has_front_matter_a_hub_reads(run: Callable[..., Result]) -> No
     assert front["instance_prompt"] == "sks"
     assert {"lora", "text-to-image", "test", "tiny-sd"} <= set(front["tags"])
     assert front["widget"] == [
-        {"text": "sks", "output": {"url": "samples/cover.png"}},
+        {"text": "sks", "output": {"url": "samples/cover.webp"}},
         {"text": "a sks circle", "output": {"url": "samples/00.png"}},
     ]
     assert "# My toy" in text
