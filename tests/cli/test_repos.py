@@ -386,10 +386,22 @@ def test_search_finds_by_word_facet_and_hash(
 # REFs on the hub
 
 
-def fetch(shell: Shell, ref: str) -> "subprocess.CompletedProcess[str]":
-    code = "import sys; from cli.refs import fetch; print(fetch(sys.argv[1]))"
-    return subprocess.run(
-        [sys.executable, "-c", code, ref],
+FETCH = """
+import sys
+from cli.console import CommandError
+from cli.refs import fetch
+for ref in sys.argv[1:]:
+    try:
+        print(fetch(ref))
+    except CommandError as error:
+        print(f"error: {error}")
+"""
+
+
+def fetch(shell: Shell, *refs: str) -> list[str]:
+    """The path of each REF, or its error; in a process, because clients read settings once."""
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH, *refs],
         check=False,
         cwd=shell.home,
         env=shell.all_of_it,
@@ -397,6 +409,8 @@ def fetch(shell: Shell, ref: str) -> "subprocess.CompletedProcess[str]":
         text=True,
         timeout=60,
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def test_a_ref_on_the_hub_is_fetched(hub: RunningHub, shell: Shell, tmp_path: Path) -> None:
@@ -405,28 +419,45 @@ def test_a_ref_on_the_hub_is_fetched(hub: RunningHub, shell: Shell, tmp_path: Pa
     (peft / "adapter_model.safetensors").write_bytes(os.urandom(1000))
     (peft / "adapter_config.json").write_text("{}")
     upload(hub, peft, "admin/peft")
-    path = Path(fetch(shell, "admin/peft").stdout.strip())
-    assert path.read_bytes() == (peft / "adapter_model.safetensors").read_bytes()
-    assert path.with_name("adapter_config.json").read_text() == "{}"
-    assert fetch(shell, "admin/peft@main:adapter_model.safetensors").stdout.strip() == str(path)
     both = tmp_path / "both"
     (both / "unet").mkdir(parents=True)
     (both / "a.safetensors").write_bytes(b"a")
     (both / "unet/b.safetensors").write_bytes(b"b")
-    upload(hub, both, "admin/both")
-    assert "which file? write admin/both:FILE with one of a.safetensors, unet/b.safetensors" in (
-        fetch(shell, "admin/both").stderr
-    )
-    folder = Path(fetch(shell, "admin/both:unet").stdout.strip())
-    assert files_in(folder) == {"b.safetensors": b"b"}
+    before = upload(hub, both, "admin/both")
     (both / "model_index.json").write_text("{}")
     upload(hub, both, "admin/both")
-    assert files_in(Path(fetch(shell, "admin/both").stdout.strip())) == files_in(both)
+    found, again, several, folder, pipeline = fetch(
+        shell,
+        "admin/peft",
+        "admin/peft@main:adapter_model.safetensors",
+        f"admin/both@{before}",
+        "admin/both:unet",
+        "admin/both",
+    )
+    assert Path(found).read_bytes() == (peft / "adapter_model.safetensors").read_bytes()
+    assert Path(found).with_name("adapter_config.json").read_text() == "{}"
+    assert again == found
+    files = "one of a.safetensors, unet/b.safetensors"
+    assert (
+        several
+        == f"error: admin/both@{before}: which file? write admin/both@{before}:FILE with {files}"
+    )
+    assert (Path(folder) / "b.safetensors").read_bytes() == b"b"
+    assert files_in(Path(pipeline)) == files_in(both)
 
 
 def test_a_ref_that_is_not_on_the_hub_is_named(hub: RunningHub, shell: Shell, style: Path) -> None:
     upload(hub, style, "admin/no-weights")
-    assert "holds no .safetensors file" in fetch(shell, "admin/no-weights").stderr
-    assert "has no such file" in fetch(shell, "admin/no-weights:x.safetensors").stderr
-    assert "is not on" in fetch(shell, "admin/nowhere").stderr
-    assert "no such revision" in fetch(shell, "admin/no-weights@v9").stderr
+    errors = fetch(
+        shell,
+        "admin/no-weights",
+        "admin/no-weights:x.safetensors",
+        "admin/nowhere",
+        "admin/no-weights@v9",
+    )
+    assert errors == [
+        "error: admin/no-weights: the repo holds no .safetensors file",
+        "error: admin/no-weights:x.safetensors: the repo has no such file",
+        f"error: admin/nowhere is not on {hub.url}, or not yours to see",
+        f"error: admin/no-weights has no such revision on {hub.url}",
+    ]
