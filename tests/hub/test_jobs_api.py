@@ -54,13 +54,15 @@ class Person:
         return {"Authorization": f"Bearer {self.token}"}
 
     def get(self, path: str) -> httpx2.Response:
-        return httpx2.get(self.hub.url + path, headers=self.auth)
+        return httpx2.get(self.hub.url + path, headers=self.auth, timeout=WAIT_S)
 
     def post(self, path: str, body: Any, **headers: str) -> httpx2.Response:
-        return httpx2.post(self.hub.url + path, json=body, headers=self.auth | headers)
+        return httpx2.post(
+            self.hub.url + path, json=body, headers=self.auth | headers, timeout=WAIT_S
+        )
 
     def delete(self, path: str) -> httpx2.Response:
-        return httpx2.delete(self.hub.url + path, headers=self.auth)
+        return httpx2.delete(self.hub.url + path, headers=self.auth, timeout=WAIT_S)
 
     def job(self, job_id: str) -> dict[str, Any]:
         found: dict[str, Any] = self.get(f"/api/jobs/{job_id}").json()
