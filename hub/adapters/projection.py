@@ -336,8 +336,7 @@ def _title(repo: Repo, path: str, metadata: Mapping[str, str], position: int) ->
     stated = metadata.get(keys.TITLE, "").strip()
     if stated:
         return stated[:200]
-    name = repo.name if position == 0 else PurePosixPath(path).stem
-    return re.sub(r"[-_]+", " ", name).strip() or name
+    return repo.name if position == 0 else PurePosixPath(path).stem
 
 
 def _triggers(adapter_id: int, metadata: Mapping[str, str], card: ParsedCard) -> list[Trigger]:

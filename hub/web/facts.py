@@ -100,7 +100,8 @@ def _rows(adapter: AdapterDetails, is_here: Callable[[str], bool]) -> Iterator[F
     dtypes = known.get("dtypes", {})
     yield FactRow("Precision", ", ".join(dtypes), source=tensors)
     yield FactRow("Layout", DIALECTS.get(adapter.dialect or "", adapter.dialect or ""), "", tensors)
-    yield FactRow("Size", size(adapter.size_bytes), f"{adapter.size_bytes:,} bytes")
+    exact = f"{adapter.size_bytes:,} bytes" if adapter.size_bytes >= 1000 else ""
+    yield FactRow("Size", size(adapter.size_bytes), exact)
     yield FactRow("Licence", str(known.get("license", "")), source=sources.get("license", ""))
     yield FactRow("Use", str(known.get("usage_hint", "")), source=sources.get("usage_hint", ""))
     digest = str(known.get("recipe_digest", ""))
@@ -141,4 +142,4 @@ def _parameters(n: int) -> str:
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if n >= scale:
             return f"{n / scale:.3g} {unit}"
-    return str(n)
+    return str(n or "")

@@ -131,6 +131,7 @@ def show_repo(
         adapter=adapter,
         files=files,
         tags=_tags(session, repo),
+        is_pipeline=any(entry.path == "model_index.json" for entry in entries),
         ways=ways_to_use(
             adapter,
             repo.full_name,

@@ -85,7 +85,7 @@ def test_a_commit_is_in_the_catalogue_when_it_is_answered(
     assert sources["alphas"] == ({"min": 2.0, "max": 2.0}, "tensors")
     assert found["files"] == 2
     other = get(client, "/api/adapters/admin/ink/steps/ink-000100.safetensors")
-    assert (other["title"], other["rank_max"]) == ("ink 000100", 8)
+    assert (other["title"], other["rank_max"]) == ("ink-000100", 8)
 
 
 def test_previews_come_in_the_cards_order_with_their_prompts(
