@@ -77,7 +77,7 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
     app.state.stopping = Event()
     # Outermost last: the headers belong on the refusal of a wrong host too.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=_hosts(settings), www_redirect=False)
-    app.add_middleware(EveryResponse, traffic=app.state.traffic)
+    app.add_middleware(EveryResponse, traffic=app.state.traffic, bug_page=web.bug_page)
     errors.install(app, renderers={hf.TAG: hf.render, "web": web.refusal})
 
     for router in ROUTERS:

@@ -5,10 +5,12 @@ import re
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from threading import Lock
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
@@ -60,11 +62,17 @@ class Traffic:
 
 
 class EveryResponse:
-    """Adds a request id and the security headers, refuses encoded bodies, counts."""
+    """Adds a request id and the security headers, refuses encoded bodies, counts.
 
-    def __init__(self, app: ASGIApp, traffic: Traffic) -> None:
+    `bug_page` gives what people see of an error of ours, or None for programs.
+    """
+
+    def __init__(
+        self, app: ASGIApp, traffic: Traffic, bug_page: Callable[[Request], Response | None]
+    ) -> None:
         self._app = app
         self._traffic = traffic
+        self._bug_page = bug_page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -106,8 +114,9 @@ class EveryResponse:
         except Exception:
             log.error("request %s: %s failed", request_id, scope["method"])
             if status == NOT_STARTED:
-                bug = _error("InternalError", "the hub made an error; its log says which", 500)
-                await bug(scope, receive, send_with_headers)
+                told = _error("InternalError", "the hub made an error; its log says which", 500)
+                answer = self._bug_page(Request(scope)) or told
+                await answer(scope, receive, send_with_headers)
             raise
         finally:
             route = getattr(scope.get("route"), "path", "none")

@@ -1,7 +1,10 @@
 """Cards as HTML: no raw HTML, an allow-list of elements, pictures only from the repo itself."""
 
 import posixpath
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 import nh3
@@ -11,7 +14,19 @@ from markupsafe import Markup
 
 from hub.adapters.items import PreviewItem
 
-_markdown = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+
+
+def _as_text(self: Any, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+    """HTML in a card is shown as it was typed; comments are for the author and are not shown."""
+    text = escape(_COMMENT.sub("", tokens[index].content).strip("\n"))
+    return f"<p>{text}</p>\n" if tokens[index].type == "html_block" and text else text
+
+
+# HTML is recognised so that comments can be dropped; what it is rendered by only escapes it.
+_markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+_markdown.add_render_rule("html_block", _as_text)
+_markdown.add_render_rule("html_inline", _as_text)
 _TAGS = {"a", "blockquote", "br", "code", "del", "em", "hr", "img", "pre", "s", "strong"}
 _TAGS |= {"h1", "h2", "h3", "h4", "h5", "h6", "li", "ol", "p", "ul"}
 _TAGS |= {"table", "tbody", "td", "th", "thead", "tr"}

@@ -1,5 +1,6 @@
 """Templates, their filters, and what every page knows."""
 
+import json
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -11,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from hub.db import now
 from hub.deps import hub_of, public_url, viewer
 from hub.errors import Unauthorized
+from hub.jobs.schemas import JobProgress
 from hub.users.service import Viewer
 from hub.web import static_files
 
@@ -59,8 +61,8 @@ def size(n_bytes: int) -> str:
     """41.2 MB: decimal units, as download dialogs and shops count."""
     value = float(n_bytes)
     for unit in ("B", "KB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if value >= 99.95 or unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.2f} TB"
 
@@ -97,6 +99,26 @@ def iso(moment: datetime) -> str:
     return moment.isoformat()
 
 
+def duration(seconds: float) -> str:
+    """Time left, as exactly as anybody knows it."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def steps(progress: JobProgress) -> str:
+    """How far a job is, in its own unit."""
+    if progress.unit == "bytes":
+        return f"{size(progress.done)} of {size(progress.total or 0)}"
+    return f"{progress.done} of {progress.total} {progress.unit}"
+
+
+def pretty(canonical: str) -> str:
+    """JSON with one value per line."""
+    return json.dumps(json.loads(canonical), indent=2, ensure_ascii=False)
+
+
 def _version() -> str:
     try:
         return version("grafthub")
@@ -112,6 +134,7 @@ _environment = Environment(
     lstrip_blocks=True,
 )
 _environment.filters |= {
-    function.__name__: function for function in (size, count, thousands, ago, full_time, iso)
+    function.__name__: function
+    for function in (size, count, thousands, ago, full_time, iso, duration, steps, pretty)
 }
 _environment.globals |= {"static": static_files.address, "version": _version()}

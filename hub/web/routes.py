@@ -11,7 +11,8 @@ from hub.deps import SESSION_COOKIE, HubDep, Open, ReadSession, ViewerDep, publi
 from hub.deps import session_cookie as make_cookie
 from hub.errors import HubError, PageNotFound, Unauthorized, render
 from hub.users import service as users
-from hub.web import gallery, repo_pages, static_files
+from hub.users.service import ANONYMOUS, Viewer
+from hub.web import gallery, job_pages, repo_pages, static_files
 from hub.web.render import THEMES, page, viewer_of_page
 
 router = APIRouter(include_in_schema=False, tags=["web"])
@@ -100,22 +101,35 @@ def local(address: str) -> str:
 
 def refusal(request: Request, error: HubError, status: HTTPStatus) -> Response:
     """A page for people; programs that ask at the same addresses get the API's body."""
-    is_api = request.url.path.startswith("/api/")
-    if is_api or "text/html" not in request.headers.get("Accept", ""):
+    if not _is_for_people(request):
         return render(request, error, status)
+    return _error_page(request, viewer_of_page(request), error.message, status)
+
+
+def bug_page(request: Request) -> Response | None:
+    """What people see of an error of ours; who they are is not asked, that may be what failed."""
+    if not _is_for_people(request):
+        return None
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    return _error_page(request, ANONYMOUS, "Something here failed that should not.", status)
+
+
+def _is_for_people(request: Request) -> bool:
+    is_api = request.url.path.startswith("/api/")
+    return not is_api and "text/html" in request.headers.get("Accept", "")
+
+
+def _error_page(request: Request, viewer: Viewer, message: str, status: HTTPStatus) -> Response:
     heading, advice = ADVICE.get(status, OTHER_ADVICE)
-    viewer = viewer_of_page(request)
-    message = error.message[:1].upper() + error.message[1:].rstrip(".") + "."
-    offer = viewer.user is None and status in (401, 403, 404)
     return page(
         request,
         "error.html",
         viewer,
         status=status,
         heading=heading,
-        message=message,
+        message=message[:1].upper() + message[1:].rstrip(".") + ".",
         advice=advice,
-        offer_login=offer,
+        offer_login=viewer.user is None and status in (401, 403, 404),
     )
 
 
@@ -128,4 +142,11 @@ def nothing_here(path: str) -> Response:
 
 
 # Last of all routers: `/{namespace}/{name}` would take nearly any address.
-ROUTERS = (static_files.router, gallery.router, router, repo_pages.router, catch_all)
+ROUTERS = (
+    static_files.router,
+    gallery.router,
+    router,
+    job_pages.router,
+    repo_pages.router,
+    catch_all,
+)

@@ -105,3 +105,11 @@ def test_relative_links_lead_into_the_repo_and_others_are_marked() -> None:
     html = str(card_html("[a](train/config.yaml) [b](https://example.org)", "/demo/ink", {}))
     assert 'href="/demo/ink/blob/main/train/config.yaml"' in html
     assert 'href="https://example.org" rel="noopener noreferrer nofollow"' in html
+
+
+def test_html_is_text_and_comments_are_for_the_author() -> None:
+    body = "<!-- graft: a -->\n\nA <b>bold</b> <!-- x --> word\n\n<div>\nblock\n</div>\n\n<!-- /graft -->"
+    html = str(card_html(body, "/demo/ink", {}))
+    assert "graft" not in html
+    assert "<p>A &lt;b&gt;bold&lt;/b&gt;  word</p>" in html
+    assert "<p>&lt;div&gt;\nblock\n&lt;/div&gt;</p>" in html

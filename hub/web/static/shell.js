@@ -16,7 +16,7 @@ export function remember(name, value) {
 }
 
 async function copy(text) {
-  // The clipboard API exists only on https and localhost; a hub on a LAN has neither.
+  // Browsers give this only to secure pages and localhost; a hub on a LAN is neither.
   if (navigator.clipboard) {
     await navigator.clipboard.writeText(text);
     return;
