@@ -53,6 +53,9 @@ def viewer_of_page(request: Request) -> Viewer:
 
 
 def _here(request: Request) -> str:
+    """Where to come back to; from the login page that is not the login page."""
+    if request.url.path == "/login":
+        return "/"
     query = request.url.query
     return request.url.path + (f"?{query}" if query else "")
 

@@ -73,7 +73,7 @@ def ink(hub: Hub, admin: Viewer, tmp_path: Path) -> str:
         "train/c.yaml": b"rank: 4\n",
         "second.png": picture(),
         "samples/0.png": picture(40, 80),
-        "näme 20%25 [x].txt": b"text",
+        "näme [x].txt": b"text",
     }
     publish_files(hub, admin, "admin/ink", files)
     publish_files(hub, admin, "admin/nothing", {})
