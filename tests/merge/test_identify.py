@@ -167,6 +167,17 @@ def test_a_family_that_fits_in_part_is_named_with_doubt(tmp_path: Path) -> None:
     assert "unknown_modules" in _codes(found)
 
 
+def test_families_that_fit_alike_share_the_confidence_unless_metadata_decides(
+    tmp_path: Path,
+) -> None:
+    layer = _lora("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 768, 768)
+    found = _identify(layer, tmp_path)
+    assert [(f.name, f.confidence) for f in found.families] == [("sd15", 0.5), ("sdxl", 0.5)]
+    found = _identify(layer, tmp_path, ss_base_model_version="sdxl_base_v1-0")
+    assert [(f.name, f.confidence) for f in found.families] == [("sdxl", 0.9), ("sd15", 0.5)]
+    assert found.families[0].why.endswith("the metadata names it")
+
+
 def _lora(path: str, n_in: int, n_out: int) -> Shapes:
     return {f"{path}.lora_down.weight": (4, n_in), f"{path}.lora_up.weight": (n_out, 4)}
 

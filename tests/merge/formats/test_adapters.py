@@ -120,6 +120,22 @@ def test_an_alpha_may_be_a_list_of_one(tmp_path: Path) -> None:
     _check(made, "tiny-sd", "kohya")
 
 
+def test_alphas_in_older_spellings_belong_to_their_modules(tmp_path: Path) -> None:
+    """Stored as float32 they come first in the file, and are spelled as in any other dialect."""
+    for dialect, infix in (("diffusers_old", ".lora.down.weight"), ("processors", ".down.weight")):
+        made = make_adapter(tmp_path / "f.safetensors", dialect=dialect, ranks=4)
+        alphas = {
+            key.removesuffix(infix) + ".alpha": torch.tensor(8.0)
+            for key in made.tensors
+            if key.endswith(infix)
+        }
+        save_file(made.tensors | alphas, made.path)
+        with TensorFile(made.path) as file:
+            layout = read_layout(file, name="f")
+            assert layout.dialect == "diffusers_old"
+            assert {scale_of(e, file, layout) for e in layout.entries} == {2.0}
+
+
 @pytest.mark.parametrize(
     ("dialect", "source"), [("peft", "config"), ("diffusers", "metadata"), ("kohya", "keys")]
 )

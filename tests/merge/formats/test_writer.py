@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -234,6 +235,26 @@ def test_a_failing_sync_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_data_is_on_disk_before_the_name_and_the_name_before_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(fd: int) -> None:
+        calls.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "data")
+        fsync(fd)
+
+    def watched_replace(source: Path, target: Path) -> None:
+        calls.append("name")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    write_file(tmp_path / "f", TWO, {})
+    assert calls == ["data", "name", "folder"]
+
+
 def test_a_killed_writer_leaves_no_file_of_that_name(tmp_path: Path) -> None:
     target = tmp_path / "f.safetensors"
     code = (
@@ -263,6 +284,20 @@ def test_the_portable_ways_do_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(positioned, "_copy_some", positioned._copy_portably)
     test_golden_bytes(tmp_path)
     test_tensors_may_be_written_in_pieces_by_several_threads(tmp_path)
+    test_a_tensor_is_copied_from_another_file(tmp_path)
+
+
+def test_calls_that_do_less_than_asked_are_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every system call may stop early; here each does at most three bytes."""
+    read, write, copy = positioned._read_some, positioned._write_some, positioned._copy_some
+    monkeypatch.setattr(positioned, "_read_some", lambda fd, b, o: read(fd, b[:3], o))
+    monkeypatch.setattr(positioned, "_write_some", lambda fd, d, o: write(fd, d[:3], o))
+    monkeypatch.setattr(
+        positioned, "_copy_some", lambda s, so, t, to, n: copy(s, so, t, to, min(n, 3))
+    )
+    test_golden_bytes(tmp_path)
     test_a_tensor_is_copied_from_another_file(tmp_path)
 
 
