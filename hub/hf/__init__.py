@@ -5,8 +5,9 @@ Unmodified `huggingface_hub`, `hf`, diffusers, peft and transformers work with H
 routing     routes matched on the raw path; errors rendered as those clients read them
 bodies      request bodies          ranges    the Range header
 ndjson      the commit body, streamed          info   answers built from rows
-cards       front matter of README.md
-repos       create, settings, info, listing, tree, refs          files   download
+cards       front matter of README.md          listing   which repos, page by page
+deps        the repo and the commit of an address
+repos       create, settings, info, tree, refs  files    downloads
 commits     preupload and commit               lfs    batch, upload, verify
 routes      the routers that `hub.app` includes
 """

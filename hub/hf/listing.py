@@ -88,7 +88,7 @@ def page(
 
 
 def tags_of(session: Session, store: BlobStore, repo: Repo) -> list[str]:
-    """What the card at `main` says; a card is read once and remembered by its digest."""
+    """What the card at `main` says."""
     readme = session.get(CommitEntry, (repo.head, "README.md")) if repo.head else None
     card = card_at(store, [readme] if readme is not None else [])
     return card_tags(card) if card else []

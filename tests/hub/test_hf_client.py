@@ -644,3 +644,35 @@ def _commit(
         headers={"Authorization": f"Bearer {token or hub.admin_token}"},
         timeout=60,
     )
+
+
+# PostgreSQL
+
+
+def test_the_protocol_on_postgresql(tmp_path: Path, postgres_url: str) -> None:
+    """The statements of this façade alone: listing in every order, trees, history, odd text."""
+    with running_hub(tmp_path, database_url=postgres_url, workers=0) as hub:
+        api = HfApi(endpoint=hub.url, token=hub.admin_token)
+        for number in range(3):
+            api.create_repo(f"admin/p{number}")
+        operations = [CommitOperationAdd(name, name.encode()) for name in ("b", "B/x", "a", "Z")]
+        api.create_commit("admin/p1", operations, commit_message="names in byte order")
+        assert api.list_repo_files("admin/p1") == ["B/x", "Z", "a", "b"]
+        assert [commit.title for commit in api.list_repo_commits("admin/p1")] == [
+            "names in byte order",
+            "initial commit",
+        ]
+        assert [item.path for item in api.list_repo_tree("admin/p1", "B")] == ["B/x"]
+        for order in ("lastModified", "createdAt", "downloads", "likes", "trendingScore", "other"):
+            address, seen = f"{hub.url}/api/models?limit=2&sort={order}", []
+            while address:
+                answer = httpx2.get(address).raise_for_status()
+                seen += [item["id"] for item in answer.json()]
+                address = answer.links.get("next", {}).get("url", "")
+            assert sorted(seen) == ["admin/p0", "admin/p1", "admin/p2"], order
+        for odd in ("?search=%00", "?author=%00", "/admin/p1/tree/main/%00", "/admin/p%00"):
+            assert 400 <= httpx2.get(f"{hub.url}/api/models{odd}").status_code < 500, odd
+        api.move_repo("admin/p1", "admin/p9")
+        assert api.model_info("admin/p1").id == "admin/p9"
+        path = api.hf_hub_download("admin/p9", "a", cache_dir=tmp_path / "cache")
+        assert Path(path).read_bytes() == b"a"
