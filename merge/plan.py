@@ -218,33 +218,14 @@ def _plan_bake(
 ) -> BakePlan:
     assert recipe.base is not None  # a bake without a base is no recipe
     base = open_base(_file(recipe.base.name, "base", files), families)
-    patches: dict[str, dict[str, list[Patch]]] = defaultdict(lambda: defaultdict(list))
-    missing: dict[int, list[str]] = defaultdict(list)
-    for module in modules:
-        slices = base.find(module.component, module.module)
-        if not slices:
-            for term in module.terms:
-                missing[term.adapter].append(module.name)
-        for piece in slices:
-            _check_fits(adapters[module.terms[0].adapter], module, piece, base)
-            patches[piece.file][piece.key].append(Patch(module, piece))
-    for index, names in missing.items():
-        raise UnknownModules(adapters[index].name, names, f"the base {base.path.name}")
+    patches = _patches(base, modules, adapters)
     written = sum(file.header.file_size for file in base.files.values()) + sum(
         (base.path / name).stat().st_size for name in base.others
     )
     working = 8 if recipe.numerics == "reproducible" else 4
     largest = max((sum(m.shape) * m.rank * working for m in modules), default=0)
     cost = Cost(len(modules), written, _WORKERS * (3 * largest + TILE_BYTES))
-    ordered = {
-        file: {
-            key: tuple(sorted(pieces, key=lambda patch: patch.slice.first_row))
-            for key, pieces in keys.items()
-        }
-        for file, keys in patches.items()
-    }
-    _check_disjoint(ordered, adapters)
-    return BakePlan(recipe, adapters, modules, left_out, base, ordered, cost)
+    return BakePlan(recipe, adapters, modules, left_out, base, patches, cost)
 
 
 # Scratch of one bake thread: a tile as stored, in float64, in float32, as stored again, and a mask.
@@ -353,6 +334,36 @@ def _check_shapes(name: str, terms: list[Term], adapters: tuple[Adapter, ...]) -
             raise ShapeMismatch(adapters[other.adapter].name, name, detail)
 
 
+def _patches(
+    base: Base, modules: Iterable[Module], adapters: Sequence[Adapter]
+) -> dict[str, dict[str, tuple[Patch, ...]]]:
+    """File -> key -> patches by first row; UnknownModules for what the base does not have."""
+    found: dict[str, dict[str, list[Patch]]] = defaultdict(lambda: defaultdict(list))
+    missing: dict[int, list[str]] = defaultdict(list)
+    for module in modules:
+        slices = base.find(module.component, module.module)
+        if not slices:
+            for term in module.terms:
+                missing[term.adapter].append(module.name)
+        for piece in slices:
+            _check_fits(adapters[module.terms[0].adapter], module, piece, base)
+            found[piece.file][piece.key].append(Patch(module, piece))
+    for index, names in missing.items():
+        raise UnknownModules(adapters[index].name, names, f"the base {base.path.name}")
+    return {
+        file: {key: _in_order(patches) for key, patches in keys.items()}
+        for file, keys in found.items()
+    }
+
+
+def _in_order(patches: Iterable[Patch]) -> tuple[Patch, ...]:
+    ordered = sorted(patches, key=lambda patch: patch.slice.first_row)
+    for one, two in pairwise(ordered):
+        end = one.slice.first_row + one.slice.rows
+        assert end <= two.slice.first_row, f"{one.module.name} and {two.module.name} overlap"
+    return tuple(ordered)
+
+
 def _check_fits(adapter: Adapter, module: Module, piece: Slice, base: Base) -> None:
     rows, columns = module.shape[::-1] if piece.transposed else module.shape
     if (rows, columns) != (piece.rows, piece.columns):
@@ -361,19 +372,6 @@ def _check_fits(adapter: Adapter, module: Module, piece: Slice, base: Base) -> N
             f"{piece.key} in {base.path.name} takes ({piece.rows}, {piece.columns})"
         )
         raise ShapeMismatch(adapter.name, module.name, detail)
-
-
-def _check_disjoint(
-    patches: Mapping[str, Mapping[str, tuple[Patch, ...]]], adapters: tuple[Adapter, ...]
-) -> None:
-    for keys in patches.values():
-        for key, pieces in keys.items():
-            for one, two in pairwise(pieces):
-                if one.slice.first_row + one.slice.rows > two.slice.first_row:
-                    detail = f"and {one.module.name} change the same rows of {key}"
-                    raise ShapeMismatch(
-                        adapters[two.module.terms[0].adapter].name, two.module.name, detail
-                    )
 
 
 def _common_dialect(adapters: Iterable[Adapter]) -> str:

@@ -502,6 +502,21 @@ def test_cancelling_leaves_nothing(sd15: Family, layout: str, tmp_path: Path) ->
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+def test_copying_a_file_that_nothing_changes_can_be_cancelled(sd15: Family, tmp_path: Path) -> None:
+    base = make_base(tmp_path, sd15, "folder", torch.float16)
+    names = [name for name in some_of(sd15) if name[0] == "text_encoder"]
+    made = make_adapter(tmp_path / "a.safetensors", sd15, names)
+    steps: list[int] = []
+    with pytest.raises(Cancelled):
+        execute(
+            plan(*make_recipe([(made.path, 1.0)], base=base)),
+            tmp_path / "out",
+            progress=lambda done, total: steps.append(done),
+            cancelled=lambda: True,
+        )
+    assert steps == []
+
+
 @pytest.mark.parametrize("layout", ["ldm", "folder"])
 @pytest.mark.parametrize("limit", [1_000, 60_000, 300_000])
 def test_a_disk_that_fills_up_leaves_nothing(
