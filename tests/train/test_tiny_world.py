@@ -70,6 +70,7 @@ def test_every_word_is_one_token(tmp_path: Path) -> None:
 def test_an_unknown_word_is_spelled_and_a_long_text_is_cut(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path)
     assert "".join(tokenizer.tokenize("whale")) == "whale</w>"
+    assert set(tokenizer.tokenize("\N{SNOWMAN}")) == {tokenizer.eos_token}
     ids = tokenizer("a red circle " * 9, truncation=True).input_ids
     assert len(ids) == MAX_TOKENS
     assert ids[-1] == tokenizer.eos_token_id
@@ -156,6 +157,11 @@ def test_an_empty_picture_has_no_shape() -> None:
     assert metrics.look(empty) == metrics.Seen(None, None, "white")
     assert metrics.concept_score(empty, "ring") == 0
     assert all(metrics.style_score(empty, style) < 0.01 for style in NEW_STYLES)
+
+
+def test_a_slightly_blue_white_is_no_blueprint() -> None:
+    bluish = np.full((render.SIZE, render.SIZE, 3), (243, 245, 250), dtype=np.uint8)
+    assert metrics.style_score(bluish, "blueprint") <= 0.1
 
 
 def test_style_score_knows_its_styles_only() -> None:
