@@ -63,8 +63,12 @@ class Child:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def wait(self, timeout_s: float = 10) -> int:
-        """Its exit status, negative for the signal that ended it; called once it has hung up."""
+    def wait(self, timeout_s: float = 40) -> int:
+        """Its exit status, negative for the signal that ended it; called once it has hung up.
+
+        On a machine with more work than cores, unloading torch alone can take many seconds;
+        less than a lease, because nobody extends it meanwhile.
+        """
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
