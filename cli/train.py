@@ -17,11 +17,11 @@ from rich.table import Table
 from cli.connection import connection, explained
 from cli.console import CommandError, err, out, print_json
 from cli.refs import fetch
-from train.config import BUILT_IN, TrainConfig, load_config
 from train.errors import TrainError
 from train.presets import PRESETS
 
 if TYPE_CHECKING:
+    from train.config import TrainConfig
     from train.publish import Published, Target
     from train.result import Result
 
@@ -62,6 +62,8 @@ def train(
         return
     if config is None:
         raise typer.BadParameter("give a CONFIG.yaml, or --list-presets", param_hint="CONFIG")
+    from train.config import BUILT_IN, load_config  # pydantic would slow every command down
+
     with _one_sentence():
         wish = load_config(config)
         # Credentials that turn out wrong after hours of training are the costliest error there is.
@@ -105,7 +107,7 @@ def publish(
         out.print(f"{published.target} already has all of it", markup=False)
 
 
-def _train(wish: TrainConfig, output: Path, base: Path | None, resume: bool) -> "Result":
+def _train(wish: "TrainConfig", output: Path, base: Path | None, resume: bool) -> "Result":
     # transformers says at import that optional packages are missing; nobody can act on that.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

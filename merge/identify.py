@@ -17,7 +17,7 @@ from merge.errors import BadAdapter, BadCheckpoint
 from merge.families import FAMILIES, Family
 from merge.families.checkpoints import Checkpoint, read_checkpoint
 from merge.families.fingerprints import recognise, stated_family
-from merge.formats.adapters import AdapterLayout, dialect_of, find_module, is_hinted, read_layout
+from merge.formats.adapters import AdapterLayout, dialect_of, find_module, is_hinted, resolve
 from merge.formats.grammar import extent_of, rank_of
 from merge.formats.hashes import Hashes, hash_file
 from merge.formats.keys import Group, Survey, survey
@@ -228,7 +228,7 @@ def _adapter_facts(file: TensorFile, found: Survey, config: Mapping[str, Any] | 
     fits = [_fit(groups, extents, family) for family in FAMILIES.values()]
     best = max(fits, key=lambda fit: (fit.n_fitting, fit.n_named))
     modules = best.modules if best.n_named else [None] * len(groups)
-    layout, refusal = _try_layout(file, config)
+    layout, refusal = _try_layout(file, found, config)
     alphas = _read_alphas(file, groups)
     known_ranks = [rank for rank in ranks if rank is not None]
     return _Facts(
@@ -249,10 +249,10 @@ def _adapter_facts(file: TensorFile, found: Survey, config: Mapping[str, Any] | 
 
 
 def _try_layout(
-    file: TensorFile, config: Mapping[str, Any] | None
+    file: TensorFile, found: Survey, config: Mapping[str, Any] | None
 ) -> tuple[AdapterLayout | None, Doubt | None]:
     try:
-        return read_layout(file, name=file.name, config=config), None
+        return resolve(found, file.header, name=file.name, config=config), None
     except BadAdapter as error:
         return None, doubts.of_refusal(error, file.name)
 

@@ -94,9 +94,15 @@ def read_layout(
     `config` is the parsed adapter_config.json beside a PEFT file, which decides its scales.
     """
     header = file.header if isinstance(file, TensorFile) else file
+    return resolve(survey(header.tensors), header, name=name, config=config)
+
+
+def resolve(
+    found: Survey, header: Header, *, name: str, config: Mapping[str, Any] | None = None
+) -> AdapterLayout:
+    """`read_layout` of a file whose keys are grouped already."""
     if config is not None:
         _check_config(config, name)
-    found = survey(header.tensors)
     _check_survey(found, name)
     dims = [_dims(group, header, name) for group in found.groups]
     family, modules, families = _choose_family(found, dims, header, name)
