@@ -59,16 +59,9 @@ def known_captions() -> list[str]:
 
 
 def sample_captions(dataset: Dataset, count: int) -> list[str]:
-    """Prompts that show what the adapter learned, each another scene."""
-    if dataset.style:
-        captions = [caption for _, caption in _style_scenes(dataset.style)]
-    else:
-        concept = _concept(dataset.concept)
-        captions = [
-            render.caption(concept.scene(background, style), concept.word)
-            for style in ("plain", "dark")
-            for background in render.BACKGROUNDS
-        ]
+    """Prompts that show what the adapter learned; styles in another scene each time."""
+    scenes = _style_scenes(dataset.style) if dataset.style else _concept_scenes(dataset.concept)
+    captions = [caption for _, caption in scenes]
     # A stride without a common factor walks shapes and colours at once.
     return [captions[(7 * index) % len(captions)] for index in range(count)]
 
