@@ -39,7 +39,7 @@ def card(run: Run, file: str, samples: Sequence[tuple[str, str]], cover: str | N
         _class_word(run),
         "Strengths from 0.6 to 1.0 are a good start; 0 is the base, exactly.",
         "## Use",
-        _snippet(run, file),
+        _snippet(run, file, samples[0][1] if samples else run.triggers[0]),
         "## Training",
         _table(_training_rows(run)),
         "## Evaluation",
@@ -81,7 +81,7 @@ def _class_word(run: Run) -> str:
     return f"The trigger stands for a {word}." if word else ""
 
 
-def _snippet(run: Run, file: str) -> str:
+def _snippet(run: Run, file: str, prompt: str) -> str:
     if run.config.output.dialect == "peft":
         imports = ["from peft import PeftModel"]
         load = 'pipe.unet = PeftModel.from_pretrained(pipe.unet, "folder/or/repo")'
@@ -95,7 +95,7 @@ def _snippet(run: Run, file: str) -> str:
         "",
         f'pipe = StableDiffusionPipeline.from_pretrained("{_repo(run)}")',
         load,
-        f'image = pipe("{run.triggers[0]}").images[0]',
+        f'image = pipe("{prompt}").images[0]',
         "```",
     ]
     return "\n".join(lines)
