@@ -14,26 +14,17 @@ from typing import Any
 from merge import doubts
 from merge.doubts import Doubt
 from merge.errors import BadAdapter, BadCheckpoint
-from merge.families import FAMILIES, Family
+from merge.families import FAMILIES
 from merge.families.checkpoints import Checkpoint, read_checkpoint
-from merge.families.fingerprints import recognise, stated_family
-from merge.formats.adapters import AdapterLayout, dialect_of, find_module, is_hinted, resolve
+from merge.formats.adapters import AdapterLayout, dialect_of, resolve
 from merge.formats.grammar import extent_of, rank_of
 from merge.formats.hashes import Hashes, hash_file
 from merge.formats.keys import Group, Survey, survey
-from merge.formats.metadata import ARCHITECTURE, BASE_VERSION, trigger_words
+from merge.formats.metadata import trigger_words
 from merge.formats.reader import TensorFile
+from merge.guesses import FamilyGuess, fit, guess, outside_guesses
 
 ADAPTER, CHECKPOINT, EMBEDDING, OTHER = "adapter", "checkpoint", "embedding", "other"
-
-
-@dataclass(frozen=True, slots=True)
-class FamilyGuess:
-    """A family the file fits, how surely, and the evidence in words."""
-
-    name: str
-    confidence: float
-    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,30 +185,6 @@ def _checkpoint_facts(checkpoint: Checkpoint) -> _Facts:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    """How an adapter's modules fit one family; `modules` is parallel to the groups."""
-
-    family: Family
-    modules: Sequence[tuple[str, str] | None]
-    n_named: int
-    n_fitting: int
-    n_measured: int  # modules whose factors say how large their weight is
-
-
-def _fit(
-    groups: Sequence[Group], extents: Sequence[tuple[int, int] | None], family: Family
-) -> _Fit:
-    modules = [
-        find_module(group.location, family, extent=extent)
-        for group, extent in zip(groups, extents, strict=True)
-    ]
-    pairs = [(m, e) for m, e in zip(modules, extents, strict=True) if m is not None]
-    measured = [(m, e) for m, e in pairs if e is not None]
-    n_fitting = sum(family.components[m[0]][m[1]].extent == e for m, e in measured)
-    return _Fit(family, modules, len(pairs), n_fitting, len(measured))
-
-
 def _adapter_facts(file: TensorFile, found: Survey, config: Mapping[str, Any] | None) -> _Facts:
     tensors = file.header.tensors
     groups = found.groups
@@ -225,7 +192,7 @@ def _adapter_facts(file: TensorFile, found: Survey, config: Mapping[str, Any] | 
     shapes = [{role: tensors[key].shape for role, key in g.keys.items()} for g in groups]
     extents = [extent_of(name, its) for name, its in zip(names, shapes, strict=True)]
     ranks = [rank_of(name, its) for name, its in zip(names, shapes, strict=True)]
-    fits = [_fit(groups, extents, family) for family in FAMILIES.values()]
+    fits = [fit(groups, extents, family) for family in FAMILIES.values()]
     best = max(fits, key=lambda fit: (fit.n_fitting, fit.n_named))
     modules = best.modules if best.n_named else [None] * len(groups)
     layout, refusal = _try_layout(file, found, config)
@@ -235,7 +202,7 @@ def _adapter_facts(file: TensorFile, found: Survey, config: Mapping[str, Any] | 
         kind=ADAPTER,
         algorithms=tuple(name for name, _ in Counter(names).most_common()),
         dialect=dialect_of(groups),
-        families=_guesses(file.header.metadata, groups, extents, fits),
+        families=guess(file.header.metadata, groups, extents, fits),
         modules=len(groups),
         components=_components(groups, modules),
         ranks=_span(known_ranks),
@@ -255,67 +222,6 @@ def _try_layout(
         return resolve(found, file.header, name=file.name, config=config), None
     except BadAdapter as error:
         return None, doubts.of_refusal(error, file.name)
-
-
-def _guesses(
-    metadata: Mapping[str, str],
-    groups: Sequence[Group],
-    extents: Sequence[tuple[int, int] | None],
-    fits: Iterable[_Fit],
-) -> tuple[FamilyGuess, ...]:
-    n = len(groups)
-    whole = [f for f in fits if f.n_named == n and f.n_fitting == f.n_measured]
-    if whole:
-        guesses = [_whole_guess(fit, n, len(whole), metadata) for fit in whole]
-        return tuple(sorted(guesses, key=lambda guess: -guess.confidence))
-    partial = [f for f in fits if f.n_fitting > n / 2]
-    if partial:
-        best = max(partial, key=lambda fit: fit.n_fitting)
-        why = f"{best.n_fitting} of {n} modules have its names and shapes"
-        return (FamilyGuess(best.family.name, round(0.8 * best.n_fitting / n, 2), why),)
-    return _outside_guesses(metadata, groups, extents)
-
-
-def _whole_guess(fit: _Fit, n: int, n_fits: int, metadata: Mapping[str, str]) -> FamilyGuess:
-    if fit.n_measured:
-        confidence, why = 0.99, f"all {n} modules have its names and shapes"
-    else:
-        confidence, why = 0.7, f"all {n} modules have its names; their shapes say nothing"
-    if n_fits > 1:
-        confidence = 0.5
-        why += f", and those of {n_fits - 1} more"
-    if is_hinted(fit.family, metadata):
-        confidence = max(confidence, 0.9)
-        why += "; the metadata names it"
-    return FamilyGuess(fit.family.name, confidence, why)
-
-
-def _outside_guesses(
-    metadata: Mapping[str, str],
-    groups: Sequence[Group],
-    extents: Sequence[tuple[int, int] | None],
-) -> tuple[FamilyGuess, ...]:
-    """For files of families without a table of ours."""
-    guesses: dict[str, FamilyGuess] = {}
-    paths = {
-        group.location.path.replace(".", "_"): extent
-        for group, extent in zip(groups, extents, strict=True)
-    }
-    fingerprint = recognise(paths)
-    if fingerprint is not None:
-        why = f"its module names look like {fingerprint.title}"
-        guesses[fingerprint.name] = FamilyGuess(fingerprint.name, 0.6, why)
-    for key in (BASE_VERSION, ARCHITECTURE):
-        stated = stated_family(metadata.get(key, ""))
-        if stated is None:
-            continue
-        why = f"{key} says {metadata[key]}"
-        if stated in guesses and fingerprint is not None:
-            why = f"its module names look like {fingerprint.title}, and {why}"
-            guesses[stated] = FamilyGuess(stated, 0.8, why)
-        else:
-            guesses[stated] = FamilyGuess(stated, 0.4, why)
-    return tuple(sorted(guesses.values(), key=lambda guess: -guess.confidence))
 
 
 def _components(
@@ -432,7 +338,7 @@ def _other_facts(file: TensorFile, found: Survey) -> _Facts:
     extents = [_weight_extent(file, group) for group in layers]
     return _Facts(
         kind=CHECKPOINT,
-        families=_outside_guesses(file.header.metadata, layers, extents),
+        families=outside_guesses(file.header.metadata, layers, extents),
         modules=len(layers),
         warnings=(Doubt("unknown_family", "its keys and shapes are of no family we know", ()),),
     )

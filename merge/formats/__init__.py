@@ -8,5 +8,6 @@ hashes     every hash by which people look a file up, in one pass
 folders    a diffusers folder: components, shards, variants, its digest
 grammar    which suffixes make which algorithm, and their shape rules
 keys       key <-> (component, module, suffix) in every dialect
-adapters   what an adapter file holds, resolved against a family's modules
+adapters   what an adapter file holds, resolved against a family's modules; keys for outputs
+scales     alpha / rank where a configuration states it, by the patterns of PEFT (`patterns`)
 """
