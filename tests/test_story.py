@@ -103,6 +103,8 @@ def s3(tmp_path: Path) -> Iterator[S3Server]:
         yield server
 
 
+# Loading a second adapter beside the first is what the test is about; peft calls it suspicious.
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 def test_train_push_browse_merge_bake_download_use(
     tmp_path: Path, hub: RunningHub, s3: S3Server
 ) -> None:
