@@ -90,7 +90,10 @@ def test_an_image_depends_on_prompt_seed_and_place_alone(pipe: StableDiffusionPi
     three = generate(pipe, [blue, blue, red], seed=3, steps=4)
     assert np.abs(two[1].astype(int) - three[1].astype(int)).max() <= 1
     assert not np.array_equal(three[0], three[1])
-    assert not np.array_equal(two, generate(pipe, [red, blue], seed=4, steps=4))
+    for other in ({"seed": 4}, {"steps": 5}, {"guidance": 1.5}):
+        assert not np.array_equal(
+            two, generate(pipe, [red, blue], **{"seed": 3, "steps": 4} | other)
+        )
 
 
 def test_it_paints_what_the_prompt_says(pipe: StableDiffusionPipeline) -> None:
