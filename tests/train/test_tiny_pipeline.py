@@ -1,5 +1,6 @@
 """The committed weights of the tiny pipeline, and the script that makes them."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -160,6 +161,7 @@ def test_pretraining_writes_what_passes(tmp_path: Path, monkeypatch: pytest.Monk
     pretrain.pretrain(out, vae_steps=2, unet_steps=2)
     assert digests(out) == read_sums(out)
     assert set(read_sums(out)) == set(read_sums(PIPELINE_DIR))
+    assert json.loads((out / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
     again = tmp_path / "again"
     pretrain.pretrain(again, vae_steps=2, unet_steps=2)
     assert read_sums(again) == read_sums(out)
