@@ -150,6 +150,10 @@ def readable(session: Session, viewer: Viewer) -> ColumnElement[bool]:
 
 # Inside
 
+# Tags that tell tools how to load a repo: searchable, but no choice a person makes.
+TOOL_TAGS = ("diffusers", "lora", "peft", "safetensors", "text-to-image", "transformers")
+TOOL_TAG_PREFIXES = ("base_model:", "license:", "template:")
+
 _FACETS = ("kind", "family", "algorithm", "tag", "author")
 Conditions = list[tuple[str, ColumnElement[bool]]]
 
@@ -299,6 +303,9 @@ def _facet(
     if name == "tag":
         column = col(Tag.name)
         statement = select(column, count).join(matching, matching.c.repo_id == col(Tag.repo_id))
+        statement = statement.where(column.not_in(TOOL_TAGS))
+        for prefix in TOOL_TAG_PREFIXES:
+            statement = statement.where(~column.startswith(prefix, autoescape=True))
     elif name == "author":
         column = col(Repo.namespace)
         statement = select(column, count).join(matching, matching.c.repo_id == col(Repo.id))

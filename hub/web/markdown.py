@@ -14,12 +14,13 @@ from markupsafe import Markup
 
 from hub.adapters.items import PreviewItem
 
-_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+# Comments, and the element that Hugging Face puts its gallery for: our pages show theirs anyway.
+_NOT_SHOWN = re.compile(r"<!--.*?-->|<Gallery\s*/?>", re.DOTALL)
 
 
 def _as_text(self: Any, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
     """HTML in a card is shown as it was typed; comments are for the author and are not shown."""
-    text = escape(_COMMENT.sub("", tokens[index].content).strip("\n"))
+    text = escape(_NOT_SHOWN.sub("", tokens[index].content).strip("\n"))
     return f"<p>{text}</p>\n" if tokens[index].type == "html_block" and text else text
 
 

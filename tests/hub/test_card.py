@@ -108,8 +108,9 @@ def test_relative_links_lead_into_the_repo_and_others_are_marked() -> None:
 
 
 def test_html_is_text_and_comments_are_for_the_author() -> None:
-    body = "<!-- graft: a -->\n\nA <b>bold</b> <!-- x --> word\n\n<div>\nblock\n</div>\n\n<!-- /graft -->"
+    body = "<!-- graft: a -->\n\n<Gallery />\n\nA <b>bold</b> <!-- x --> word\n\n<div>\nblock\n</div>\n\n<!-- /graft -->"
     html = str(card_html(body, "/demo/ink", {}))
     assert "graft" not in html
+    assert "Gallery" not in html
     assert "<p>A &lt;b&gt;bold&lt;/b&gt;  word</p>" in html
     assert "<p>&lt;div&gt;\nblock\n&lt;/div&gt;</p>" in html

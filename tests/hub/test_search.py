@@ -18,7 +18,7 @@ from tests.hub.conftest import both_databases, make_user
 
 MADE = (
     # name, family, rank, tags, downloads, text
-    ("admin/ink-fox", "tiny-sd", 4, "[style, fox]", 5, "# Ink fox\n\nBrush lines."),
+    ("admin/ink-fox", "tiny-sd", 4, "[style, fox, lora, 'template:sd-lora']", 5, "# Ink fox\n\nBrush lines."),
     ("admin/oil-fox", "tiny-sd", 8, "[style, oil]", 50, "# Oil fox\n\nThick paint, not ink."),
     ("maren/robot", "sd15", 16, "[concept]", 9, "# Robot\n\nA tin robot. Größe, naïve_name"),
     ("maren/sky", "sd15", 32, "[style, sky]", 7, "# Sky\n\nClouds."),
