@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query
 from fastapi.responses import Response
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from sqlmodel import Session, col, select
 
 from hub.adapters import items as catalogue
@@ -47,6 +47,9 @@ class HashAnswer(BaseModel):
     items: list[HashMatch]
 
 
+# A form sends every field, also those that nobody filled in.
+Blank = BeforeValidator(lambda value: None if value == "" else value)
+Rank = Annotated[int | None, Query(ge=1, lt=2**31), Blank]
 Many = Annotated[list[str] | None, Query(max_length=search.MAX_VALUES)]
 
 
@@ -57,12 +60,12 @@ def query_of(
     algorithm: Many = None,
     tag: Many = None,
     not_tag: Many = None,
-    author: Annotated[str | None, Query(max_length=96)] = None,
-    rank_min: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
-    rank_max: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
-    sort: Sort | None = None,
+    author: Annotated[str | None, Query(max_length=96), Blank] = None,
+    rank_min: Rank = None,
+    rank_max: Rank = None,
+    sort: Annotated[Sort | None, Blank] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 60,
-    cursor: Annotated[str | None, Query(max_length=1000)] = None,
+    cursor: Annotated[str | None, Query(max_length=1000), Blank] = None,
     by_repo: Annotated[bool, Query(description="one file per repo: the first match")] = False,
 ) -> AdapterQuery:
     """Values of one facet are alternatives; tags must all be there."""
@@ -78,7 +81,7 @@ def query_of(
         rank_max=rank_max,
         sort=sort,
         limit=limit,
-        cursor=cursor or None,
+        cursor=cursor,
         by_repo=by_repo,
     )
 

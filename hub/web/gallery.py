@@ -87,11 +87,20 @@ def gallery(request: Request, session: ReadSession, viewer: ViewerDep, query: Qu
         facets=[group for name in _TITLES if (group := _group(query, name, found.facets[name]))],
         chips=chips,
         is_filtered=bool(chips or query.q.strip()),
-        sorts=[(s.value, label) for s, label in SORTS if s != Sort.RELEVANCE or query.q.strip()],
-        sort=query.order.value,
+        sorts=list(_sorts(query)),
         clear_url=_url({"q": query.q, "sort": query.sort}),
         more_url=_url(_parameters(query) | more) if found.next_cursor else None,
     )
+
+
+def _sorts(query: AdapterQuery) -> Iterator[tuple[str, str, bool]]:
+    """Value, label, whether chosen. The order nobody has to ask for has no value, so that it
+    stays out of addresses and changes with the query.
+    """
+    default = query.model_copy(update={"sort": None}).order
+    for sort, label in SORTS:
+        if sort != Sort.RELEVANCE or default == Sort.RELEVANCE:
+            yield "" if sort == default else sort.value, label, sort == query.order
 
 
 def _parameters(query: AdapterQuery) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def test_words_filters_and_orders(catalogue: Hub, client: TestClient) -> None:
     assert len(names(client, family=["sd15", "tiny-sd"])) == 4
     assert names(client, algorithm="loha") == []
     assert names(client, kind="checkpoint") == []
+    assert names(client, rank_min="", rank_max="", author="", sort="", cursor="") == everything
     assert names(client, sort="downloads") == [
         "admin/oil-fox",
         "maren/robot",

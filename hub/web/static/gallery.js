@@ -21,6 +21,12 @@ document.addEventListener("keydown", (event) => {
   next.focus();
 });
 
+// Fields that nobody filled in stay out of the address.
+document.addEventListener("htmx:configRequest", (event) => {
+  const fields = event.detail.formData;
+  for (const [name, value] of [...fields]) if (value === "") fields.delete(name);
+});
+
 function prepare() {
   const size = document.getElementById("cards");
   size.closest(".cards-size").hidden = false;
