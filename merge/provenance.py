@@ -24,7 +24,7 @@ def of_merge(
     """`__metadata__` of a merged adapter; `ranks` are those written, one per module."""
     rank = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
     words = triggers(plan.adapters)
-    found = _ours(plan.recipe, plan.adapters) | {
+    found = _ours(plan.recipe) | {
         names.GRAFT_CERTIFICATE: json.dumps(certificate, sort_keys=True, separators=(",", ":")),
         names.GRAFT_TRIGGERS: json.dumps(words, ensure_ascii=False),
     }
@@ -52,7 +52,7 @@ def of_bake(plan: BakePlan, base: Mapping[str, str]) -> dict[str, str]:
     kept = {key: value for key, value in base.items() if not key.startswith(_STALE)}
     assert plan.recipe.base is not None  # a bake without a base is no recipe
     base_sha256 = plan.recipe.base.sha256 or ""
-    return kept | _ours(plan.recipe, plan.adapters) | {names.GRAFT_BASE_SHA256: base_sha256}
+    return kept | _ours(plan.recipe) | {names.GRAFT_BASE_SHA256: base_sha256}
 
 
 def triggers(adapters: Sequence[Adapter]) -> list[str]:
@@ -61,14 +61,19 @@ def triggers(adapters: Sequence[Adapter]) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def _ours(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, str]:
+def _ours(recipe: Recipe) -> dict[str, str]:
     return {
         names.FORMAT: "pt",
         names.GRAFT_VERSION: _ENGINE,
         names.GRAFT_RECIPE: recipe.canonical_json(),
         names.GRAFT_RECIPE_DIGEST: recipe.digest(),
-        "modelspec.merged_from": ", ".join(adapter.name for adapter in adapters),
+        # By digest: names are not in the recipe's digest, so they must not decide bytes either.
+        "modelspec.merged_from": ", ".join(_digests(recipe)),
     }
+
+
+def _digests(recipe: Recipe) -> list[str]:
+    return [f"sha256:{one['sha256']}" for one in json.loads(recipe.canonical_json())["inputs"]]
 
 
 def _shared(adapters: Sequence[Adapter], key: str) -> str | None:

@@ -1,13 +1,17 @@
-"""Shared by all tests: fixed seeds, one torch thread, no proxies or tokens from the environment."""
+"""Shared by all tests: one torch thread, no tokens of the shell, shapes in signatures checked."""
 
 import os
 
 import pytest
+from jaxtyping import install_import_hook
 
 # Before any test imports torch or huggingface_hub: both read these once, at import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+# Before any test imports them, in whatever order the tests run.
+install_import_hook(["merge.algorithms", "merge.methods"], "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)

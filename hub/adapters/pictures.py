@@ -5,6 +5,7 @@ without metadata.
 """
 
 import io
+import logging
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ TINY = 256
 
 # Decoding is the one thing here that takes much memory: one picture at a time.
 _decoding = threading.Semaphore(1)
+
+log = logging.getLogger(__name__)
 
 
 class BadPicture(Exception):
@@ -49,9 +52,12 @@ def read_facts(path: Path) -> Facts:
 
 
 def thumbnail_size(width: int, height: int, target: int) -> tuple[int, int]:
-    """Of the thumbnail for a class of WIDTHS: at most that wide, or a whole multiple if tiny."""
+    """Of the thumbnail for a class of WIDTHS: at most that wide and four times that high.
+
+    A tiny picture is enlarged a whole number of times, until it is about as wide.
+    """
     if max(width, height) <= TINY:
-        times = max(1, -(-target // width))
+        times = max(1, min(-(-target // width), 4 * target // height))
         return width * times, height * times
     scale = min(1.0, target / width, 4 * target / height)
     return max(1, round(width * scale)), max(1, round(height * scale))
@@ -69,25 +75,32 @@ def make_thumbnail(source: Path, target: int) -> bytes:
             shown = shown.convert("RGBA" if shown.has_transparency_data else "RGB")
             resample = Image.Resampling.NEAREST if is_tiny else Image.Resampling.LANCZOS
             shown = shown.resize(size, resample)
+            # Pixel pictures as they are: lossy coding would smear their edges.
+            out = io.BytesIO()
+            shown.save(out, "WEBP", lossless=is_tiny, quality=80, method=4)
         except (OSError, ValueError, SyntaxError) as error:
             raise BadPicture(f"the picture is damaged: {error}") from None
-        # Pixel pictures as they are: lossy coding would smear their edges, and so are they small.
-        out = io.BytesIO()
-        shown.save(out, "WEBP", lossless=is_tiny, quality=80, method=4)
     return out.getvalue()
 
 
 def cached_thumbnail(cache: Path, sha256: str, source: Path, target: int) -> bytes:
-    """The thumbnail from the cache folder, made first if need be; BadPicture."""
+    """The thumbnail from the cache folder, made first if need be; BadPicture.
+
+    A cache that cannot be written to, on a full disk, costs time and nothing else.
+    """
     place = cache / sha256[:2] / f"{sha256}-{target}.webp"
     try:
         return place.read_bytes()
-    except FileNotFoundError:
+    except OSError:  # not made yet, or the cache is out of order
         data = make_thumbnail(source, target)
-    place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_suffix(f".{threading.get_ident()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(place)
+    except OSError as error:
+        log.warning("thumbnail %s is not cached: %s", place.name, error)
+        temporary.unlink(missing_ok=True)
     return data
 
 

@@ -1,5 +1,6 @@
 """The one way to commit, whichever façade the bytes came through, and the catalogue's upkeep."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 from sqlmodel import col, select
@@ -11,6 +12,8 @@ from hub.repos import service as repos
 from hub.repos.models import Commit, Repo, RepoType
 from hub.repos.operations import Operation
 from hub.users.service import Viewer
+
+log = logging.getLogger(__name__)
 
 __all__ = ["catch_up", "project", "publish", "reindex"]
 
@@ -30,8 +33,9 @@ def publish(
 ) -> Commit:
     """Commit to a repo, then project it: readers see both when this returns.
 
-    Errors are those of `repos.commit`. A process that dies between the two leaves an event,
-    and the next start catches up.
+    Errors are those of `repos.commit`: what is committed stays committed. A process that dies
+    between the two, or a repo that cannot be projected, leaves an event, and the next start
+    tries again.
     """
     with hub.db.write() as session:
         repo = repos.get_repo(session, viewer, namespace, name, type=type)
@@ -48,7 +52,7 @@ def publish(
         assert repo.id is not None
         on_main = repo.head == made.id
     if on_main:
-        project(hub, repo.id)
+        _try_to_project(hub, repo.id)
     return made
 
 
@@ -72,5 +76,12 @@ def _project_all(hub: Hub, ids: Sequence[int], should_stop: Callable[[], bool]) 
     for n, repo_id in enumerate(ids):
         if should_stop():
             return n
-        project(hub, repo_id)
+        _try_to_project(hub, repo_id)
     return len(ids)
+
+
+def _try_to_project(hub: Hub, repo_id: int) -> None:
+    try:
+        project(hub, repo_id)
+    except Exception:  # one repo's files must not hold the others hostage
+        log.exception("repo %s is not in the catalogue as it is now", repo_id)

@@ -188,6 +188,42 @@ def test_what_a_crash_left_out_is_caught_up(
     assert catch_up(hub) == 0
 
 
+def test_one_repo_that_cannot_be_read_holds_up_neither_commits_nor_other_repos(
+    hub: Hub,
+    admin: Viewer,
+    client: TestClient,
+    ink: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(hub: Hub, repo_id: int) -> None:
+        raise ValueError("a file nobody thought of")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hub.adapters.service.project", fail)
+        publish_files(hub, admin, "admin/odd", ink)
+        publish_files(hub, admin, "admin/ink", ink)
+
+    def fail_on_the_first(hub: Hub, repo_id: int) -> None:
+        (fail if repo_id == 1 else projection.project)(hub, repo_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hub.adapters.service.project", fail_on_the_first)
+        catch_up(hub)
+    assert {item["repo"] for item in get(client, "/api/adapters")["items"]} == {"admin/ink"}
+    assert catch_up(hub) == 1
+    assert get(client, "/api/adapters")["total"] == 4
+
+
+def test_pictures_of_any_shape_and_a_cache_without_room_fail_no_commit(
+    hub: Hub, admin: Viewer, client: TestClient, ink: dict[str, bytes]
+) -> None:
+    hub.thumbs.parent.mkdir(parents=True, exist_ok=True)
+    hub.thumbs.write_bytes(b"no folder can be made here")
+    publish_files(hub, admin, "admin/ink", ink | {"narrow.png": picture(1, 256)})
+    found = get(client, "/api/adapters/admin/ink/ink.safetensors")["previews"]
+    assert "narrow.png" in [p["path"] for p in found]
+
+
 def test_the_next_start_catches_up(
     hub: Hub, admin: Viewer, ink: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

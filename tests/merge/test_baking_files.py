@@ -469,7 +469,7 @@ def test_the_output_keeps_the_bases_metadata_and_says_what_was_done(
     assert metadata["graft.base_sha256"] == sha256_file(base)
     assert metadata["title"] == "kept"
     assert "modelspec.hash_sha256" not in metadata
-    assert metadata["modelspec.merged_from"] == "a.safetensors"
+    assert metadata["modelspec.merged_from"] == f"sha256:{sha256_file(made.path)}"
     assert outcome.sha256 == sha256_file(out)
     assert outcome.size == out.stat().st_size
 

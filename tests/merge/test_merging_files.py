@@ -307,6 +307,16 @@ def test_order_of_inputs_changes_no_byte(
     assert len(found) == 1
 
 
+def test_names_of_inputs_change_no_byte(sd15: Family, tmp_path: Path) -> None:
+    ink = make_adapter(tmp_path / "ink.safetensors", sd15, some_of(sd15)).path
+    other = tmp_path / "another name.safetensors"
+    other.write_bytes(ink.read_bytes())
+    found = {
+        run(tmp_path / f"{n}.safetensors", [(p, 0.5)]).sha256 for n, p in enumerate((ink, other))
+    }
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("numerics", ["fast", "reproducible"])
 def test_any_number_of_threads_gives_the_same_bytes(
     sd15: Family, numerics: str, tmp_path: Path
@@ -393,10 +403,10 @@ def test_the_output_says_where_it_comes_from(sd15: Family, tmp_path: Path) -> No
     }
     assert json.loads(metadata["graft.certificate"]) == outcome.certificate
     assert set(json.loads(metadata["graft.triggers"])) == {"inkstyle", "robo, bot"}
-    assert sorted(metadata["modelspec.merged_from"].split(", ")) == [
-        "ink.safetensors",
-        "robot.safetensors",
-    ]
+    assert set(metadata["modelspec.merged_from"].split(", ")) == {
+        f"sha256:{sha256_file(ink.path)}",
+        f"sha256:{sha256_file(robot.path)}",
+    }
     assert metadata["modelspec.architecture"] == f"{sd15.architecture}/lora"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "4")
     assert metadata["ss_base_model_version"] == "sd_v1"
