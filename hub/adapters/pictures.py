@@ -7,6 +7,7 @@ without metadata.
 import io
 import logging
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def cached_thumbnail(cache: Path, sha256: str, source: Path, target: int) -> byt
         temporary.replace(place)
     except OSError as error:
         log.warning("thumbnail %s is not cached: %s", place.name, error)
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     return data
 
 
