@@ -57,9 +57,13 @@ class PreviewItem(_Item):
         )
 
     @property
-    def is_wide(self) -> bool:
-        """A sheet or panorama, of which a portrait card would show only a slit."""
-        return self.width > 1.5 * self.height
+    def shape(self) -> str:
+        """How a portrait card shows it: a square whole with the words below, a panorama whole,
+        all others cropped to fill.
+        """
+        if self.width > 1.5 * self.height:
+            return "wide"
+        return "square" if 0.9 <= self.width / self.height <= 1.15 else "filling"
 
 
 class AdapterItem(_Item):

@@ -154,6 +154,12 @@ def readable(session: Session, viewer: Viewer) -> ColumnElement[bool]:
 TOOL_TAGS = ("diffusers", "lora", "peft", "safetensors", "text-to-image", "transformers")
 TOOL_TAG_PREFIXES = ("base_model:", "license:", "template:")
 
+
+def is_tool_tag(name: str) -> bool:
+    """Whether a tag tells tools how to load a repo, and people nothing."""
+    return name in TOOL_TAGS or name.startswith(TOOL_TAG_PREFIXES)
+
+
 _FACETS = ("kind", "family", "algorithm", "tag", "author")
 Conditions = list[tuple[str, ColumnElement[bool]]]
 

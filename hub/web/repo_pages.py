@@ -16,6 +16,7 @@ from hub.adapters.card import MAX_CARD_BYTES, ParsedCard, parse_card
 from hub.adapters.items import AdapterDetails
 from hub.adapters.models import Adapter, Card, Source, Tag
 from hub.adapters.projection import CARD_PATH
+from hub.adapters.search import is_tool_tag
 from hub.blobs.store import Sha256
 from hub.context import Hub
 from hub.deps import HubDep, ReadSession, ViewerDep, public_url
@@ -278,7 +279,8 @@ def _n_files(session: Session, commit: Commit) -> int:
 
 
 def _tags(session: Session, repo: Repo) -> list[str]:
-    return list(session.exec(select(Tag.name).where(Tag.repo_id == repo.id).order_by(Tag.name)))
+    names = session.exec(select(Tag.name).where(Tag.repo_id == repo.id).order_by(Tag.name))
+    return [name for name in names if not is_tool_tag(name)]
 
 
 def _card(hub: Hub, entries: Sequence[CommitEntry]) -> ParsedCard:
