@@ -16,7 +16,7 @@ from pathlib import Path
 from merge.errors import BadCheckpoint
 from merge.families import FAMILIES
 from merge.families.checkpoints import DIFFUSERS, Checkpoint, read_checkpoint
-from merge.formats.folders import Folder, read_folder
+from merge.formats.folders import Folder, is_part, is_weight_index, read_folder
 from merge.formats.header import Header, read_header
 
 BAKEABLE = {"F16": 2, "BF16": 2, "F32": 4}
@@ -26,17 +26,6 @@ _COMPONENTS = {
     "unet": ("down_blocks.",),
     "transformer": ("transformer_blocks.", "single_transformer_blocks."),
     "text_encoder": ("text_model.", "encoder.layers."),
-}
-_WEIGHT_SUFFIXES = {
-    ".safetensors",
-    ".bin",
-    ".ckpt",
-    ".pt",
-    ".pth",
-    ".msgpack",
-    ".h5",
-    ".onnx",
-    ".pb",
 }
 
 
@@ -153,7 +142,8 @@ def _open_folder(path: Path) -> Base:
         for component in folder.components.values()
         for file in component.files
     }
-    others = tuple(sorted(_others(path, set(files))))
+    indices = {component.index for component in folder.components.values()}
+    others = tuple(sorted(_others(path, indices)))
     return Base(path, "folder", files, others)
 
 
@@ -168,15 +158,18 @@ def _read_any_variant(path: Path) -> Folder:
         raise
 
 
-def _others(path: Path, files: set[str]) -> Iterator[str]:
-    """The pipeline's index and whatever is in its folders, but no second copy of the weights."""
+def _others(path: Path, indices: set[Path | None]) -> Iterator[str]:
+    """The pipeline's index and whatever is in its folders, but no second copy of the weights.
+
+    Of the indices of shards, only those of the weights that are written: loaders look for others
+    (of a variant, of .bin files) and would miss their shards.
+    """
     for file in path.rglob("*"):
-        relative = file.relative_to(path)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        is_index = relative.as_posix() == "model_index.json"
-        in_component = len(relative.parts) > 1 and file.suffix not in _WEIGHT_SUFFIXES
-        if (is_index or in_component) and not hidden and file.is_file():
-            yield relative.as_posix()
+        relative = file.relative_to(path).as_posix()
+        is_foreign = is_weight_index(file.name) and file not in indices
+        is_weights = file.suffix == ".safetensors"
+        if is_part(relative) and not (is_foreign or is_weights) and file.is_file():
+            yield relative
 
 
 def _spellings(module: str) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ The commit, the lineage and the end of the job are one transaction, conditional 
 an attempt that lost its lease leaves unreferenced blobs and nothing else.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,11 +23,11 @@ from hub.jobs.queue import Claim
 from hub.jobs.schemas import Publish
 from hub.repos import service as repos
 from hub.repos.models import CommitEntry, Repo
-from hub.repos.operations import Add
+from hub.repos.operations import Add, Delete
 from hub.users.models import Scope, User
 from hub.users.service import Viewer
 from merge.errors import BadFile
-from merge.formats.folders import digest_of_files
+from merge.formats.folders import digest_of_files, is_weight_index
 from merge.formats.header import read_header
 from merge.formats.metadata import trigger_words
 from merge.recipe import Input, Recipe
@@ -138,7 +138,7 @@ def _commit(
     if card is not None:
         everything[_CARD] = hub.store.put([card])
     largest = hub.settings.max_regular_bytes
-    operations = [
+    additions = [
         Add(path, item, lfs=item.git_oid is None or item.size > largest)
         for path, item in everything.items()
     ]
@@ -151,14 +151,16 @@ def _commit(
             private=_is_private(session, target, resolved),
             exist_ok=True,
         )
-        if head is None and repos.entries(session, repos.resolve(session, repo)):
+        present = repos.entries(session, repos.resolve(session, repo))
+        if head is None and present:
             raise StaleParent(f"{target.repo} was made by someone else meanwhile")
         _check_still_secret(session, repo, resolved)
+        stale = [] if target.path else _stale(stored, [entry.path for entry in present])
         made = repos.commit(
             session,
             viewer,
             repo,
-            operations=operations,
+            operations=[*additions, *map(Delete, stale)],
             message=target.message or f"{job.kind.capitalize()} {len(recipe.inputs)} adapters",
             description=f"Recipe {job.recipe_digest}",
             parent=head,
@@ -176,6 +178,21 @@ def _commit(
         }
         queue.succeed(session, claim, result)
         return repo.id
+
+
+def _stale(made: Collection[str], present: Iterable[str]) -> Iterator[str]:
+    """What the repo holds of an older pipeline that loaders would take for this one's weights.
+
+    That is every other weight file and index in a folder in which the result, itself a folder, has
+    weights. The root is no such folder: adapters there are results of their own.
+    """
+    weights = [PurePosixPath(path) for path in made if path.endswith(".safetensors")]
+    components = {path.parent for path in weights} - {PurePosixPath()}
+    for path in present:
+        file = PurePosixPath(path)
+        is_weights = file.suffix in {".safetensors", ".bin"} or is_weight_index(file.name)
+        if file.parent in components and is_weights and path not in made:
+            yield path
 
 
 def _is_private(session: Session, target: Publish, resolved: list[Resolved]) -> bool:

@@ -7,7 +7,7 @@ weight file or shards with an index that says which file holds which key.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 from merge.errors import BadCheckpoint
 from merge.formats.hashes import sha256_file
 
+_PIPELINE = "model_index.json"
 _INDEX = ".safetensors.index"
 # diffusers calls its weights diffusion_pytorch_model, transformers calls them model.
 _STEMS = ("diffusion_pytorch_model", "model")
+_OTHER_WEIGHTS = {".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".pb"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def read_folder(path: Path, *, variant: str | None = None) -> Folder:
     `variant` ("fp16") picks among copies of the weights; without it the plain files are taken.
     BadCheckpoint names what is missing: an index, a shard, a component's weights.
     """
-    index = _read_json(path / "model_index.json", path.name)
+    index = _read_json(path / _PIPELINE, path.name)
     components = {}
     for name, entry in index.items():
         is_component = isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
@@ -81,26 +83,52 @@ def read_weight_map(component: Component) -> dict[str, str]:
 
 
 def folder_digest(path: Path) -> str:
-    """SHA-256 over sorted lines "relative path NUL sha256" of the weight and config files.
+    """SHA-256 over sorted lines "relative path NUL sha256" of the files that count.
 
-    Hidden files and folders do not count: download clients keep their caches there.
+    Of a pipeline they are those of `is_part`; of another folder, which has no model_index.json,
+    the .safetensors and .json files that are not hidden.
     """
-    names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    return digest_of_files({name: sha256_file(path / name) for name in names if _counts(name)})
+    names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    return digest_of_files({name: sha256_file(path / name) for name in _counted(names)})
 
 
 def digest_of_files(digests: Mapping[str, str]) -> str:
     """The digest of a folder from the SHA-256 of each of its files by relative path."""
     digest = hashlib.sha256()
-    for name in sorted(filter(_counts, digests)):
+    for name in _counted(digests):
         digest.update(f"{name}\0{digests[name]}\n".encode())
     return digest.hexdigest()
 
 
-def _counts(relative: str) -> bool:
+def is_part(relative: str) -> bool:
+    """Whether the file at this path may matter to a pipeline: model_index.json and what is in its
+    folders, but no weights that are not safetensors.
+
+    Hidden files and folders are out: download clients keep their caches there.
+    """
     path = PurePosixPath(relative)
-    hidden = any(part.startswith(".") for part in path.parts)
-    return path.suffix in {".safetensors", ".json"} and not hidden
+    inside = len(path.parts) > 1 and path.suffix not in _OTHER_WEIGHTS
+    return (inside or relative == _PIPELINE) and not _is_hidden(path)
+
+
+def is_weight_index(name: str) -> bool:
+    """Whether a file of this name says which shard holds which key, in any format and variant."""
+    return re.fullmatch(r".*\.index.*\.json", name) is not None
+
+
+def _counted(names: Iterable[str]) -> list[str]:
+    found = set(names)
+    counts = is_part if _PIPELINE in found else _is_config_or_weights
+    return sorted(filter(counts, found))
+
+
+def _is_config_or_weights(relative: str) -> bool:
+    path = PurePosixPath(relative)
+    return path.suffix in {".safetensors", ".json"} and not _is_hidden(path)
+
+
+def _is_hidden(path: PurePosixPath) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _shards(index: Path, folder: Path) -> list[str]:

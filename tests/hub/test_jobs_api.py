@@ -249,6 +249,73 @@ def test_a_baked_folder_is_published_whole(ada: Person, deltas: Deltas, tmp_path
         np.testing.assert_allclose(baked[f"{name}.weight"], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_baked_folder_leaves_no_weights_of_the_pipeline_it_replaces(
+    ada: Person, deltas: Deltas, tmp_path: Path
+) -> None:
+    write_base(tmp_path / "base")
+    ada.upload(tmp_path / "base", "ada/new-base")
+    stale = {
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "unet/diffusion_pytorch_model-00001-of-00001.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+    }
+    kept = {"unet/notes.txt", "merged.safetensors", "other/model.safetensors"}
+    for path in stale | kept:
+        (tmp_path / "old" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "old" / path).write_text(path)
+    write_file(tmp_path / "old" / "merged.safetensors", {"a": np.ones(1, np.float32)}, {})
+    ada.upload(tmp_path / "old", "ada/rebaked")
+    body = {
+        "recipe": {
+            "kind": "bake",
+            "base": {"ref": "ada/new-base"},
+            "inputs": [{"ref": "ada/ink"}],
+        },
+        "publish": {"repo": "ada/rebaked"},
+    }
+    job = ada.wait(ada.post("/api/bakes", body).json()["id"])
+    assert job["state"] == "succeeded", job["error"]
+    commit = job["result"]["commit"]
+    listed = ada.get(f"/api/models/ada/rebaked/tree/{commit}?recursive=true").json()
+    paths = {item["path"] for item in listed if item["type"] == "file"} - {".gitattributes"}
+    made = {"README.md", "model_index.json", "unet/config.json"}
+    assert paths == kept | made | {"unet/diffusion_pytorch_model.safetensors"}
+    commits = ada.get("/api/models/ada/rebaked/commits/main").json()
+    assert len(commits) == 3  # the first one, the upload, and the bake with what it deletes
+
+
+@pytest.mark.parametrize(
+    ("dialect", "path", "made"),
+    [
+        ("kohya", "styles/merged.safetensors", {"styles/merged.safetensors"}),
+        ("peft", None, {"adapter_model.safetensors", "adapter_config.json"}),
+    ],
+)
+def test_a_merge_leaves_the_adapters_beside_it(
+    ada: Person, deltas: Deltas, tmp_path: Path, dialect: str, path: str | None, made: set[str]
+) -> None:
+    beside = {"mine.safetensors", "styles/mine.safetensors"}
+    for seed, name in enumerate(sorted(beside)):
+        write_lora(tmp_path / "mine" / name, seed, rank=2, alpha=1.0, trigger="mine")
+    ada.upload(tmp_path / "mine", f"ada/beside-{dialect}")
+    body = {
+        "recipe": {
+            "kind": "merge",
+            "inputs": [{"ref": "ada/ink"}, {"ref": "ada/robot"}],
+            "output": {"dialect": dialect},
+        },
+        "publish": {"repo": f"ada/beside-{dialect}", "path": path},
+    }
+    answer = ada.post("/api/merges", body)
+    assert answer.status_code == 202, answer.text
+    job = ada.wait(answer.json()["id"])
+    assert job["state"] == "succeeded", job["error"]
+    listed = ada.get(f"/api/models/ada/beside-{dialect}/tree/main?recursive=true").json()
+    paths = {item["path"] for item in listed if item["type"] == "file"} - {".gitattributes"}
+    assert paths == beside | made | {"README.md"}
+
+
 def test_a_base_file_is_baked_into_a_file(ada: Person, deltas: Deltas, tmp_path: Path) -> None:
     weights = write_base(tmp_path / "base")
     ada.upload(tmp_path / "base", "ada/base-file")

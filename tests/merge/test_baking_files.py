@@ -418,6 +418,25 @@ def test_a_baked_folder_holds_what_a_pipeline_needs_and_no_stale_weights(
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
 
 
+@pytest.mark.parametrize("layout", ["folder", "shards"])
+def test_no_index_is_copied_whose_shards_are_not(sd15: Family, layout: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path, sd15, layout, torch.float16)
+    own = {path.relative_to(base) for path in base.rglob("*.index*.json")}
+    assert bool(own) == (layout == "shards")
+    shards = {"weight_map": {"a.weight": "shard-00001-of-00001.safetensors"}}
+    for name in (
+        "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+        "unet/diffusion_pytorch_model.bin.index.json",
+        "text_encoder/pytorch_model.bin.index.fp16.json",
+    ):
+        (base / name).write_text(json.dumps(shards))
+    names = [name for name in some_of(sd15) if name[0] == "unet"][:1]
+    made = make_adapter(tmp_path / "a.safetensors", sd15, names)
+    run(tmp_path / "out", [(made.path, 1.0)], base=base)
+    out = tmp_path / "out"
+    assert {path.relative_to(out) for path in out.rglob("*.index*.json")} == own
+
+
 def test_a_baked_folder_loads_in_diffusers(sd15: Family, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 

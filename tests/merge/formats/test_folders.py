@@ -112,5 +112,29 @@ def test_the_digest_is_its_definition_and_ignores_caches(tmp_path: Path) -> None
     (root / ".cache" / "x.json").write_text("{}")
     (root / "README.md").write_text("a card")
     assert folder_digest(root) == before
+    (root / "merged.safetensors").write_bytes(b"beside the pipeline")
+    (root / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"never copied")
+    assert folder_digest(root) == before
     _write_json(root / "unet" / "config.json", {"cross_attention_dim": 64})
     assert folder_digest(root) != before
+
+
+def test_the_digest_tells_tokenizers_apart(tmp_path: Path) -> None:
+    root = _make_folder(tmp_path)
+    digests = set()
+    for merges in (None, "a b", "b a"):
+        if merges is not None:
+            (root / "tokenizer").mkdir(exist_ok=True)
+            (root / "tokenizer" / "merges.txt").write_text(merges)
+        digests.add(folder_digest(root))
+    assert len(digests) == 3
+
+
+def test_the_digest_of_a_folder_without_a_pipeline_counts_its_files(tmp_path: Path) -> None:
+    digests = set()
+    for config in ({"r": 1}, {"r": 2}):
+        _write_json(tmp_path / "adapter_config.json", config)
+        digests.add(folder_digest(tmp_path))
+    write_file(tmp_path / "adapter_model.safetensors", {"a.weight": np.ones(2)}, {})
+    digests.add(folder_digest(tmp_path))
+    assert len(digests) == 3
