@@ -5,7 +5,8 @@ import ipaddress
 import signal
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -15,6 +16,7 @@ import typer
 from cli.console import CommandError, err, out
 
 if TYPE_CHECKING:
+    from hub.context import Hub
     from hub.settings import Settings
 
 
@@ -39,14 +41,34 @@ def serve(
         signal.signal(signal.SIGTERM, _stop)
         try:
             with open_hub(settings) as hub:
-                if settings.demo:
-                    from hub.demo import seed
-
-                    seed(hub, demo_folders())
                 _greet(settings, listener, hub.admin_token)
-                _run(settings, hub, listener)
+                with _seeding(hub) if settings.demo else nullcontext():
+                    _run(settings, hub, listener)
         except CannotStart as error:
             raise CommandError(error.message) from error
+
+
+@contextmanager
+def _seeding(hub: "Hub") -> Iterator[None]:
+    """Publish the demo catalogue beside the server, so that the first page need not wait for it."""
+    from hub.demo import seed
+    from hub.errors import HubError
+
+    stopped = threading.Event()
+
+    def work() -> None:
+        try:
+            seed(hub, demo_folders(), stopped.is_set)
+        except HubError as error:
+            err.print(f"the demo catalogue is not complete: {error.message}", markup=False)
+
+    thread = threading.Thread(target=work, name="demo catalogue")
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
 
 
 def worker() -> None:

@@ -1,6 +1,6 @@
 """A first catalogue for an empty hub, so that there is something to look at."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sqlmodel import select
@@ -16,10 +16,12 @@ from hub.users.names import key_of
 from hub.users.service import Viewer
 
 
-def seed(hub: Hub, folders: Mapping[str, Path]) -> None:
+def seed(
+    hub: Hub, folders: Mapping[str, Path], should_stop: Callable[[], bool] = lambda: False
+) -> None:
     """Publish each folder as the repo it is named for; a repo that was ever there stays as it is.
 
-    A start that was interrupted is continued by the next one.
+    What was interrupted, or told to stop, is continued by the next start.
     """
     with hub.db.write() as session:
         admin = session.exec(select(User).where(User.is_admin).order_by("id")).first()
@@ -35,6 +37,8 @@ def seed(hub: Hub, folders: Mapping[str, Path]) -> None:
             if repo is not None and not repos.entries(session, repos.resolve(session, repo)):
                 unfinished.append(name)
     for name in unfinished:
+        if should_stop():
+            return
         _publish(hub, viewer, name, folders[name])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from cli.serve import demo_folders
 from hub.context import Hub, open_hub
 from hub.demo import seed
 from hub.errors import CannotStart
@@ -105,3 +106,16 @@ def test_a_catalogue_without_its_blobs_is_refused_and_not_repaired(tmp_path: Pat
     shutil.move(tmp_path / "elsewhere", tmp_path / "data" / "store")
     with open_hub(settings) as hub:
         assert paths(hub, "demo", "ink") == ["README.md", "images/a.png"]
+
+
+def test_a_server_shows_the_shipped_catalogue_even_if_it_was_stopped_meanwhile(
+    tmp_path: Path,
+) -> None:
+    with running_hub(tmp_path, demo=True) as first:
+        assert httpx2.get(first.url, timeout=60).status_code == 200
+    with running_hub(tmp_path, demo=True) as hub:
+        shown: set[str] = set()
+        while len(shown) < len(demo_folders()):
+            found = httpx2.get(f"{hub.url}/api/adapters?limit=100", timeout=60).json()
+            shown = {item["repo"] for item in found["items"]}
+        assert shown == set(demo_folders())
