@@ -18,9 +18,10 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, Self
 from urllib.parse import unquote, urlsplit
@@ -127,8 +128,8 @@ def _is_loopback(url: str) -> bool:
 def fetch(text: str) -> Path:
     """The file or folder that a REF names, downloaded first if it is not on this machine.
 
-    A file that decides how another one is read (adapter_config.json beside a PEFT adapter) is
-    fetched with it. CommandError in one sentence; nothing partial is ever returned.
+    The adapter_config.json beside an adapter in PEFT's keys decides how it is read, and is
+    fetched with it where there is one, from the same folder or URL path. CommandError in one sentence; nothing partial is ever returned.
     """
     ref = parse_ref(text)
     match ref:
@@ -137,9 +138,13 @@ def fetch(text: str) -> Path:
         case OnHub():
             return _from_hub(text, ref)
         case OnS3():
-            return _from_s3(text, ref)
+            config = OnS3(ref.bucket, _config_of(ref.key))
+            there = f"s3://{config.bucket}/{config.key}"
+            return _with_config(_from_s3(text, ref), partial(_from_s3, there, config))
         case OnWeb():
-            return _from_web(ref.url)
+            url = urlsplit(ref.url)
+            there = url._replace(path=_config_of(url.path)).geturl()
+            return _with_config(_from_web(ref.url), partial(_from_web, there))
 
 
 def _local(text: str, path: Path) -> Path:
@@ -181,7 +186,7 @@ def _wanted(text: str, file: str | None, names: list[str]) -> tuple[str, list[st
     inside = [name for name in names if name.startswith(folder)]
     if file not in names and not inside:
         raise CommandError(f"{text}: the repo has no such file")
-    config = str(PurePosixPath(file).with_name("adapter_config.json"))
+    config = _config_of(file)
     return file, inside or [file, *({config} & set(names) - {file})]
 
 
@@ -225,7 +230,38 @@ def bar_class(progress: Progress) -> Any:
     return Bar
 
 
-def _from_s3(text: str, ref: OnS3) -> Path:
+class _Absent(CommandError):
+    """What a REF names is not there, or not for us to see."""
+
+
+# S3 answers AccessDenied for a missing object to those who may not list the bucket, and a signed
+# URL is good for one object.
+_ABSENT = {"NoSuchKey", "AccessDenied", 401, 403, 404, 410}
+
+
+def _with_config(path: Path, fetch_config: Callable[[Path], Path]) -> Path:
+    """`path`, with the configuration that `fetch_config` puts beside it if it is a PEFT file."""
+    from merge.errors import BadFile
+    from merge.formats.adapters import CONFIG_NAME, takes_config
+    from merge.formats.header import read_header
+
+    try:
+        if not takes_config(read_header(path)):
+            return path
+    except BadFile:
+        return path  # whoever reads it says what is wrong with it
+    try:
+        fetch_config(path)
+    except _Absent:
+        path.with_name(CONFIG_NAME).unlink(missing_ok=True)
+    return path
+
+
+def _config_of(key: str) -> str:
+    return key[: key.rfind("/") + 1] + "adapter_config.json"
+
+
+def _from_s3(text: str, ref: OnS3, beside: Path | None = None) -> Path:
     try:
         import boto3
         from botocore.config import Config
@@ -245,18 +281,19 @@ def _from_s3(text: str, ref: OnS3) -> Path:
         answer = client.get_object(Bucket=ref.bucket, Key=ref.key)
         size = int(answer["ContentLength"])
         body = answer["Body"].iter_chunks(CHUNK)
-        return _save(text, ref.key, answer["ETag"], size, body)
+        return _save(text, ref.key, answer["ETag"], size, body, beside)
     except NoCredentialsError as error:
         raise CommandError(f"{text}: no S3 credentials (AWS_ACCESS_KEY_ID …)") from error
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "an error")
         why = {"NoSuchKey": "there is no such object", "NoSuchBucket": "there is no such bucket"}
-        raise CommandError(f"{text}: {why.get(code, f'the server answers {code}')}") from error
+        kind = _Absent if code in _ABSENT else CommandError
+        raise kind(f"{text}: {why.get(code, f'the server answers {code}')}") from error
     except BotoCoreError as error:
         raise CommandError(f"{text}: {error}") from error
 
 
-def _from_web(url: str) -> Path:
+def _from_web(url: str, beside: Path | None = None) -> Path:
     import httpx2
 
     try:
@@ -268,14 +305,15 @@ def _from_web(url: str) -> Path:
             timeout=httpx2.Timeout(IDLE_S, connect=10),
         ) as answer:
             if answer.status_code != 200:
-                raise CommandError(f"{url}: the server answers {answer.status_code}")
+                kind = _Absent if answer.status_code in _ABSENT else CommandError
+                raise kind(f"{url}: the server answers {answer.status_code}")
             if answer.url.scheme != "https" and not _is_loopback(str(answer.url)):
                 raise CommandError(f"{url}: it redirects to an address that is not https")
             length = answer.headers.get("Content-Length", "")
             size = int(length) if length.isdecimal() else None
             name = answer.url.path
             version = answer.headers.get("ETag")
-            return _save(url, name, version, size, answer.iter_bytes(CHUNK))
+            return _save(url, name, version, size, answer.iter_bytes(CHUNK), beside)
     except httpx2.TimeoutException as error:
         raise CommandError(f"{url}: the server stopped answering") from error
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
@@ -283,12 +321,22 @@ def _from_web(url: str) -> Path:
 
 
 def _save(
-    source: str, name: str, version: str | None, size: int | None, body: Iterator[bytes]
+    source: str,
+    name: str,
+    version: str | None,
+    size: int | None,
+    body: Iterator[bytes],
+    beside: Path | None,
 ) -> Path:
-    """Keep what `source` sends in the cache; a second fetch of the same version reads no bytes."""
+    """Keep what `source` sends in the cache; a second fetch of the same version reads no bytes.
+
+    The configuration of the file `beside` goes next to it, over the one that was there.
+    """
     key = hashlib.sha256(f"{source}\n{version}".encode()).hexdigest()[:32]
     safe = re.sub(r"[^\w.-]", "_", PurePosixPath(name).name, flags=re.ASCII)[-128:].lstrip(".")
     target = _cache() / key / (safe or "file")
+    if beside is not None:
+        target, version = beside.with_name(_config_of("")), None
     if version is not None and target.exists() and size in (None, target.stat().st_size):
         return target
     if size is not None and size > MAX_BYTES:

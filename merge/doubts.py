@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import isfinite
 
 from merge.errors import BadAdapter
-from merge.formats.adapters import AdapterLayout
 from merge.formats.hashes import Hashes
 from merge.formats.header import Header
 from merge.formats.keys import Survey
@@ -48,12 +47,11 @@ def of_refusal(error: BadAdapter, name: str) -> Doubt:
 def of_adapter(
     header: Header,
     found: Survey,
-    layout: AdapterLayout | None,
     alphas: Mapping[str, float],
     ranks: Sequence[int],
 ) -> list[Doubt]:
     """Doubts about an adapter's scales and ranks."""
-    doubts = [*_of_alphas(alphas), *_of_missing_alphas(found, layout)]
+    doubts = [*_of_alphas(alphas), *_of_missing_alphas(found)]
     if any(0 in info.shape for info in header.tensors.values()):
         empty = [key for key, info in header.tensors.items() if 0 in info.shape]
         message = f"{len(empty)} tensors are empty: it was saved without gathering its parts"
@@ -80,7 +78,7 @@ def _of_alphas(alphas: Mapping[str, float]) -> list[Doubt]:
     return doubts
 
 
-def _of_missing_alphas(found: Survey, layout: AdapterLayout | None) -> list[Doubt]:
+def _of_missing_alphas(found: Survey) -> list[Doubt]:
     factors = [group for group in found.groups if {"down", "up"} <= group.keys.keys()]
     without = [group.location.path for group in factors if "alpha" not in group.keys]
     if without and len(without) < len(factors):
@@ -89,9 +87,6 @@ def _of_missing_alphas(found: Survey, layout: AdapterLayout | None) -> list[Doub
             "they count as scale 1 here, and otherwise in diffusers"
         )
         return [_doubt("alpha_partial", message, without)]
-    if layout is not None and layout.dialect == "peft" and layout.alpha_source == "assumed":
-        message = "its alphas are in adapter_config.json, which is not here; scale 1 is assumed"
-        return [_doubt("alpha_unknown", message, ())]
     return []
 
 

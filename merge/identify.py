@@ -210,7 +210,7 @@ def _adapter_facts(file: TensorFile, found: Survey, config: Mapping[str, Any] | 
         targets=_targets(groups, modules),
         warnings=(
             *([refusal] if refusal else []),
-            *doubts.of_adapter(file.header, found, layout, alphas, known_ranks),
+            *doubts.of_adapter(file.header, found, alphas, known_ranks),
         ),
     )
 

@@ -38,12 +38,12 @@ from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry, Event, Repo
 from merge.errors import MergeError
 from merge.formats import metadata as keys
+from merge.formats.adapters import CONFIG_NAME, takes_config
 from merge.formats.hashes import hash_file
 from merge.formats.reader import TensorFile
 from merge.identify import identify_file
 
 CARD_PATH = "README.md"
-CONFIG_NAME = "adapter_config.json"
 MAX_PREVIEWS = 60
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_METADATA_VALUE = 4096
@@ -130,7 +130,8 @@ def _identify(hub: Hub, entry: CommitEntry, config: CommitEntry | None) -> Ident
             TensorFile(path, name=entry.path) as file,
         ):
             hashes = hash_file(path, file.header.data_offset, name=entry.path)
-            answer = identify_file(file, hashes=hashes, config=_config(hub, config))
+            stated = _config(hub, config) if takes_config(file.header) else None
+            answer = identify_file(file, hashes=hashes, config=stated)
             # All 64 digits: AutoV3 is its first 12, and trainers write the whole of it.
             aliases = hashes.to_json() | {"autov3": hashes.data_sha256}
             document = answer.to_json() | {"aliases": aliases, "profile": profile_of(file)}

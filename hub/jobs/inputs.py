@@ -6,20 +6,22 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Self
 
+from sqlalchemy.orm import aliased
 from sqlmodel import Session, col, select
 
+from hub.blobs.store import BlobStore, Sha256
 from hub.errors import Invalid, NotFound
 from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry, Repo
 from hub.users.service import Viewer
 from merge.errors import BadRecipe
+from merge.formats.adapters import CONFIG_NAME, takes_config
 from merge.formats.folders import digest_of_files
+from merge.formats.header import PREFIX_BYTES, header_length, parse_header
 from merge.recipe import Pinned, Recipe, Source
 
 _REF = re.compile(r"(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<file>.+))?")
 _INDEX = "model_index.json"
-_CONFIG = "adapter_config.json"
-_PEFT = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,7 @@ class Resolved:
     @property
     def config_digest(self) -> str | None:
         """Of the adapter_config.json that decides a PEFT file's alphas."""
-        config = _config_of(self.main) if self.main is not None else None
-        return self.files.get(config) if config is not None else None
+        return self.files.get(_config_of(self.main)) if self.main is not None else None
 
     def to_json(self) -> dict[str, Any]:
         """Stored in the job's request."""
@@ -59,14 +60,17 @@ class Resolved:
         return cls(**value)
 
 
-def resolve(session: Session, viewer: Viewer, recipe: Recipe) -> list[Resolved]:
-    """Every distinct source of `recipe`, the base first; BadRecipe names the field."""
+def resolve(session: Session, store: BlobStore, viewer: Viewer, recipe: Recipe) -> list[Resolved]:
+    """Every distinct source of `recipe`, the base first; BadRecipe names the field.
+
+    The header of a file beside an adapter_config.json is read, to tell whether it is PEFT's.
+    """
     named: dict[str, tuple[str, Source]] = {}
     if recipe.base is not None:
         named[recipe.base.name] = ("base", recipe.base)
     for number, source in enumerate(recipe.inputs):
         named.setdefault(source.name, (f"inputs[{number}]", source))
-    return [_resolve(session, viewer, param, source) for param, source in named.values()]
+    return [_resolve(session, store, viewer, param, source) for param, source in named.values()]
 
 
 def pin(recipe: Recipe, resolved: Sequence[Resolved]) -> Recipe:
@@ -79,10 +83,11 @@ def pin(recipe: Recipe, resolved: Sequence[Resolved]) -> Recipe:
     )
 
 
-def _resolve(session: Session, viewer: Viewer, param: str, source: Source) -> Resolved:
+def _resolve(
+    session: Session, store: BlobStore, viewer: Viewer, param: str, source: Source
+) -> Resolved:
     if source.ref is None:
-        assert source.sha256 is not None
-        return _by_digest(session, viewer, param, source.name, source.sha256)
+        return _by_digest(session, store, viewer, param, source)
     match = _REF.fullmatch(source.ref)
     if match is None:
         raise BadRecipe(f"{param}.ref", f"{source.ref!r} is not namespace/name[@revision][:file]")
@@ -101,7 +106,7 @@ def _resolve(session: Session, viewer: Viewer, param: str, source: Source) -> Re
         main = None
     else:
         main = _only_file(files, param, source.ref)
-    return _resolved(source.ref, repo, commit.id, main, files)
+    return _resolved(store, source.ref, repo, commit.id, main, files)
 
 
 def _only_file(files: dict[str, str], param: str, ref: str) -> str:
@@ -114,35 +119,85 @@ def _only_file(files: dict[str, str], param: str, ref: str) -> str:
     )
 
 
-def _by_digest(session: Session, viewer: Viewer, param: str, name: str, sha256: str) -> Resolved:
-    """The newest readable place of a blob: knowing a digest is no right to its bytes."""
-    found = session.exec(
-        select(CommitEntry.path, Commit, Repo)
-        .join(Commit, col(Commit.id) == col(CommitEntry.commit_id))
+def _by_digest(
+    session: Session, store: BlobStore, viewer: Viewer, param: str, source: Source
+) -> Resolved:
+    """The newest readable place of a blob: knowing a digest is no right to its bytes.
+
+    A PEFT file may lie beside different configurations: `config_sha256` says which is meant.
+    """
+    assert source.sha256 is not None
+    main = aliased(CommitEntry)
+    places = (
+        select(main.commit_id, main.path)
+        .join(Commit, col(Commit.id) == col(main.commit_id))
         .join(Repo, col(Repo.id) == col(Commit.repo_id))
-        .where(CommitEntry.sha256 == sha256, repos.visible_to(session, viewer))
-        .order_by(col(Commit.created_at).desc())
-        .limit(1)
-    ).first()
-    if found is not None:
-        path, commit, repo = found
-        files = {item.path: item.sha256 for item in repos.entries(session, commit)}
-        return _resolved(name, repo, commit.id, path, files)
-    raise BadRecipe(f"{param}.sha256", f"this hub has no file {sha256} that you may read")
+        .where(main.sha256 == source.sha256, repos.visible_to(session, viewer))
+    )
+    found = session.exec(places.order_by(col(Commit.created_at).desc())).all()
+    if not found:
+        what = f"this hub has no file {source.sha256} that you may read"
+        raise BadRecipe(f"{param}.sha256", what)
+    beside = {
+        (commit, path): sha256
+        for commit, path, sha256 in session.exec(
+            select(CommitEntry.commit_id, CommitEntry.path, CommitEntry.sha256).where(
+                col(CommitEntry.path).in_({_config_of(path) for _, path in found}),
+                col(CommitEntry.commit_id).in_(places.with_only_columns(col(main.commit_id))),
+            )
+        )
+    }
+    configs = {place: beside.get((place[0], _config_of(place[1]))) for place in found}
+    chosen = found[0]
+    if any(configs.values()) and _takes_config(store, source.sha256, chosen[1]):
+        chosen = _with_config(configs, param, source)
+    commit = session.get_one(Commit, chosen[0])
+    files = {item.path: item.sha256 for item in repos.entries(session, commit)}
+    repo = session.get_one(Repo, commit.repo_id)
+    return _resolved(store, source.name, repo, commit.id, chosen[1], files)
+
+
+Place = tuple[str, str]  # commit, path
+
+
+def _with_config(configs: dict[Place, str | None], param: str, source: Source) -> Place:
+    """The first place with the configuration that is meant; one without any cannot be read."""
+    param = f"{param}.config_sha256"
+    different = {config for config in configs.values() if config is not None}
+    wanted = source.config_sha256
+    if wanted is None and len(different) > 1:
+        some = ", ".join(sorted(different)[:5])
+        what = f"say which {CONFIG_NAME} {source.name} is read with; this hub has {some}"
+        raise BadRecipe(param, what)
+    for place, config in configs.items():
+        if config is not None and wanted in (None, config):
+            return place
+    what = f"this hub has no {CONFIG_NAME} {wanted} beside {source.name} that you may read"
+    raise BadRecipe(param, what)
 
 
 def _resolved(
-    ref: str, repo: Repo, commit: str, main: str | None, files: dict[str, str]
+    store: BlobStore, ref: str, repo: Repo, commit: str, main: str | None, files: dict[str, str]
 ) -> Resolved:
     if main is not None:
-        wanted = {main, _config_of(main)}
+        wanted = {main}
+        config = _config_of(main)
+        if config in files and _takes_config(store, files[main], main):
+            wanted.add(config)
         files = {path: sha256 for path, sha256 in files.items() if path in wanted}
     assert repo.id is not None
     full_name = f"{repo.namespace}/{repo.name}"
     return Resolved(ref, repo.id, full_name, repo.private, commit, main, files)
 
 
-def _config_of(main: str) -> str | None:
-    """Where a PEFT adapter keeps its alphas: beside it, and only PEFT names its file so."""
-    path = PurePosixPath(main)
-    return str(path.with_name(_CONFIG)) if path.name == _PEFT else None
+def _config_of(main: str) -> str:
+    """Where a PEFT adapter keeps its alphas."""
+    return str(PurePosixPath(main).with_name(CONFIG_NAME))
+
+
+def _takes_config(store: BlobStore, sha256: str, path: str) -> bool:
+    digest, name = Sha256(sha256), PurePosixPath(path).name
+    size = store.size(digest) or 0
+    prefix = b"".join(store.open(digest, 0, PREFIX_BYTES))
+    end = PREFIX_BYTES + header_length(prefix, size, name)
+    return takes_config(parse_header(b"".join(store.open(digest, 0, end)), size, name))

@@ -63,7 +63,7 @@ def submit(
         recipe = Recipe.parse(request.recipe)
         if recipe.kind != kind:
             raise BadRecipe("kind", f"is {recipe.kind}, but this address makes a {kind}")
-        resolved = inputs.resolve(session, viewer, recipe)
+        resolved = inputs.resolve(session, hub.store, viewer, recipe)
         _check_target(session, viewer, request.publish, resolved)
     recipe = inputs.pin(recipe, resolved)
     planned = _plan(hub, recipe, resolved)

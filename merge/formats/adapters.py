@@ -24,11 +24,13 @@ from merge.errors import (
 from merge.families import FAMILIES, Family
 from merge.families.family import TEXT_MODEL
 from merge.formats.grammar import SUPPORTED, Dims, lora_dims
-from merge.formats.header import Header
+from merge.formats.header import Header, read_header
 from merge.formats.keys import Group, Location, Survey, survey
 from merge.formats.metadata import ARCHITECTURE, BASE_VERSION
 from merge.formats.reader import TensorFile
 from merge.formats.scales import Scales, check_config
+
+CONFIG_NAME = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +68,18 @@ class AdapterLayout:
 
 
 def config_beside(path: Path) -> Path | None:
-    """The adapter_config.json beside a PEFT file, which holds its alphas; None without one."""
-    beside = path.with_name("adapter_config.json")
-    is_peft = path.name == "adapter_model.safetensors"
-    return beside if is_peft and beside.is_file() else None
+    """The adapter_config.json that `path` is read with; None without one. BadFile as for headers."""
+    beside = path.with_name(CONFIG_NAME)
+    return beside if beside.is_file() and takes_config(read_header(path)) else None
+
+
+def takes_config(header: Header) -> bool:
+    """Whether an adapter_config.json in the same folder is this file's: its keys are PEFT's.
+
+    The file's name says nothing: PEFT files are renamed when they are shared.
+    """
+    groups = survey(header.tensors).groups
+    return bool(groups) and dialect_of(groups) == "peft"
 
 
 def read_config(path: Path) -> Mapping[str, Any] | None:
@@ -100,7 +110,10 @@ def read_layout(
 def resolve(
     found: Survey, header: Header, *, name: str, config: Mapping[str, Any] | None = None
 ) -> AdapterLayout:
-    """`read_layout` of a file whose keys are grouped already."""
+    """`read_layout` of a file whose keys are grouped already.
+
+    Unsupported for PEFT keys without alphas and configuration: PEFT's alpha is rarely the rank.
+    """
     if config is not None:
         check_config(config, name)
     _check_survey(found, name)
@@ -112,17 +125,24 @@ def resolve(
         for group, its_dims, module in zip(found.groups, dims, modules, strict=True)
     )
     _check_unique(entries, name)
+    dialect, alpha_source = dialect_of(found.groups), _alpha_source(entries, scales)
+    unstated = alpha_source != "keys" and any(entry.config_scale is None for entry in entries)
+    if dialect == "peft" and unstated:
+        raise Unsupported(name, f"its {CONFIG_NAME}, which holds its alphas, is missing")
     return AdapterLayout(
-        dialect=dialect_of(found.groups),
+        dialect=dialect,
         family=family.name,
         entries=entries,
-        alpha_source=_alpha_source(entries, scales),
+        alpha_source=alpha_source,
         families=families,
     )
 
 
 def scale_of(entry: Entry, file: TensorFile, layout: AdapterLayout) -> float:
-    """alpha / rank. Without an alpha anywhere it is 1, as every trainer that omits it means."""
+    """alpha / rank. A module without an alpha has 1, as readers of kohya's and diffusers' files do.
+
+    PEFT means something else by that, so `resolve` refuses a PEFT file without its configuration.
+    """
     alpha_key = entry.keys.get("alpha")
     if alpha_key is None:
         return 1.0 if entry.config_scale is None else entry.config_scale

@@ -71,6 +71,12 @@ def test_a_peft_folder_is_its_adapter_with_its_configuration(
     (tmp_path / "adapter_config.json").write_text("{")
     assert _run(monkeypatch, str(tmp_path)) == 1
     assert "adapter_config.json beside it is not JSON" in capsys.readouterr().err
+    (tmp_path / "adapter_config.json").unlink()
+    assert _run(monkeypatch, str(tmp_path), "--json", "--no-hashes") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["kind"], answer["dialect"], answer["alphas"]) == ("adapter", "peft", None)
+    (warning,) = answer["warnings"]
+    assert warning["message"] == "its adapter_config.json, which holds its alphas, is missing"
 
 
 def test_a_folder_of_many_files_asks_for_one(

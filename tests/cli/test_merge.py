@@ -159,6 +159,22 @@ def test_a_peft_adapter_is_given_as_its_folder(tmp_path: Path) -> None:
         assert abs(change - 2 * made.deltas[name]).max() < 1e-6
 
 
+def test_a_peft_adapter_of_another_name_needs_its_configuration_too(tmp_path: Path) -> None:
+    names = [name for name in NAMES if name[0] == "unet"]
+    made = make_adapter(tmp_path / "ink.safetensors", FAMILY, names, alpha=6.0, dialect="peft")
+    merge = ("merge", "ink.safetensors", "-o", "out.safetensors", "--dtype", "float32")
+    done = graft(tmp_path, *merge, "--to", "kohya")
+    assert done.returncode == 0, done.stderr
+    for name, change in load_deltas(tmp_path / "out.safetensors", FAMILY, names).items():
+        assert abs(change - made.deltas[name]).max() < 1e-6
+    (tmp_path / "out.safetensors").unlink()
+    (tmp_path / "adapter_config.json").unlink()
+    done = graft(tmp_path, *merge, "--to", "kohya")
+    assert done.returncode == 1
+    assert "ink.safetensors: its adapter_config.json, which holds its alphas, is" in done.stderr
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

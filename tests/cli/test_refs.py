@@ -17,6 +17,8 @@ from botocore.config import Config
 
 from cli.console import CommandError
 from cli.refs import Local, OnHub, OnS3, OnWeb, fetch, parse_ref, parse_weighted
+from merge.formats.adapters import read_config
+from tests.fixtures.adapters import make_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -163,11 +165,36 @@ def test_more_bytes_than_the_cap_are_refused(web: Web, monkeypatch: pytest.Monke
         fetch(f"{web.url}/a")
 
 
+def test_the_configuration_of_a_peft_file_comes_with_it(web: Web, tmp_path: Path) -> None:
+    made = make_adapter(tmp_path / "a.safetensors", dialect="peft")
+    web.answers["/x/a.safetensors?v=1"] = (200, {"ETag": '"1"'}, made.path.read_bytes())
+    config = fetch(f"{web.url}/x/a.safetensors?v=1").with_name("adapter_config.json")
+    assert web.asked == ["/x/a.safetensors?v=1", "/x/adapter_config.json?v=1"]
+    assert not config.exists()
+    for text in (b"{}", b'{"r": 4}'):  # another configuration of the same weights
+        web.answers["/x/adapter_config.json?v=1"] = (200, {"ETag": '"1"'}, text)
+        fetch(f"{web.url}/x/a.safetensors?v=1")
+        assert config.read_bytes() == text
+    web.answers["/x/adapter_config.json?v=1"] = (500, {}, b"")
+    with pytest.raises(CommandError, match="/x/adapter_config.json.*: the server answers 500"):
+        fetch(f"{web.url}/x/a.safetensors?v=1")
+    del web.answers["/x/adapter_config.json?v=1"]
+    fetch(f"{web.url}/x/a.safetensors?v=1")
+    assert not config.exists()
+    kohya = make_adapter(tmp_path / "b.safetensors", dialect="kohya")
+    web.answers["/x/b.safetensors"] = (200, {}, kohya.path.read_bytes())
+    fetch(f"{web.url}/x/b.safetensors")
+    assert web.asked[-1] == "/x/b.safetensors"
+
+
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[pytest.MonkeyPatch], None]]:
     folder = tmp_path_factory.mktemp("s3")
     (folder / "bucket/sub").mkdir(parents=True)
     (folder / "bucket/sub/a.safetensors").write_bytes(os.urandom(2_000_000))
+    make_adapter(folder / "bucket/peft/ink.safetensors", dialect="peft", alphas=8.0)
+    make_adapter(folder / "bucket/bare/ink.safetensors", dialect="peft")
+    (folder / "bucket/bare/adapter_config.json").unlink()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -207,6 +234,16 @@ def test_an_s3_object_is_fetched(
     expected = client.get_object(Bucket="bucket", Key="sub/a.safetensors")["Body"].read()
     assert path.name == "a.safetensors"
     assert path.read_bytes() == expected
+
+
+def test_a_peft_file_on_s3_comes_with_its_configuration(
+    s3: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3(monkeypatch)
+    config = read_config(fetch("s3://bucket/peft/ink.safetensors"))
+    assert config is not None
+    assert config["lora_alpha"] == 8.0
+    assert read_config(fetch("s3://bucket/bare/ink.safetensors")) is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The projection: what files at `main` say is in the catalogue once a commit is answered."""
 
 import hashlib
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from hub.repos import service as repos
 from hub.repos.models import Event, Repo, RepoType
 from hub.repos.operations import Add, Delete
 from hub.users.service import Viewer
+from tests.fixtures.adapters import make_adapter
 from tests.fixtures.catalogue import CARD, lora_bytes, picture, publish_files
 from tests.fixtures.malformed import MALFORMED, ODD
 from tests.hub.conftest import bearer, both_databases, make_user
@@ -86,6 +88,31 @@ def test_a_commit_is_in_the_catalogue_when_it_is_answered(
     assert found["files"] == 2
     other = get(client, "/api/adapters/admin/ink/steps/ink-000100.safetensors")
     assert (other["title"], other["rank_max"]) == ("ink-000100", 8)
+
+
+def test_a_configuration_is_of_the_peft_files_beside_it_alone(
+    hub: Hub, admin: Viewer, client: TestClient, tmp_path: Path
+) -> None:
+    files = {}
+    for name, dialect in (("ink", "peft"), ("bare/ink", "peft"), ("kohya", "kohya")):
+        made = make_adapter(tmp_path / f"{name}.safetensors", dialect=dialect, alphas=None)
+        files[f"{name}.safetensors"] = made.path.read_bytes()
+    config = {"peft_type": "LORA", "lora_alpha": 6}
+    files["adapter_config.json"] = json.dumps(config).encode()
+    publish_files(hub, admin, "admin/ink", files)
+    found = {
+        path: get(client, f"/api/adapters/admin/ink/{path}.safetensors")
+        for path in ("ink", "bare/ink", "kohya")
+    }
+    alphas = {
+        path: [fact["value"] for fact in item["facts"] if fact["name"] == "alphas"]
+        for path, item in found.items()
+    }
+    assert alphas == {"ink": [{"min": 6.0, "max": 6.0}], "bare/ink": [], "kohya": []}
+    assert {item["kind"] for item in found.values()} == {"adapter"}
+    assert [found["ink"]["warnings"], found["kohya"]["warnings"]] == [[], []]
+    (warning,) = found["bare/ink"]["warnings"]
+    assert warning["message"] == "its adapter_config.json, which holds its alphas, is missing"
 
 
 def test_previews_come_in_the_cards_order_with_their_prompts(

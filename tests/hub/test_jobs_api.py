@@ -390,6 +390,50 @@ def test_a_file_can_be_named_by_its_digest_and_by_revision(ada: Person, deltas: 
     assert job["result"]["commit"] == ada.job(by_ref["id"])["result"]["commit"]
 
 
+def test_the_configuration_of_a_file_named_by_its_digest_is_the_pinned_one(
+    ada: Person, deltas: Deltas, tmp_path: Path
+) -> None:
+    tensors = {}
+    for name, (n_out, n_in) in modules().items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = np.ones((1, n_in), np.float32)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = np.ones((n_out, 1), np.float32)
+    write_file(tmp_path / "twin.safetensors", tensors, {})
+    sha256 = hashlib.sha256((tmp_path / "twin.safetensors").read_bytes()).hexdigest()
+    configs = {}
+    for alpha in (2, 3):  # the newest is of alpha 3
+        folder = tmp_path / f"alpha{alpha}"
+        folder.mkdir()
+        (folder / "twin.safetensors").write_bytes((tmp_path / "twin.safetensors").read_bytes())
+        text = json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": alpha}).encode()
+        (folder / "adapter_config.json").write_bytes(text)
+        configs[alpha] = hashlib.sha256(text).hexdigest()
+        ada.upload(folder, f"ada/twin{alpha}")
+
+    def merge(**source: str) -> httpx2.Response:
+        inputs = [{"sha256": sha256, **source}]
+        return ada.post(
+            "/api/merges",
+            {
+                "recipe": {"kind": "merge", "inputs": inputs, "output": {"dialect": "kohya"}},
+                "publish": {"repo": "ada/of-twin", "path": "merged.safetensors"},
+            },
+        )
+
+    for alpha, config in configs.items():
+        answer = merge(config_sha256=config)
+        assert answer.status_code == 202, answer.text
+        job = ada.wait(answer.json()["id"])
+        assert job["state"] == "succeeded", job["error"]
+        file = fetch(ada, job["result"], "merged.safetensors", tmp_path)
+        for delta in deltas_of(safetensors.numpy.load_file(file)).values():
+            np.testing.assert_allclose(delta, alpha, rtol=1e-5)
+    for source, says in (({}, "say which"), ({"config_sha256": "0" * 64}, "this hub has no")):
+        answer = merge(**source)
+        assert answer.status_code == 422, answer.text
+        assert says in answer.text
+        assert "inputs[0].config_sha256" in answer.text
+
+
 def test_the_server_itself_never_loads_torch(hub: RunningHub, ada: Person, deltas: Deltas) -> None:
     job = ada.wait(ada.merge("ada/light", "ada/ink=1", "ada/robot=1").json()["id"])
     assert job["state"] == "succeeded"

@@ -55,7 +55,7 @@ def enqueue(hub: Hub, admin: Viewer) -> Callable[[], str]:
     def make(**publish: object) -> str:
         recipe = Recipe.parse({"kind": "merge", "inputs": [{"ref": "admin/ink", "strength": 0.7}]})
         with hub.db.read() as session:
-            resolved = resolve(session, admin, recipe)
+            resolved = resolve(session, hub.store, admin, recipe)
         assert admin.user_id is not None
         target = {"repo": "admin/result", "path": "merged.safetensors"} | publish
         with hub.db.write() as session:

@@ -408,7 +408,7 @@ def _drop(suffix: str) -> Callable[[dict[str, torch.Tensor]], None]:
         (_drop(".alpha"), {}, ["alpha_partial"]),
         (_drop(".lora_up.weight"), {}, ["missing_keys"]),
         (lambda t: t.update(what=torch.ones(1)), {}, ["unknown_keys"]),
-        (lambda t: None, {"dialect": "peft", "alphas": None}, ["alpha_unknown"]),
+        (lambda t: None, {"dialect": "peft", "alphas": None}, ["unsupported"]),
         (lambda t: None, {"metadata": {"ss_network_dim": "32"}}, ["rank_differs"]),
         (lambda t: None, {"metadata": {"ss_network_dim": "4"}}, []),
         (lambda t: None, {"metadata": {"ss_network_dim": "Dynamic"}}, []),

@@ -14,8 +14,10 @@ from merge import errors
 from merge.families import FAMILIES
 from merge.formats.adapters import (
     WRITABLE_DIALECTS,
+    config_beside,
     diffusers_config,
     peft_config,
+    read_config,
     read_layout,
     scale_of,
     write_keys,
@@ -147,12 +149,40 @@ def test_the_source_of_scales_is_named(dialect: str, source: str, tmp_path: Path
     _check(made, "tiny-sd", dialect)
 
 
-def test_without_any_alpha_the_source_is_assumed(tmp_path: Path) -> None:
-    made = make_adapter(tmp_path / "f.safetensors", dialect="peft")
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+def test_without_any_alpha_the_source_is_assumed(dialect: str, tmp_path: Path) -> None:
+    made = make_adapter(tmp_path / "f.safetensors", dialect=dialect)
     with TensorFile(made.path) as file:
         layout = read_layout(file, name="f")
         assert layout.alpha_source == "assumed"
         assert {scale_of(e, file, layout) for e in layout.entries} == {1.0}
+
+
+def test_a_peft_file_without_alphas_and_configuration_is_refused(tmp_path: Path) -> None:
+    made = make_adapter(tmp_path / "f.safetensors", dialect="peft", alphas=8.0)
+    missing = "f: its adapter_config.json, which holds its alphas, is missing"
+    with TensorFile(made.path) as file, pytest.raises(errors.Unsupported, match=missing):
+        read_layout(file, name="f")
+    # Metadata that speaks of another component leaves this one's alphas open.
+    save_file(made.tensors, made.path, {"lora_adapter_metadata": '{"text_encoder.r": 4}'})
+    with TensorFile(made.path) as file, pytest.raises(errors.Unsupported, match=missing):
+        read_layout(file, name="f")
+    save_file(made.tensors, made.path, {"lora_adapter_metadata": '{"unet.lora_alpha": 8}'})
+    with TensorFile(made.path) as file:
+        layout = read_layout(file, name="f")
+        assert {scale_of(e, file, layout) for e in layout.entries} == {2.0}
+
+
+def test_a_configuration_belongs_to_peft_keys_under_any_name(tmp_path: Path) -> None:
+    peft = make_adapter(tmp_path / "ink.safetensors", dialect="peft", alphas=8.0)
+    kohya = make_adapter(tmp_path / "adapter_model.safetensors", dialect="kohya")
+    config = tmp_path / "adapter_config.json"
+    assert (config_beside(peft.path), config_beside(kohya.path)) == (config, None)
+    with TensorFile(peft.path) as file:
+        layout = read_layout(file, name="f", config=read_config(peft.path))
+        assert {scale_of(e, file, layout) for e in layout.entries} == {2.0}
+    config.unlink()
+    assert config_beside(peft.path) is None
 
 
 @pytest.mark.parametrize("dialect", ["peft", "diffusers"])
@@ -176,11 +206,11 @@ def test_peft_s_default_alpha_is_eight(tmp_path: Path) -> None:
 
 
 def test_one_adapter_name_in_the_keys_is_taken_off(tmp_path: Path) -> None:
-    made = make_adapter(tmp_path / "f.safetensors", dialect="peft")
+    made = make_adapter(tmp_path / "f.safetensors", dialect="peft", alphas=4.0)
     named = {k.replace(".weight", ".default_0.weight"): v for k, v in made.tensors.items()}
     save_file(named, made.path)
     with TensorFile(made.path) as file:
-        assert len(read_layout(file, name="f").entries) == len(made.deltas)
+        assert len(read_layout(file, name="f", config=made.config).entries) == len(made.deltas)
         both = named | {k.replace("default_0", "other"): v + 1 for k, v in named.items()}
     save_file(both, made.path)
     with (
@@ -209,7 +239,7 @@ def test_stray_underscores_of_kohya_names_are_forgiven(
 
 
 def test_names_of_compiled_and_wrapped_models_are_forgiven(tmp_path: Path) -> None:
-    made = make_adapter(tmp_path / "f.safetensors", dialect="peft")
+    made = make_adapter(tmp_path / "f.safetensors", dialect="peft", alphas=4.0)
     for wrapper in ("_orig_mod.", "module."):
         renamed = {
             k.replace("base_model.model.", f"base_model.model.{wrapper}"): v
@@ -217,7 +247,7 @@ def test_names_of_compiled_and_wrapped_models_are_forgiven(tmp_path: Path) -> No
         }
         save_file(renamed, made.path)
         with TensorFile(made.path) as file:
-            assert len(read_layout(file, name="f").entries) == len(made.deltas)
+            assert len(read_layout(file, name="f", config=made.config).entries) == len(made.deltas)
 
 
 def test_a_one_by_one_convolution_fits_a_linear_layer_and_back(tmp_path: Path) -> None:
