@@ -383,7 +383,8 @@ def test_a_file_can_be_named_by_its_digest_and_by_revision(ada: Person, deltas: 
     by_digest = ada.post("/api/merges", body)
     assert by_digest.status_code == 202, by_digest.text
     assert by_digest.json()["recipe_digest"] == digest
-    assert ada.wait(by_ref["id"])["state"] == "succeeded"
+    job = ada.wait(by_ref["id"])
+    assert job["state"] == "succeeded", job["error"]
     job = ada.wait(by_digest.json()["id"])
     assert job["state"] == "succeeded", job["error"]
     # The same bytes again are no new commit.
@@ -436,7 +437,7 @@ def test_the_configuration_of_a_file_named_by_its_digest_is_the_pinned_one(
 
 def test_the_server_itself_never_loads_torch(hub: RunningHub, ada: Person, deltas: Deltas) -> None:
     job = ada.wait(ada.merge("ada/light", "ada/ink=1", "ada/robot=1").json()["id"])
-    assert job["state"] == "succeeded"
+    assert job["state"] == "succeeded", job["error"]
     assert "libtorch" not in Path(f"/proc/{hub.process.pid}/maps").read_text()
 
 
@@ -645,7 +646,8 @@ def test_a_repeat_with_the_same_key_is_the_same_job(ada: Person, deltas: Deltas)
     first = ada.post("/api/merges", body, **key)
     assert first.status_code == 202, first.text
     assert ada.post("/api/merges", body, **key).json()["id"] == first.json()["id"]
-    assert ada.wait(first.json()["id"])["state"] == "succeeded"
+    job = ada.wait(first.json()["id"])
+    assert job["state"] == "succeeded", job["error"]
     repeated = ada.post("/api/merges", body, **key)
     assert (repeated.status_code, repeated.json()["id"]) == (202, first.json()["id"])
     other = body | {"publish": {"repo": "ada/twice", "path": "x.safetensors"}}
@@ -667,7 +669,8 @@ def test_a_job_is_seen_by_its_requester_only(ada: Person, bob: Person, deltas: D
     ):
         assert (response.status_code, response.json()["error"]["code"]) == (404, "JobNotFound")
     assert bob.get("/api/jobs").json() == {"items": [], "next_cursor": None}
-    assert ada.wait(job_id)["state"] == "succeeded"
+    job = ada.wait(job_id)
+    assert job["state"] == "succeeded", job["error"]
     assert ada.get(f"/api/recipes/{digest}").status_code == 200
     assert bob.get(f"/api/recipes/{digest}").json()["error"]["code"] == "RecipeNotFound"
     assert Person(ada.hub, ada.hub.admin_token).get(f"/api/jobs/{job_id}").status_code == 200
@@ -771,6 +774,14 @@ def is_gone(process: int) -> bool:
     return not Path(f"/proc/{process}").exists()
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether it becomes empty: a worker tidies up after it has told that a job is over."""
+    end = time.monotonic() + WAIT_S
+    while list(folder.iterdir()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return not list(folder.iterdir())
+
+
 def test_a_job_survives_the_kill_of_its_server(own: Person, tmp_path: Path) -> None:
     job_id = start_job(own)
     children = children_of(own.hub)
@@ -782,7 +793,7 @@ def test_a_job_survives_the_kill_of_its_server(own: Person, tmp_path: Path) -> N
         assert (job["state"], job["attempts"]) == ("succeeded", 2), job["error"]
         commits = ada.get("/api/models/ada/both/commits/main").json()
         assert len(commits) == 2
-        assert not list((hub.data_dir / "scratch").iterdir())
+        assert is_empty(hub.data_dir / "scratch")
 
 
 def test_a_server_that_is_asked_to_stop_hands_its_job_back(own: Person, tmp_path: Path) -> None:
@@ -831,10 +842,7 @@ def test_cancel_ends_a_running_job_and_leaves_nothing(own: Person) -> None:
     assert all(is_gone(child) for child in children)
     assert own.delete(f"/api/jobs/{job_id}").json()["state"] == "cancelled"
     assert own.get("/api/models/ada/both").status_code == 404
-    end = time.monotonic() + WAIT_S
-    while list((own.hub.data_dir / "scratch").iterdir()):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    assert is_empty(own.hub.data_dir / "scratch")
 
 
 def test_a_worker_of_its_own_runs_the_jobs_of_a_hub_on_postgresql(

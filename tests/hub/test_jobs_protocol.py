@@ -17,6 +17,7 @@ from hub.context import Hub
 from hub.errors import Forbidden, TooMany
 from hub.jobs import queue, results, service
 from hub.jobs.attempt import Made, Patience
+from hub.jobs.card import write_card
 from hub.jobs.dispatcher import LocalDispatcher, settle
 from hub.jobs.inputs import pin, resolve
 from hub.jobs.models import Edge, Job, JobKind, JobState
@@ -557,7 +558,7 @@ def test_a_commit_that_comes_between_is_kept(
 ) -> None:
     if exists:
         make_repo(hub, admin, "result")
-    write_card, calls = results.write_card, []
+    calls = []
 
     def write_card_late(*given: Any) -> str:
         calls.append(given)
@@ -569,7 +570,7 @@ def test_a_commit_that_comes_between_is_kept(
                 repos.commit(session, admin, repo, operations=[add], message="meanwhile")
         return write_card(*given)
 
-    monkeypatch.setattr(results, "write_card", write_card_late)
+    monkeypatch.setattr("hub.jobs.results.write_card", write_card_late)
     assert run(hub, "finish", enqueue()).state == "succeeded"
     assert len(calls) == 2
     newest, before, *_ = commits_of(hub, admin, "result")
