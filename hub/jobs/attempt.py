@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from hub.db import Database
 from hub.jobs import queue
@@ -17,6 +18,9 @@ from hub.jobs.process import Child, oom_kills
 from hub.jobs.queue import Claim, Progress
 
 log = logging.getLogger(__name__)
+
+# The database is gone or too busy for the moment.
+UNREACHABLE = (OperationalError, PoolTimeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,25 +142,31 @@ class _Watch:
         if moment - self._looked < self._patience.look_s:
             return None
         self._looked = moment
-        try:
-            return Cancelled() if self.exchange() else None
-        except OperationalError:
-            # The database may come back; the result is only published under a live lease.
-            if moment - self._leased > self._patience.silence_s:
-                raise
-            log.exception("job %s: the database does not answer", self._claim.job_id)
-            return None
+        return Cancelled() if self.exchange() else None
 
     def exchange(self) -> bool:
-        """Tell the database of new progress; whether it was told to cancel."""
-        if self._progress is not None:
-            with self._db.write() as session:
-                queue.beat(session, self._claim, self._progress, self._patience.lease_s)
-                wanted = queue.is_cancel_requested(session, self._claim)
-            self._progress, self._leased = None, time.monotonic()
-            return wanted
-        with self._db.read() as session:
-            return queue.is_cancel_requested(session, self._claim)
+        """Tell the database of new progress; whether it was told to cancel.
+
+        It may fail for as long as the lease certainly holds: the result is only ever published
+        under a live lease.
+        """
+        try:
+            return self._exchange()
+        except UNREACHABLE:
+            if time.monotonic() - self._leased > self._patience.silence_s:
+                raise
+            log.exception("job %s: the database does not answer", self._claim.job_id)
+            return False
+
+    def _exchange(self) -> bool:
+        if self._progress is None:
+            with self._db.read() as session:
+                return queue.is_cancel_requested(session, self._claim)
+        with self._db.write() as session:
+            queue.beat(session, self._claim, self._progress, self._patience.lease_s)
+            wanted = queue.is_cancel_requested(session, self._claim)
+        self._progress, self._leased = None, time.monotonic()
+        return wanted
 
 
 def _unexplained(child: Child, status: int, out_of_memory: bool) -> Refused | Crashed:

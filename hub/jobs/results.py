@@ -4,6 +4,8 @@ The commit, the lineage and the end of the job are one transaction, conditional 
 an attempt that lost its lease leaves unreferenced blobs and nothing else.
 """
 
+import logging
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +18,7 @@ from hub.blobs.store import Sha256, Stored
 from hub.context import Hub
 from hub.errors import EntryNotFound, Forbidden, RepoNotFound, StaleParent
 from hub.jobs import lineage, queue
+from hub.jobs.attempt import UNREACHABLE
 from hub.jobs.card import Facts, Ingredient, write_card
 from hub.jobs.inputs import Resolved
 from hub.jobs.models import Job, JobKind
@@ -32,7 +35,10 @@ from merge.formats.header import read_header
 from merge.formats.metadata import trigger_words
 from merge.recipe import Input, Recipe
 
+log = logging.getLogger(__name__)
+
 _CARD = "README.md"
+_PAUSE_S = 2.0
 _TRIES = 5  # other commits may land on the branch between reading its card and committing
 
 
@@ -60,12 +66,18 @@ def publish(
     if manifest["recipe_digest"] != job.recipe_digest:
         raise BadOutput("it was made from another recipe")
     stored = _take_in(hub, job, manifest, folder / output_name(job), beat)
-    for last in [False] * (_TRIES - 1) + [True]:
+    for tries_left in reversed(range(_TRIES)):
         try:
             repo_id = _commit(hub, viewer, claim, job, manifest, stored)
         except StaleParent:
-            if last:
+            if tries_left == 0:
                 raise
+        except UNREACHABLE:
+            # Whether it was committed is not known; if it was, the next try loses the lease.
+            if tries_left == 0:
+                raise
+            log.exception("job %s: the database does not answer", job.id)
+            time.sleep(_PAUSE_S)
         else:
             adapters.project(hub, repo_id)
             return

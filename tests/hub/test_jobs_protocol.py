@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlmodel import select
+from sqlalchemy.exc import OperationalError
+from sqlmodel import Session, select
 
 from hub.blobs.store import Sha256
 from hub.context import Hub
@@ -580,6 +581,38 @@ def test_a_commit_that_comes_between_is_kept(
     text = b"".join(hub.store.open(Sha256(card.sha256))).decode()
     assert "# Written meanwhile\n" in text
     assert "merged.safetensors" in text
+
+
+def test_a_database_that_fails_for_a_moment_costs_nothing(
+    hub: Hub,
+    admin: Viewer,
+    enqueue: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures = iter([OperationalError("COMMIT", {}, Exception("connection lost")), None])
+    succeed, is_cancel_requested = queue.succeed, queue.is_cancel_requested
+    asked: list[Claim] = []
+
+    def succeed_late(session: Session, claim: Claim, result: dict[str, Any]) -> None:
+        failure = next(failures)
+        if failure is not None:
+            raise failure
+        succeed(session, claim, result)
+
+    def ask(session: Session, claim: Claim) -> bool:
+        asked.append(claim)
+        if len(asked) == 1:
+            raise OperationalError("SELECT", {}, Exception("connection lost"))
+        return is_cancel_requested(session, claim)
+
+    monkeypatch.setattr(results, "_PAUSE_S", 0)
+    monkeypatch.setattr(queue, "succeed", succeed_late)
+    monkeypatch.setattr(queue, "is_cancel_requested", ask)
+    job = run(hub, "finish", enqueue())
+    assert (job.state, job.attempts) == ("succeeded", 1)
+    assert next(failures, "none left") == "none left"
+    assert asked
+    assert len(commits_of(hub, admin, "result")) == 2
 
 
 def test_output_name_is_the_last_part_of_the_path(hub: Hub, enqueue: Callable[..., str]) -> None:
