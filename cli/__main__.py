@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from cli import inspect, merge, repos, serve, train
+from cli import admin, inspect, merge, repos, serve, train
 from cli.console import CommandError, fail
 from merge.errors import MergeError
 
@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 # One row per module, in the order of `graft --help`.
-for module in (repos, inspect, merge, serve, train):
+for module in (repos, inspect, merge, serve, admin, train):
     module.register(app)
 
 

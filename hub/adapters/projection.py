@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from sqlalchemy import delete
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, SQLModel, col, select
 
 from hub.adapters import pictures, text
@@ -253,7 +254,8 @@ def _insert(session: Session, repo: Repo, reading: _Reading) -> None:
     for entry in reading.entries:
         if _is_tensors(entry.path):
             key = _key(entry, by_path)
-            identification = session.merge(_storable(reading.identified[key]))
+            identification = _storable(reading.identified[key])
+            _insert_missing(session, Identification, [identification.model_dump()])
             found.append((entry, identification, json.loads(identification.document)))
     found.sort(key=lambda item: _rank(item[0], item[2]))
     for position, (entry, identification, document) in enumerate(found):
@@ -317,9 +319,12 @@ def _insert_adapter(
     triggers = _triggers(adapter.id, metadata, card)
     session.add_all(map(_storable, triggers))
     session.add_all(map(_storable, _facts(adapter.id, document, card)))
-    for kind, value in (document.get("aliases") or {}).items():
-        if value and not _EMPTY.startswith(value[:8]):
-            session.merge(HashAlias(kind=kind, value=value.lower(), sha256=entry.sha256))
+    aliases = [
+        {"kind": kind, "value": value, "sha256": entry.sha256}
+        for kind, value in (document.get("aliases") or {}).items()
+        if value and not _EMPTY.startswith(value[:8])
+    ]
+    _insert_missing(session, HashAlias, aliases)
     words = [trigger.word for trigger in triggers]
     text.put(
         session,
@@ -391,6 +396,15 @@ def _facts(adapter_id: int, document: Mapping[str, Any], card: ParsedCard) -> li
         )
         for name, value, source, confidence in found
     ]
+
+
+def _insert_missing(
+    session: Session, table: type[SQLModel], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Rows that belong to a blob: another repo with the same bytes may write them at this moment."""
+    if rows:
+        on = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+        session.execute(on.insert(table).values(list(rows)).on_conflict_do_nothing())
 
 
 def _storable(row: Row) -> Row:

@@ -60,23 +60,23 @@ def catch_up(hub: Hub, should_stop: Callable[[], bool] = lambda: False) -> int:
     """Project every repo with events that were not seen yet; how many there were."""
     with hub.db.read() as session:
         waiting = projection.pending(session)
-    return _project_all(hub, waiting, should_stop)
+    for n, repo_id in enumerate(waiting):
+        if should_stop():
+            return n
+        _try_to_project(hub, repo_id)
+    return len(waiting)
 
 
-def reindex(hub: Hub) -> int:
+def reindex(hub: Hub, report: Callable[[int, int], None] = lambda done, total: None) -> int:
     """Make the whole catalogue anew from the blobs; how many repos there are."""
     with hub.db.write() as session:
         projection.forget(session)
     with hub.db.read() as session:
-        ids = list(session.exec(select(Repo.id).order_by(col(Repo.id))))
-    return _project_all(hub, [i for i in ids if i is not None], lambda: False)
-
-
-def _project_all(hub: Hub, ids: Sequence[int], should_stop: Callable[[], bool]) -> int:
+        ids = [i for i in session.exec(select(Repo.id).order_by(col(Repo.id))) if i is not None]
     for n, repo_id in enumerate(ids):
-        if should_stop():
-            return n
+        report(n, len(ids))
         _try_to_project(hub, repo_id)
+    report(len(ids), len(ids))
     return len(ids)
 
 

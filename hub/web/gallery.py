@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
+from zlib import crc32
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -42,8 +43,12 @@ _TITLES = {
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A value of a facet; `state` is "", "on" or "without", `url` leads to the other state."""
+    """A value of a facet; `state` is "", "on" or "without", `url` leads to the other state.
 
+    `key` names the element, so that the keyboard stays where it was when the list is replaced.
+    """
+
+    key: str
     label: str
     count: int
     state: str
@@ -151,7 +156,8 @@ def _value(query: AdapterQuery, name: str, value: str, count: int) -> Value:
     without = _toggled(now, "not_tag", value) if name == "tag" and not state else None
     field = "not_tag" if state == "without" else name
     url = _url(_toggled(now, field, value))
-    return Value(_label(name, value), count, state, url, _url(without) if without else None)
+    key = f"{name}-{crc32(value.encode()):08x}"
+    return Value(key, _label(name, value), count, state, url, _url(without) if without else None)
 
 
 def _chosen(query: AdapterQuery, name: str) -> tuple[str, ...]:

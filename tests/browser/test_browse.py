@@ -80,6 +80,16 @@ def test_filters_are_in_the_address_and_back_goes_back(page: Page) -> None:
     assert page.url.endswith("/?not_tag=odd")
 
 
+def test_the_keyboard_stays_on_the_filter_it_chose(page: Page) -> None:
+    page.goto("/")
+    chosen = page.get_by_label("Filters").get_by_role("link", name="odd", exact=False).first
+    chosen.focus()
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile(r"tag=odd$"))
+    expect(chosen).to_have_attribute("aria-current", "true")
+    expect(chosen).to_be_focused()
+
+
 def test_sorting_and_loading_more(page: Page) -> None:
     page.goto("/?q=other")
     page.get_by_label("Sort by").select_option("name")

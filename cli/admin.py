@@ -1,0 +1,47 @@
+"""`graft admin`: upkeep of a hub's data folder by whoever runs it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.console import CommandError, count_progress, out
+from cli.serve import load_settings
+
+
+def register(app: typer.Typer) -> None:
+    admin = typer.Typer(no_args_is_help=True)
+    admin.callback()(_upkeep)
+    admin.command()(reindex)
+    app.add_typer(admin, name="admin")
+
+
+def _upkeep() -> None:
+    """Upkeep of a hub's data."""
+
+
+def reindex(
+    data: Annotated[Path | None, typer.Option(help="Folder of the hub's data (data).")] = None,
+) -> None:
+    """Make the catalogue anew from the files: facts, hashes, pictures, search.
+
+    Nothing that was published is changed. With SQLite the hub must be stopped.
+    """
+    settings = load_settings(data_dir=data)
+    if settings.database_url is None and not (settings.data_dir / "hub.sqlite3").exists():
+        raise CommandError(f"there is no hub in {settings.data_dir}")
+    from hub.adapters import service
+    from hub.context import open_hub
+    from hub.errors import CannotStart
+
+    try:
+        with open_hub(settings) as hub, count_progress("Reading", None, "repos") as progress:
+            bar = progress.task_ids[0]
+
+            def report(done: int, total: int) -> None:
+                progress.update(bar, completed=done, total=total)
+
+            n = service.reindex(hub, report)
+    except CannotStart as error:
+        raise CommandError(error.message) from error
+    out.print(f"{n} {'repo' if n == 1 else 'repos'} read anew")
