@@ -35,6 +35,9 @@ def main() -> None:
         app()
     except (CommandError, MergeError) as error:
         fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        fail(f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(130)
 

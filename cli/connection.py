@@ -164,7 +164,9 @@ def _refused(hub: Connection, response: Any) -> str:
     if response.status_code == 401:
         if hub.token is None:
             return f"{hub.endpoint} wants to know who you are: run `graft login`"
-        return f"{hub.endpoint} does not accept your token: run `graft login`"
+        if os.environ.get("GRAFT_TOKEN"):
+            return f"{hub.endpoint} does not accept the token in GRAFT_TOKEN"
+        return f"{hub.endpoint} does not accept this token; `graft login` stores another one"
     message = response.headers.get("X-Error-Message")
     if not message:
         try:

@@ -169,6 +169,8 @@ def _run(
     from merge.plan import plan
 
     files, pins = _gather(recipe, list(sources))
+    if save_recipe is not None:
+        _require_place(save_recipe, [to, *files.values()])
     recipe = recipe.pin(pins)
     planned = plan(recipe, files)
     outcome = _execute(planned, to)
@@ -189,17 +191,31 @@ def _run(
         _print(planned, to, outcome)
 
 
+def _require_place(recipe: Path, taken: Iterable[Path]) -> None:
+    """Refuse to save a recipe where something else lies, or where nothing can lie."""
+    if not recipe.parent.is_dir():
+        raise CommandError(f"{recipe}: there is no folder {recipe.parent}; nothing was written")
+    if any(recipe.resolve() == path.resolve() for path in taken):
+        raise CommandError(f"{recipe} is an input or the output; save the recipe somewhere else")
+    if recipe.exists() and recipe.suffix not in (".yaml", ".yml", ".json"):
+        raise CommandError(f"{recipe} exists and is no recipe; save the recipe somewhere else")
+
+
 def _gather(recipe: "Recipe", sources: list[Path]) -> tuple[dict[str, Path], dict[str, "Pinned"]]:
     """A local file for every source of the recipe, and what its bytes are."""
     from merge.formats.hashes import sha256_file
 
+    for path in sources:
+        if not path.is_file():
+            raise CommandError(f"--from {path}: there is no such file")
     by_digest = {f"sha256:{sha256_file(path)}": path for path in sources}
     files = {}
     for name in recipe.refs():
         if name in by_digest:
             files[name] = by_digest[name]
         elif name.startswith("sha256:"):
-            raise CommandError(f"{name} has no ref; give its file with --from PATH")
+            given = "none of the files given is it" if sources else "give it with --from PATH"
+            raise CommandError(f"the recipe's file {name} has no ref: {given}")
         else:
             files[name] = _adapter_in(fetch(name)) if _is_input(recipe, name) else fetch(name)
     with err.status("hashing"):

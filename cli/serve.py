@@ -26,9 +26,9 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one [8470].")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the hub's data [data].")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on (127.0.0.1).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one (8470).")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the hub's data (data).")] = None,
     demo: Annotated[bool | None, typer.Option(help="Fill an empty hub with adapters.")] = None,
 ) -> None:
     """Start the hub: the web page, the API, the Hugging Face protocol and the jobs."""

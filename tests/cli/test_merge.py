@@ -135,7 +135,7 @@ def test_a_recipe_with_digests_alone_finds_its_files_by_content(
     recipe = {"kind": "merge", "inputs": [{"sha256": digest, "strength": 0.5}]}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     told = refused(tmp_path, "recipe", "run", "recipe.json", "-o", "out.safetensors")
-    assert told == f"error: sha256:{digest} has no ref; give its file with --from PATH"
+    assert told == f"error: the recipe's file sha256:{digest} has no ref: give it with --from PATH"
     done = graft(
         tmp_path,
         *("recipe", "run", "recipe.json", "--from", "ink.safetensors", "-o", "out.safetensors"),
@@ -196,6 +196,39 @@ def test_what_cannot_be_done_is_one_sentence(
     tmp_path: Path, ink: MadeAdapter, arguments: list[str], says: str
 ) -> None:
     assert says in refused(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("ink.safetensors", "is an input or the output"),
+        ("out.safetensors", "is an input or the output"),
+        ("nowhere/recipe.yaml", "there is no folder nowhere"),
+        ("notes.txt", "exists and is no recipe"),
+    ],
+)
+def test_a_recipe_is_saved_over_nothing_else(
+    tmp_path: Path, ink: MadeAdapter, place: str, why: str
+) -> None:
+    (tmp_path / "notes.txt").write_text("precious")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    told = refused(
+        tmp_path, "merge", "ink.safetensors", "-o", "out.safetensors", "--save-recipe", place
+    )
+    assert why in told
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_missing_source_of_a_recipe_is_named(tmp_path: Path, ink: MadeAdapter) -> None:
+    graft(
+        tmp_path,
+        *("merge", "ink.safetensors", "-o", "a.safetensors", "--save-recipe", "recipe.yaml"),
+    )
+    told = refused(
+        tmp_path,
+        *("recipe", "run", "recipe.yaml", "--from", "nope.safetensors", "-o", "b.safetensors"),
+    )
+    assert told == "error: --from nope.safetensors: there is no such file"
 
 
 def test_planning_needs_no_torch(tmp_path: Path, ink: MadeAdapter) -> None:

@@ -149,7 +149,7 @@ def test_bad_credentials_are_found_before_training(
     work: Path, other: str, hub: RunningHub, s3: S3Server
 ) -> None:
     cases = [
-        (["--push", "admin/toy"], to_hub(hub, "graft_wrong"), "does not accept your token"),
+        (["--push", "admin/toy"], to_hub(hub, "graft_wrong"), "does not accept th"),
         (["--push", "nobody/toy"], to_hub(hub, other), "refused"),
         (["--push", "toy"], to_hub(hub), "namespace/name"),
         (["--publish", "s3://bucket/x"], to_s3(s3, "wrong"), "s3://bucket/x/toy: the store"),
