@@ -143,4 +143,7 @@ def _is_allocation_failure(error: RuntimeError) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    # All that matters is on disk and said; unloading torch takes seconds on a busy machine.
+    os._exit(status)
