@@ -23,7 +23,7 @@ from merge.algorithms import lora
 from merge.bases import BaseFile
 from merge.errors import CannotWrite, NotFinite, Overflow
 from merge.formats.header import Header
-from merge.formats.positioned import copy_between, read_at
+from merge.formats.positioned import begin_writeback, copy_between, read_at
 from merge.formats.reader import TensorFile
 from merge.formats.writer import FileWriter
 from merge.inputs import Inputs, open_as_planned
@@ -35,6 +35,7 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _BITS: dict[int, type[np.unsignedinteger[Any]]] = {2: np.uint16, 4: np.uint32}
 _HASH_BYTES = 2**20
 _COPY_BYTES = 64 * 2**20
+_SEND_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,14 +175,12 @@ class _Rewrite:
             open_as_planned(self._file.path, header) as source,
             FileWriter(target, tensors, metadata) as writer,
         ):
-            digest = _Behind(writer.fileno(), target.name)
+            behind = _Behind(writer.fileno(), target.name, self._options.digest)
+            behind.advance(writer.data_offset)
             self._options.progress(header.data_offset)
-            if self._options.digest:
-                digest.advance(writer.data_offset)
 
             def finished(index: int) -> None:
-                if self._options.digest:
-                    digest.advance(steps[index].size)
+                behind.advance(steps[index].size)
                 self._options.progress(steps[index].size)
 
             run_in_order(
@@ -191,7 +190,7 @@ class _Rewrite:
                 finished=finished,
                 cancelled=self._options.cancelled,
             )
-        return digest.hexdigest() if self._options.digest else ""
+        return behind.hexdigest()
 
     def _write_step(self, step: _Step, source: TensorFile, writer: FileWriter) -> None:
         if step.patch is None:
@@ -258,32 +257,38 @@ def _bytes(buffer: torch.Tensor) -> memoryview:
 
 
 class _Behind:
-    """SHA-256 of a file that is being written, over bytes that are finished, in order."""
+    """Follows the writers of a file, in order: takes its SHA-256 and sends it on to the disk."""
 
-    def __init__(self, fd: int, name: str) -> None:
-        self._fd, self._name = fd, name
+    def __init__(self, fd: int, name: str, digest: bool) -> None:
+        self._fd, self._name, self._wants_digest = fd, name, digest
         self._digest = hashlib.sha256()
-        self._at = 0
+        self._at = self._sent = 0
         self._buffer = memoryview(bytearray(_HASH_BYTES))
 
     def advance(self, size: int) -> None:
+        """The next `size` bytes of the file are final."""
         end = self._at + size
-        while self._at < end:
+        while self._wants_digest and self._at < end:
             chunk = self._buffer[: min(len(self._buffer), end - self._at)]
             if read_at(self._fd, chunk, self._at) != len(chunk):
                 raise CannotWrite(self._name, "the file became shorter while it was written")
             self._digest.update(chunk)
             self._at += len(chunk)
+        self._at = end
+        if self._at - self._sent >= _SEND_BYTES:
+            begin_writeback(self._fd, self._sent, self._at - self._sent)
+            self._sent = self._at
 
     def hexdigest(self) -> str:
-        return self._digest.hexdigest()
+        """The SHA-256 of everything so far, or "" where none is wanted."""
+        return self._digest.hexdigest() if self._wants_digest else ""
 
 
 def copy_file(source: Path, target: Path, options: Options) -> str:
     """Copy a file that nothing changes, durably; its SHA-256 in hex, or "" where none is wanted."""
     try:
         with source.open("rb") as reading, target.open("x+b") as writing:
-            behind = _Behind(writing.fileno(), target.name)
+            behind = _Behind(writing.fileno(), target.name, options.digest)
             at, size = 0, source.stat().st_size
             while at < size:
                 if options.cancelled():
@@ -291,11 +296,10 @@ def copy_file(source: Path, target: Path, options: Options) -> str:
                 step = min(_COPY_BYTES, size - at)
                 if copy_between(reading.fileno(), at, writing.fileno(), at, step) != step:
                     raise CannotWrite(target.name, f"{source.name} became shorter while copied")
-                if options.digest:
-                    behind.advance(step)
+                behind.advance(step)
                 options.progress(step)
                 at += step
             os.fsync(writing.fileno())
     except OSError as error:
         raise CannotWrite(target.name, error.strerror or str(error)) from error
-    return behind.hexdigest() if options.digest else ""
+    return behind.hexdigest()

@@ -385,6 +385,8 @@ def test_the_portable_way_writes_the_same_bytes(
     monkeypatch.setattr(positioned, "_write_some", counted(positioned._write_portably))
     monkeypatch.setattr(positioned, "_copy_some", counted(positioned._copy_portably))
     monkeypatch.setattr(positioned, "_reserve", counted(positioned._reserve_portably))
+    monkeypatch.setattr(positioned, "_begin_writeback", counted(positioned._begin_portably))
+    monkeypatch.setattr(bake_module, "_SEND_BYTES", 1000)
     again = run(tmp_path / "portable.safetensors", inputs, base=base).sha256
     assert again == expected == sha256_file(tmp_path / "portable.safetensors")
     assert set(calls) == {
@@ -392,6 +394,7 @@ def test_the_portable_way_writes_the_same_bytes(
         positioned._write_portably,
         positioned._copy_portably,
         positioned._reserve_portably,
+        positioned._begin_portably,
     }
 
 
