@@ -21,14 +21,14 @@ N_MORE = 70
 expect.set_options(timeout=60_000)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ink(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The file that the tests look for, open and download."""
     folder = tmp_path_factory.mktemp("ink")
     return lora_bytes(folder, rank=8, metadata={"modelspec.trigger_phrase": "inkish"})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def site(tmp_path_factory: pytest.TempPathFactory, ink: bytes) -> Iterator[RunningHub]:
     """A hub with one adapter to look for among others, more than a page of them."""
     folder = tmp_path_factory.mktemp("site")
@@ -65,7 +65,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, ink: bytes) -> Iterator[Runni
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     if not Path(CHROMIUM).exists():
         pytest.fail(f"{CHROMIUM} is missing: install Debian's package 'chromium'")
