@@ -18,7 +18,7 @@ from torch import Tensor
 from merge import provenance
 from merge.algorithms import lora
 from merge.errors import BadRecipe, Overflow
-from merge.formats.adapters import diffusers_config, peft_config, write_keys
+from merge.formats.dialects import diffusers_config, peft_config, write_keys
 from merge.formats.metadata import DIFFUSERS_CONFIG
 from merge.formats.writer import write_file
 from merge.inputs import Inputs

@@ -12,16 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from merge import errors
 from merge.families import FAMILIES
-from merge.formats.adapters import (
-    WRITABLE_DIALECTS,
-    config_beside,
-    diffusers_config,
-    peft_config,
-    read_config,
-    read_layout,
-    scale_of,
-    write_keys,
-)
+from merge.formats.adapters import config_beside, read_config, read_layout, scale_of
+from merge.formats.dialects import WRITABLE_DIALECTS, diffusers_config, peft_config, write_keys
 from merge.formats.reader import TensorFile
 from tests.fixtures.adapters import DIALECTS, MadeAdapter, make_adapter
 from tests.fixtures.families import tiny_family

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from merge.families import FAMILIES
-from merge.formats.adapters import write_keys
+from merge.formats.dialects import write_keys
 
 ROOT = Path(__file__).parents[3]
 FORMATS = ROOT / "docs" / "formats"

@@ -22,15 +22,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 
 from merge.families import FAMILIES
-from merge.formats.adapters import (
-    AdapterLayout,
-    diffusers_config,
-    peft_config,
-    read_config,
-    read_layout,
-    scale_of,
-    write_keys,
-)
+from merge.formats.adapters import AdapterLayout, read_config, read_layout, scale_of
+from merge.formats.dialects import diffusers_config, peft_config, write_keys
 from merge.formats.reader import TensorFile
 from merge.formats.writer import write_file
 from merge.identify import identify
