@@ -4,8 +4,37 @@ To add one: its row in merge.formats.grammar, its module here, its row below, it
 tests/oracles, its page in docs/formats.
 """
 
-from types import ModuleType
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from merge.algorithms import lora
+from torch import Tensor
 
-ALGORITHMS: dict[str, ModuleType] = {module.NAME: module for module in (lora,)}
+from merge.algorithms import locon
+from merge.algorithms.change import Change
+
+Read = Callable[[Mapping[str, Tensor], tuple[int, ...], Mapping[str, Any]], Change]
+
+# By layout: how it is read, and the roles that reader knows. A role it does not know is refused.
+LAYOUTS: dict[str, tuple[Read, str]] = {
+    "lora": (locon.read, locon.ROLES),
+    "lora-mha": (locon.read, locon.ROLES),
+}
+
+
+def read_change(
+    layout: str,
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    facts: Mapping[str, Any],
+) -> Change:
+    """What the factors of one layer do to its weight, of `shape` (out, in, *kernel), and its bias.
+
+    `tensors` are by role and in the dtype of computation; `facts` is what only a configuration or
+    the metadata says. ValueError, in one sentence, for factors that do not fit.
+    """
+    if "dora_scale" in tensors:
+        raise ValueError("DoRA: no reader for dora_scale")
+    read, roles = LAYOUTS[layout]
+    if unknown := sorted(tensors.keys() - set(roles.split())):
+        raise ValueError(f"{layout} factors with {', '.join(unknown)}, which it does not have")
+    return read(tensors, shape, facts)

@@ -25,6 +25,22 @@ def delta(down: Array, up: Array, alpha: float | None) -> Array:
     return (scale * change).reshape(up.shape[0], *down.shape[1:])
 
 
+def tucker(down: Array, mid: Array, up: Array, alpha: float | None) -> Array:
+    """LoCon's Tucker form, entry by entry: sum over m, n of up[o, m] mid[m, n, y, x] down[n, i].
+
+    Yeh et al. 2023, arXiv:2309.14859, eq. 8.
+    """
+    (out, rank), inner, kernel = up.shape[:2], down.shape[1], mid.shape[2:]
+    scale = 1.0 if alpha is None else alpha / down.shape[0]
+    change = np.zeros((out, inner, *kernel))
+    for o in range(out):
+        for i in range(inner):
+            for m in range(rank):
+                for n in range(mid.shape[1]):
+                    change[o, i] += up[o, m].item() * mid[m, n] * down[n, i].item()
+    return scale * change
+
+
 def convolution(x: Array, weight: Array) -> Array:
     """Cross-correlation of x (in, h, w) with weight (out, in, kh, kw), no padding, in loops.
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from merge.algorithms import ALGORITHMS, lora
+from merge.algorithms import lora
 from tests.oracles import lora as oracle
 
 SHAPES = [
@@ -98,7 +98,3 @@ def test_shapes_in_signatures_are_checked() -> None:
     down, up = _tensors(8, 12, (), 4)
     with pytest.raises(TypeCheckError):
         lora.Factors(up[:, :3], down)
-
-
-def test_the_table_of_algorithms_names_its_modules() -> None:
-    assert {name: module.NAME for name, module in ALGORITHMS.items()} == {"lora": "lora"}
