@@ -76,10 +76,10 @@ class Base:
     def _find_single(self, held: Checkpoint, component: str, module: str) -> tuple[Slice, ...]:
         if module not in held.family.components.get(component, {}):
             return ()
-        place = held.place(component, module)
-        if place is None:
+        places = held.places(component, module)
+        if len(places) != 1:
             return ()
-        (name,) = self.files
+        (place,), (name,) = places, self.files
         whole = self._whole(name, place.key)
         first, last = place.rows or (0, whole.rows)
         piece = replace(whole, first_row=first, rows=last - first, transposed=place.is_transposed)

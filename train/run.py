@@ -59,7 +59,7 @@ def base_facts(
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
     for family in FAMILIES.values():
-        table = family.components["unet"]
+        table = family.components.get("unet", {})
         if layers == {name: m.shape for name, m in table.items() if m.takes_adapters}:
             version = family.base_versions[0]
             return BaseFacts(

@@ -4,36 +4,85 @@ Decided by keys and shapes of the header alone; names of files and metadata say 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from merge.errors import BadCheckpoint
-from merge.families import FAMILIES, Family, Place
-from merge.families.family import TEXT_MODEL
-from merge.formats.header import Header
+from merge.families import FAMILIES, Family, Place, openclip
+from merge.families.family import OPENCLIP
+from merge.families.layers import CONV, LINEAR, ORIGINAL, OWN, Layer, parameter_key
+from merge.families.tables import TEXT_MODEL
+from merge.formats.header import Header, TensorInfo
 
 LDM = "ldm"
+ORIGINAL_LAYOUT = "original"
 DIFFUSERS = "diffusers"
 
-# The first convolution takes 4 latent channels; 8 for InstructPix2Pix, 9 for inpainting.
-_FIRST_CONV = "conv_in"
-_LATENT_CHANNELS = (4, 8, 9)
+FLAT_TEXT = "flat_text"
+_FUSED_BY_OPENCLIP = 3
+_DECISIVE = (LINEAR, CONV)  # text encoders are stored with and without norms and position ids
 
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One model inside a checkpoint file. `prefix` and `naming` lead from a module to its key."""
+    """One model inside a checkpoint file. `prefix` and `naming` lead from a module to its key.
+
+    `naming` is "own" (diffusers, transformers), "flat_text" (that without `text_model.`),
+    "original" or "openclip".
+    """
 
     name: str
     prefix: str
-    naming: str  # "own" (diffusers, transformers), "flat_text" (no text_model.), or single-file
+    naming: str
 
-    def place(self, family: Family, module: str, parameter: str = "weight") -> Place:
-        """Where the module's weight or bias lies in the file."""
-        if self.naming == "own":
-            return Place(f"{self.prefix}{module}.{parameter}")
-        if self.naming == "flat_text":
-            return Place(f"{self.prefix}{module.removeprefix(TEXT_MODEL)}.{parameter}")
-        return family.single_file_place(self.name, module, parameter)
+    def places(self, family: Family, module: str, parameter: str = "weight") -> tuple[Place, ...]:
+        """Where the rows of a module's weight or bias lie, by rows of the module."""
+        table = family.tables[self.name]
+        if self.naming == ORIGINAL:
+            return tuple(
+                Place(
+                    self.prefix + parameter_key(layer.path, layer.kind, parameter),
+                    None if layer.module else (run.begin, run.begin + run.rows),
+                    run.first,
+                )
+                for layer, run in table.packed[module]
+            )
+        if self.naming == OPENCLIP:
+            width = table.modules[f"{TEXT_MODEL}final_layer_norm"].shape[0]
+            return (openclip.place(self.prefix, module, parameter, width),)
+        path = module.removeprefix(TEXT_MODEL) if self.naming == FLAT_TEXT else module
+        key = parameter_key(path, table.modules[module].kind, parameter)
+        return (Place(self.prefix + key),)
+
+    def tensors(self, family: Family) -> Iterator[tuple[str, Layer]]:
+        """(key of the weight, layer as it is stored there) of everything that adapters change."""
+        table = family.tables[self.name]
+        if self.naming != OPENCLIP:
+            for layer in table.layers[ORIGINAL if self.naming == ORIGINAL else OWN].values():
+                yield self._key(layer), layer
+            return
+        for module, layer in table.layers[OWN].items():
+            (place,) = self.places(family, module)
+            if place.is_transposed:
+                layer = replace(layer, shape=layer.shape[::-1])
+            if place.rows is not None:
+                layer = replace(
+                    layer, shape=(_FUSED_BY_OPENCLIP * layer.shape[0], *layer.shape[1:])
+                )
+            yield place.key, layer
+
+    def may_hold(self, header: Header, family: Family) -> bool:
+        """Whether the first layer is there, which costs less than to look at all of them."""
+        if self.naming == OPENCLIP:
+            return f"{self.prefix}positional_embedding" in header.tensors
+        head = family.tables[self.name].head(ORIGINAL if self.naming == ORIGINAL else OWN)
+        info = header.tensors.get(self._key(head))
+        return family.is_optional(self.name, head) or (
+            info is not None and family.accepts(self.name, head, info.shape)
+        )
+
+    def _key(self, layer: Layer) -> str:
+        path = layer.path.removeprefix(TEXT_MODEL) if self.naming == FLAT_TEXT else layer.path
+        return self.prefix + parameter_key(path, layer.kind, "weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +93,15 @@ class Checkpoint:
     layout: str
     components: Mapping[str, Component]
     families: tuple[Family, ...]
+    tensors: Mapping[str, TensorInfo]
 
-    def place(self, component: str, module: str, parameter: str = "weight") -> Place | None:
-        """Where a parameter lies, or None if the file does not hold that component."""
+    def places(self, component: str, module: str, parameter: str = "weight") -> tuple[Place, ...]:
+        """Where a parameter lies; several places if its rows are apart, () if the file lacks it."""
         held = self.components.get(component)
-        return None if held is None else held.place(self.family, module, parameter)
+        if held is None or module not in self.family.components[component]:
+            return ()
+        places = held.places(self.family, module, parameter)
+        return places if all(place.key in self.tensors for place in places) else ()
 
 
 def read_checkpoint(header: Header, name: str, *, family: Family | None = None) -> Checkpoint:
@@ -61,52 +114,48 @@ def read_checkpoint(header: Header, name: str, *, family: Family | None = None) 
     most = max(len(held) for _, held in fits)
     best = [(found, held) for found, held in fits if len(held) == most]
     found, held = best[0]
-    is_single = any(c.naming not in ("own", "flat_text") for c in held.values())
-    return Checkpoint(found, LDM if is_single else DIFFUSERS, held, tuple(f for f, _ in best))
+    families = tuple(family for family, _ in best)
+    return Checkpoint(found, _layout(found, held), held, families, header.tensors)
+
+
+def _layout(family: Family, held: Mapping[str, Component]) -> str:
+    is_single = any(
+        component.prefix == prefix
+        for component in held.values()
+        for prefix, naming in family.single_file[component.name]
+        if prefix or naming != OWN
+    )
+    if not is_single:
+        return DIFFUSERS
+    return LDM if "unet" in family.models else ORIGINAL_LAYOUT
 
 
 def find_components(header: Header, family: Family) -> dict[str, Component]:
     """The components of `family` that the file holds whole, every module with its shape."""
     found = {}
-    for name in family.components:
+    for name in family.models:
         for component in _spellings(family, name):
-            if _holds(header, family, component):
+            if component.may_hold(header, family) and _holds(header, family, component):
                 found[name] = component
                 break
     return found
 
 
 def _spellings(family: Family, name: str) -> Iterator[Component]:
-    prefix, naming = family.single_file[name]
-    yield Component(name, prefix, naming)
-    if naming == "hf":  # files of the NovelAI era lack text_model.
-        yield Component(name, prefix, "flat_text")
-    for prefix in ("", f"{name}."):
-        yield Component(name, prefix, "own")
-        if name != "unet":  # transformers 5.6 and later drop text_model. from CLIPTextModel
-            yield Component(name, prefix, "flat_text")
+    for prefix, naming in (*family.single_file[name], ("", OWN), (f"{name}.", OWN)):
+        yield Component(name, prefix, naming)
+        # Files of the NovelAI era lack text_model., and so do those of transformers 5.6 and later.
+        if naming == OWN and TEXT_MODEL.rstrip(".") in family.tables[name].tops:
+            yield Component(name, prefix, FLAT_TEXT)
 
 
 def _holds(header: Header, family: Family, component: Component) -> bool:
-    for path, module in family.components[component.name].items():
-        if not module.takes_adapters:
+    for key, layer in component.tensors(family):
+        if layer.kind not in _DECISIVE:
             continue
-        place = component.place(family, path)
-        info = header.tensors.get(place.key)
-        if info is None:
-            return False
-        expected = module.shape[::-1] if place.is_transposed else module.shape
-        if place.rows is not None:
-            expected = (3 * module.shape[0], *module.shape[1:])
-        if info.shape != expected and not _is_other_input(path, info.shape, expected):
+        info = header.tensors.get(key)
+        if info is None and family.is_optional(component.name, layer):
+            continue
+        if info is None or not family.accepts(component.name, layer, info.shape):
             return False
     return True
-
-
-def _is_other_input(path: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    return (
-        path == _FIRST_CONV
-        and len(shape) == 4
-        and shape[1] in _LATENT_CHANNELS
-        and (shape[0], *shape[2:]) == (expected[0], *expected[2:])
-    )

@@ -1,58 +1,47 @@
-"""What a family of base models is: its modules, and where they lie in each checkpoint layout."""
+"""What a family of base models is: its modules, their names, and where checkpoints hold them."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
-from pathlib import Path
 
-from merge.families import original
+from merge.families.layers import (
+    ORIGINAL,
+    OWN,
+    PARAMETER,
+    Layer,
+    Module,
+    Place,
+    Run,
+    own_layer,
+    parameter_key,
+)
+from merge.families.tables import TEXT_MODEL, Table, read_table
 
-TEXT_MODEL = "text_model."
-_DATA = Path(__file__).parent / "data"
+__all__ = [
+    "DENOISER",
+    "OPENCLIP",
+    "ORIGINAL",
+    "OWN",
+    "PARAMETER",
+    "TEXT_MODEL",
+    "UNET_WIDTHS",
+    "Family",
+    "Layer",
+    "Module",
+    "Place",
+    "Run",
+    "Table",
+    "own_layer",
+    "parameter_key",
+]
 
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """One layer with a weight. `kind` is linear, conv, norm or embedding."""
-
-    kind: str
-    shape: tuple[int, ...]  # of the weight: (out, in) or (out, in, kh, kw)
-    has_bias: bool
-
-    @property
-    def takes_adapters(self) -> bool:
-        return self.kind in ("linear", "conv")
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[1]
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        return self.shape[2:]
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        """(out, in * kernel): the weight as a matrix."""
-        return self.shape[0], prod(self.shape[1:])
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a module's parameter lies in a checkpoint: all of a key, or `rows` of a fused one.
-
-    `is_transposed` says that the file holds the matrix the other way round.
-    """
-
-    key: str
-    rows: tuple[int, int] | None = None
-    is_transposed: bool = False
+# What kohya's lora_unet_ and ComfyUI's diffusion_model. mean: the denoiser, whatever it is called.
+DENOISER = "denoiser"
+_DENOISERS = ("unet", "transformer")
+_TEXT_ENCODER = "text_encoder"
+OPENCLIP = "openclip"  # a layout of checkpoints alone: no adapter is named so
+# The first convolution takes 4 latent channels; 8 for InstructPix2Pix, 9 for inpainting.
+UNET_WIDTHS = {"conv_in": (4, 8, 9)}
 
 
 @dataclass(frozen=True)
@@ -60,87 +49,131 @@ class Family:
     """Base models with the same keys and shapes.
 
     Module paths are diffusers' and transformers' own, text encoders always with `text_model.`.
+    `models` names each component's table; equal encoders share one.
     `kohya` holds the prefixes of kohya's underscore names per component, the one we write first.
-    `single_file` holds the prefix of each component in an LDM single file, by the naming used
-    there: "ldm" (UNet), "hf" (CLIP in transformers' names) or "openclip".
+    `kohya_naming` and `comfy_naming` say in which naming those dialects are written, where it is
+    not our own.
+    `single_file` holds what stands before a component's keys in single files, and the naming there:
+    "own", "original" or "openclip".
+    `widths` are the inputs that variants of the base give a layer of the denoiser: inpainting, edit
+    and control models have more channels. `optional` are modules that some variants lack.
     """
 
     name: str
     title: str
     architecture: str  # modelspec.architecture without the adapter part
     base_versions: tuple[str, ...]  # ss_base_model_version, the one we write first
+    models: Mapping[str, str | Table]
     kohya: Mapping[str, tuple[str, ...]]
-    kohya_names: str  # how kohya's trainer names the UNet: "diffusers" or "ldm"
-    single_file: Mapping[str, tuple[str, str]]
-    table: Mapping[str, Mapping[str, Module]] | None = field(default=None, repr=False)
+    single_file: Mapping[str, tuple[tuple[str, str], ...]]
+    kohya_naming: Mapping[str, str] = field(default_factory=dict)
+    comfy_naming: Mapping[str, str] = field(default_factory=dict)
+    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()  # beginnings of paths in the denoiser
+
+    @property
+    def denoiser(self) -> str:
+        """The component that makes the image: "unet" or "transformer"."""
+        return next(name for name in _DENOISERS if name in self.models)
+
+    @cached_property
+    def tables(self) -> Mapping[str, Table]:
+        return {
+            component: read_table(model) if isinstance(model, str) else model
+            for component, model in self.models.items()
+        }
 
     @cached_property
     def components(self) -> Mapping[str, Mapping[str, Module]]:
-        """Component -> module path -> module, generated from the model classes."""
-        if self.table is not None:
-            return self.table
-        return parse_table((_DATA / f"{self.name}.json").read_text("utf-8"))
+        """Component -> our module path -> module, generated from the model classes."""
+        return {component: table.modules for component, table in self.tables.items()}
+
+    @cached_property
+    def layers(self) -> Mapping[str, Mapping[str, Mapping[str, Layer]]]:
+        """Component -> naming -> path -> layer."""
+        return {component: table.layers for component, table in self.tables.items()}
 
     @cached_property
     def original(self) -> Mapping[str, Mapping[str, str]]:
-        """Component -> our module path -> the path in the original (LDM) code's names.
-
-        Only for components whose naming differs from ours by more than a prefix.
-        """
+        """Component -> our module path -> its path in the original names, where it has one of its own."""
         return {
-            component: original.ldm_unet_names(self.components[component])
-            for component, (_, naming) in self.single_file.items()
-            if naming == "ldm"
+            component: {
+                module: layer.path
+                for layer in table.layers[ORIGINAL].values()
+                if (module := layer.module) is not None
+            }
+            for component, table in self.tables.items()
+            if ORIGINAL in table.layers
         }
 
-    @cached_property
-    def by_path(self) -> Mapping[str, Mapping[str, str]]:
-        """Component -> dotted path in any naming -> our module path."""
-        return {component: self._paths(component) for component in self.components}
+    @property
+    def kohya_names(self) -> str:
+        """How kohya's trainer names the denoiser: "diffusers" or "ldm"."""
+        return "ldm" if self.kohya_naming.get(self.denoiser) == ORIGINAL else "diffusers"
 
-    @cached_property
-    def by_flat_path(self) -> Mapping[str, Mapping[str, str]]:
-        """The same for paths whose dots became underscores, as kohya and LyCORIS write them."""
-        flat: dict[str, dict[str, str]] = {}
-        for component, paths in self.by_path.items():
-            flat[component] = {}
-            for path, module in paths.items():
-                _add(flat[component], path.replace(".", "_"), module)
-        return flat
+    def find(
+        self,
+        component: str | None,
+        path: str,
+        *,
+        is_flat: bool,
+        extent: tuple[int, int] | None = None,
+    ) -> tuple[str, Layer] | None:
+        """(component, layer) that a path in any naming points to, or None.
 
-    def _paths(self, component: str) -> dict[str, str]:
-        paths: dict[str, str] = {}
-        for path, module in self.components[component].items():
-            if not module.takes_adapters:
+        Where the file leaves the component open, and where te1, te2 and te3 mean different encoders
+        to different trainers, `extent`, (out, in * kernel) of the adapter's delta, decides.
+        """
+        first = None
+        for name in self._reachable(component):
+            table = self.tables[name]
+            layer = (table.by_flat_path if is_flat else table.by_path).get(path)
+            if layer is None:
                 continue
-            _add(paths, path, path)
-            _add(paths, path.removeprefix(TEXT_MODEL), path)
-            if component in self.original:
-                _add(paths, self.original[component][path], path)
-        return paths
+            layer = self._widened(name, layer, extent)
+            if layer.extent == extent:
+                return name, layer
+            first = first or (name, layer)
+            if name == component and not is_flat:
+                break
+        return first
 
-    def single_file_place(self, component: str, module: str, parameter: str = "weight") -> Place:
-        """Where a module's weight or bias lies in an LDM single file."""
-        prefix, naming = self.single_file[component]
-        if naming == "ldm":
-            return Place(f"{prefix}{self.original[component][module]}.{parameter}")
-        if naming == "hf":
-            return Place(f"{prefix}{module}.{parameter}")
-        width = self.components[component][f"{TEXT_MODEL}final_layer_norm"].shape[0]
-        name, rows, is_transposed = original.openclip_place(module, parameter, width)
-        return Place(prefix + name, rows, is_transposed)
+    def _reachable(self, component: str | None) -> Iterable[str]:
+        if component is None:
+            return self.models
+        if component == DENOISER:
+            return (self.denoiser,)
+        named = [component] if component in self.models else []
+        if not component.startswith(_TEXT_ENCODER):
+            return named
+        encoders = (name for name in self.models if name.startswith(_TEXT_ENCODER))
+        return [*named, *(name for name in encoders if name != component)]
 
+    def _widened(self, component: str, layer: Layer, extent: tuple[int, int] | None) -> Layer:
+        """The layer as a variant of the base has it, if that is what the delta fits."""
+        widths = self.widths.get(layer.module or "", ())
+        if extent is None or layer.extent == extent or component not in _DENOISERS:
+            return layer
+        out, _, *kernel = layer.shape
+        for width in widths:
+            wider = replace(layer, shape=(out, width, *kernel))
+            if wider.extent == extent:
+                return wider
+        return layer
 
-def _add(paths: dict[str, str], path: str, module: str) -> None:
-    assert paths.setdefault(path, module) == module, f"{path} names two modules"
+    def accepts(self, component: str, layer: Layer, shape: tuple[int, ...]) -> bool:
+        """Whether a base of this family may have the layer in that shape."""
+        if shape == layer.shape or not shape:
+            return shape == layer.shape
+        if component not in _DENOISERS or (shape[0], *shape[2:]) != (
+            layer.shape[0],
+            *layer.shape[2:],
+        ):
+            return False
+        return len(shape) > 1 and shape[1] in self.widths.get(layer.module or "", ())
 
-
-def parse_table(text: str) -> dict[str, dict[str, Module]]:
-    """A generated table: {component: {module: [kind, weight shape, has bias]}}."""
-    return {
-        component: {
-            path: Module(kind, tuple(shape), has_bias)
-            for path, (kind, shape, has_bias) in modules.items()
-        }
-        for component, modules in json.loads(text).items()
-    }
+    def is_optional(self, component: str, layer: Layer) -> bool:
+        """Whether bases of this family may lack the layer."""
+        return component in _DENOISERS and all(
+            run.module.startswith(self.optional) for run in layer.runs
+        )

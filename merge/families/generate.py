@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from merge.families.family import TEXT_MODEL
+from merge.families.tables import DATA, TEXT_MODEL, as_tree
 
-DATA = Path(__file__).parent / "data"
 TINY_PIPELINE = Path(__file__).parents[2] / "train" / "tiny" / "pipeline"
 
 # The configurations published with the models.
@@ -46,20 +45,19 @@ CLIP_G = {
 
 
 def tables() -> dict[str, dict[str, Any]]:
-    """Family name -> component -> module -> [kind, weight shape, has bias]."""
-    found = {
-        "sd15": {"unet": unet(SD15_UNET), "text_encoder": clip(CLIP_L)},
-        "sdxl": {
-            "unet": unet(SDXL_UNET),
-            "text_encoder": clip(CLIP_L),
-            "text_encoder_2": clip(CLIP_G, has_projection=True),
-        },
+    """Model -> its table: "modules" and, where code before diffusers named them, "original"."""
+    found: dict[str, dict[str, Any]] = {
+        "sd15": {"modules": unet(SD15_UNET), "original": "ldm"},
+        "sdxl": {"modules": unet(SDXL_UNET), "original": "ldm"},
+        "clip-l": {"modules": clip(CLIP_L)},
+        "clip-g": {"modules": clip(CLIP_G, has_projection=True)},
     }
     if TINY_PIPELINE.is_dir():
         found["tiny-sd"] = {
-            "unet": unet(_config(TINY_PIPELINE / "unet")),
-            "text_encoder": clip(_config(TINY_PIPELINE / "text_encoder")),
+            "modules": unet(_config(TINY_PIPELINE / "unet")),
+            "original": "ldm",
         }
+        found["tiny-sd-clip"] = {"modules": clip(_config(TINY_PIPELINE / "text_encoder"))}
     return found
 
 
@@ -109,18 +107,26 @@ def describe(model: Any) -> dict[str, list[Any]]:
 
 
 def write(folder: Path = DATA) -> None:
-    """One line per module, so that a change of a model shows as a change of lines."""
     folder.mkdir(exist_ok=True)
-    for family, components in tables().items():
-        (folder / f"{family}.json").write_text(as_text(components), "utf-8")
+    for model, table in tables().items():
+        (folder / f"{model}.json").write_text(as_text(table), "utf-8")
 
 
-def as_text(components: dict[str, Any]) -> str:
-    blocks = []
-    for component, modules in components.items():
-        lines = [f"  {json.dumps(path)}: {json.dumps(module)}" for path, module in modules.items()]
-        blocks.append(f"{json.dumps(component)}: {{\n" + ",\n".join(lines) + "\n}")
-    return "{\n" + ",\n".join(blocks) + "\n}\n"
+def as_text(table: dict[str, Any]) -> str:
+    """The table folded, one line per layer, so that a change of a model shows as few lines."""
+    folded = {
+        name: leaves if isinstance(leaves, str) else as_tree(leaves)
+        for name, leaves in table.items()
+    }
+    return _as_text(folded, "") + "\n"
+
+
+def _as_text(node: Any, indent: str) -> str:
+    if not isinstance(node, dict):
+        return json.dumps(node)
+    inner = indent + " "
+    lines = [f"{inner}{json.dumps(name)}: {_as_text(part, inner)}" for name, part in node.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 def _config(folder: Path) -> dict[str, Any]:

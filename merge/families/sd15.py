@@ -1,16 +1,18 @@
 """Stable Diffusion 1.x: one CLIP-L text encoder, cross-attention width 768."""
 
-from merge.families.family import Family
+from merge.families.family import ORIGINAL, OWN, UNET_WIDTHS, Family
 
 SD15 = Family(
     name="sd15",
     title="Stable Diffusion 1.5",
     architecture="stable-diffusion-v1",
     base_versions=("sd_v1", "sd_v1_v", "sd_1.5", "sd1"),
+    models={"unet": "sd15", "text_encoder": "clip-l"},
     kohya={"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1")},
-    kohya_names="diffusers",
     single_file={
-        "unet": ("model.diffusion_model.", "ldm"),
-        "text_encoder": ("cond_stage_model.transformer.", "hf"),
+        "unet": (("model.diffusion_model.", ORIGINAL),),
+        "text_encoder": (("cond_stage_model.transformer.", OWN),),
     },
+    comfy_naming={"unet": ORIGINAL},
+    widths=UNET_WIDTHS,
 )

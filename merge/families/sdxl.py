@@ -3,22 +3,25 @@
 Pony, Illustrious, NoobAI and other descendants have the same keys and shapes.
 """
 
-from merge.families.family import Family
+from merge.families.family import OPENCLIP, ORIGINAL, OWN, UNET_WIDTHS, Family
 
 SDXL = Family(
     name="sdxl",
     title="Stable Diffusion XL",
     architecture="stable-diffusion-xl-v1-base",
     base_versions=("sdxl_base_v1-0", "sdxl_1.0", "sdxl"),
+    models={"unet": "sdxl", "text_encoder": "clip-l", "text_encoder_2": "clip-g"},
     kohya={
         "unet": ("lora_unet",),
         "text_encoder": ("lora_te1", "lora_te"),
         "text_encoder_2": ("lora_te2",),
     },
-    kohya_names="ldm",
     single_file={
-        "unet": ("model.diffusion_model.", "ldm"),
-        "text_encoder": ("conditioner.embedders.0.transformer.", "hf"),
-        "text_encoder_2": ("conditioner.embedders.1.model.", "openclip"),
+        "unet": (("model.diffusion_model.", ORIGINAL),),
+        "text_encoder": (("conditioner.embedders.0.transformer.", OWN),),
+        "text_encoder_2": (("conditioner.embedders.1.model.", OPENCLIP),),
     },
+    kohya_naming={"unet": ORIGINAL},
+    comfy_naming={"unet": ORIGINAL},
+    widths=UNET_WIDTHS,
 )

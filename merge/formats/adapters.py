@@ -200,21 +200,12 @@ def find_module(
     """(component, module) of `family` that a key points to, or None.
 
     Where the key leaves the component open and several have such a module, `extent`,
-    (out, in * kernel) of the adapter's delta, decides.
+    (out, in * kernel) of the adapter's delta, decides. Packed layers are not found.
     """
-    first = None
-    components = family.components if location.component is None else (location.component,)
-    for component in components:
-        if component not in family.components:
-            continue
-        table = family.by_flat_path if location.is_flat else family.by_path
-        module = table[component].get(location.path)
-        if module is None:
-            continue
-        if extent == family.components[component][module].extent:
-            return component, module
-        first = first or (component, module)
-    return first
+    found = family.find(location.component, location.path, is_flat=location.is_flat, extent=extent)
+    if found is None or found[1].module is None:
+        return None
+    return found[0], found[1].module
 
 
 def _choose_family(

@@ -45,7 +45,12 @@ from tests.fixtures.engine import (
     run,
     some_of,
 )
-from tests.fixtures.families import make_models, single_file_state, tiny_family
+from tests.fixtures.families import (
+    make_models,
+    single_file_place,
+    single_file_state,
+    tiny_family,
+)
 from tests.oracles import rounding as oracle
 
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -136,7 +141,7 @@ def _weight(path: Path, family: Family, layout: str, name: Name) -> tuple[str, t
         if key not in state:  # transformers 5.6 and later save CLIPTextModel so
             key = key.removeprefix("text_model.")
         return key, state[key]
-    place = family.single_file_place(component, module)
+    place = single_file_place(family, component, module)
     weight = state[place.key]
     if place.rows is not None:
         weight = weight[slice(*place.rows)]
@@ -254,7 +259,7 @@ def test_a_module_of_strength_zero_stays_bit_for_bit(sd15: Family, tmp_path: Pat
     run(tmp_path / "out.safetensors", [source], base=base)
     before, after = load_file(base), load_file(tmp_path / "out.safetensors")
     changed = {key for key in before if not torch.equal(_raw(before[key]), _raw(after[key]))}
-    assert changed == {sd15.single_file_place(c, m).key for c, m in names if c == "text_encoder"}
+    assert changed == {single_file_place(sd15, c, m).key for c, m in names if c == "text_encoder"}
 
 
 def test_only_the_rows_of_a_fused_weight_change(
@@ -267,7 +272,7 @@ def test_only_the_rows_of_a_fused_weight_change(
     base = make_base(tmp_path, family, "ldm", torch.float16)
     made = make_adapter(tmp_path / "a.safetensors", family, [name])
     outcome = run(tmp_path / "out.safetensors", [(made.path, 1.0)], base=base)
-    place = family.single_file_place(*name)
+    place = single_file_place(family, *name)
     assert place.rows == (24, 48)
     before, after = load_file(base)[place.key], load_file(tmp_path / "out.safetensors")[place.key]
     assert torch.equal(_raw(before[:24]), _raw(after[:24]))
@@ -282,7 +287,7 @@ def test_a_weight_that_is_stored_transposed_gets_the_transposed_change(
     family = tiny_family("sdxl-tiny")
     monkeypatch.setitem(FAMILIES, family.name, family)
     name = ("text_encoder_2", "text_projection")
-    assert family.single_file_place(*name).is_transposed
+    assert single_file_place(family, *name).is_transposed
     base = make_base(tmp_path, family, "ldm", torch.float32)
     made = make_adapter(tmp_path / "a.safetensors", family, [name])
     run(tmp_path / "out.safetensors", [(made.path, 1.0)], base=base, numerics="reproducible")
@@ -311,7 +316,7 @@ def test_a_moving_average_in_the_file_is_baked_too(sd15: Family, tmp_path: Path)
         )
         assert torch.equal(after[key], after[plain])
     assert not torch.equal(
-        after[sd15.single_file_place(*names[0]).key], state[sd15.single_file_place(*names[0]).key]
+        after[single_file_place(sd15, *names[0]).key], state[single_file_place(sd15, *names[0]).key]
     )
 
 

@@ -22,6 +22,7 @@ from merge.formats.grammar import ALGORITHMS, SUFFIXES
 from merge.formats.writer import layout, write_file
 from merge.identify import Identification, identify
 from tests.fixtures.adapters import DIALECTS, make_adapter
+from tests.fixtures.families import single_file_place
 from tests.fixtures.malformed import ODD
 
 Shapes = dict[str, tuple[int, ...]]
@@ -299,7 +300,7 @@ def test_every_suffix_belongs_to_a_row_of_an_algorithm() -> None:
 def test_checkpoints_are_told_by_layout(tmp_path: Path) -> None:
     family = FAMILIES["tiny-sd"]
     single = {
-        family.single_file_place(c, path).key: module.shape
+        single_file_place(family, c, path).key: module.shape
         for c, modules in family.components.items()
         for path, module in modules.items()
     }

@@ -1,6 +1,7 @@
 """Module tables against the model classes, and the LDM maps against diffusers' own converters."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,20 +12,38 @@ from diffusers.loaders.single_file_utils import (
 )
 
 from merge.errors import BadCheckpoint
-from merge.families import FAMILIES, Family
+from merge.families import FAMILIES, Family, Layer, Place
 from merge.families.checkpoints import read_checkpoint
-from merge.families.generate import DATA, as_text, tables
+from merge.families.family import DENOISER
+from merge.families.generate import as_text, tables
+from merge.families.tables import DATA, as_tree, expand
 from merge.formats.header import Header, TensorInfo
-from tests.fixtures.families import canonical_state, make_models, single_file_state, tiny_family
+from tests.fixtures.families import (
+    canonical_state,
+    make_models,
+    single_file_place,
+    single_file_state,
+    tiny_family,
+)
 
 
 def test_the_committed_tables_are_what_the_model_classes_say() -> None:
     generated = tables()
-    assert set(generated) == set(FAMILIES)
-    for name, components in generated.items():
-        assert (DATA / f"{name}.json").read_text("utf-8") == as_text(components), (
+    assert {file.stem for file in DATA.glob("*.json")} == set(generated)
+    for name, table in generated.items():
+        assert (DATA / f"{name}.json").read_text("utf-8") == as_text(table), (
             f"{name} is stale: python -m merge.families.generate"
         )
+
+
+def test_folding_a_table_loses_neither_layers_nor_their_order() -> None:
+    """Neighbours that differ, and numbers that do not follow each other, stay apart."""
+    layer, other = ["linear", [4, 4], True], ["linear", [4, 4], False]
+    paths = ["b.0.x", "b.0.y", "b.1.x", "b.1.y", "b.3.x", "b.4.y", "b.4.x", "b.5.a.0", "b.5.a.1"]
+    leaves = {path: layer for path in paths} | {"b.6.a.0": layer, "b.6.a.1": other, "c": other}
+    tree = as_tree(leaves)
+    assert list(tree["b"]) == ["0..1", "3", "4", "5", "6"]
+    assert list(expand(tree)) == list(leaves.items())
 
 
 def _counts(family: Family, component: str) -> tuple[int, int, int]:
@@ -48,7 +67,9 @@ def test_the_counts_are_those_of_the_published_models(
     [("sd15", "text_encoder", 72), ("sdxl", "text_encoder", 72), ("sdxl", "text_encoder_2", 192)],
 )
 def test_text_encoders_have_six_linears_a_layer(name: str, component: str, n: int) -> None:
-    layers = [p for p in FAMILIES[name].by_path[component].values() if ".layers." in p]
+    layers = [
+        p for p in FAMILIES[name].components[component] if ".layers." in p and "norm" not in p
+    ]
     assert len(set(layers)) == n
 
 
@@ -64,27 +85,84 @@ def test_the_unets_have_the_published_number_of_parameters(name: str, n: int) ->
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_flattened_names_lead_back_to_one_module(name: str) -> None:
+def test_every_path_of_every_naming_leads_back_to_its_layer_dotted_and_flattened(
+    name: str,
+) -> None:
     family = FAMILIES[name]
-    for component, modules in family.components.items():
-        flat = family.by_flat_path[component]
-        for path, module in modules.items():
-            if module.takes_adapters:
-                assert flat[path.replace(".", "_")] == path
-        assert set(flat.values()) == {p for p, m in modules.items() if m.takes_adapters}
+    for component, namings in family.layers.items():
+        for layers in namings.values():
+            for path, layer in layers.items():
+                for spelled in (path, path.removeprefix("text_model.")):
+                    for is_flat in (False, True):
+                        asked = spelled.replace(".", "_") if is_flat else spelled
+                        found = family.find(component, asked, is_flat=is_flat)
+                        assert found is not None
+                        assert (found[0], found[1].runs) == (component, layer.runs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_naming_covers_every_row_of_every_module_once(name: str) -> None:
+    family = FAMILIES[name]
+    for component, namings in family.layers.items():
+        modules = family.components[component]
+        for layers in namings.values():
+            rows = {path: [False] * module.shape[0] for path, module in modules.items()}
+            for layer in layers.values():
+                assert [run.begin for run in layer.runs] == _starts(layer)
+                for run in layer.runs:
+                    theirs = rows[run.module][run.first : run.first + run.rows]
+                    assert theirs == [False] * run.rows
+                    rows[run.module][run.first : run.first + run.rows] = [True] * run.rows
+                    assert modules[run.module].shape[1:] == layer.shape[1:]
+            assert all(all(module) for module in rows.values())
+
+
+def _starts(layer: Layer) -> list[int]:
+    starts, end = [], 0
+    for run in layer.runs:
+        starts.append(end)
+        end += run.rows
+    assert end == layer.shape[0]
+    return starts
 
 
 def test_sdxl_s_original_names_are_those_in_published_adapters() -> None:
     """Names seen in kohya's SDXL files."""
-    flat = FAMILIES["sdxl"].by_flat_path["unet"]
-    assert flat["input_blocks_4_1_transformer_blocks_0_attn1_to_q"] == (
-        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    published = {
+        "input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+        ),
+        "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+        "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+        "middle_block_1_proj_in": "mid_block.attentions.0.proj_in",
+        "label_emb_0_2": "add_embedding.linear_2",
+        "output_blocks_8_0_skip_connection": "up_blocks.2.resnets.2.conv_shortcut",
+    }
+    for flat, module in published.items():
+        found = FAMILIES["sdxl"].find(DENOISER, flat, is_flat=True)
+        assert found is not None
+        assert (found[0], found[1].module) == ("unet", module)
+
+
+def test_the_delta_decides_between_text_encoders_that_share_names() -> None:
+    path = "encoder_layers_0_mlp_fc1"
+    for named in ("text_encoder", "text_encoder_2", "text_encoder_3", None):
+        for extent, expected in (((3072, 768), "text_encoder"), ((5120, 1280), "text_encoder_2")):
+            found = FAMILIES["sdxl"].find(named, path, is_flat=True, extent=extent)
+            assert found is not None
+            assert found[0] == expected
+    dotted = FAMILIES["sdxl"].find(
+        "text_encoder", path.replace("_", "."), is_flat=False, extent=(5120, 1280)
     )
-    assert flat["output_blocks_2_2_conv"] == "up_blocks.0.upsamplers.0.conv"
-    assert flat["input_blocks_3_0_op"] == "down_blocks.0.downsamplers.0.conv"
-    assert flat["middle_block_1_proj_in"] == "mid_block.attentions.0.proj_in"
-    assert flat["label_emb_0_2"] == "add_embedding.linear_2"
-    assert flat["output_blocks_8_0_skip_connection"] == "up_blocks.2.resnets.2.conv_shortcut"
+    assert dotted is not None
+    assert dotted[0] == "text_encoder", "a file that names the encoder means it"
+
+
+def test_a_wider_input_is_found_where_variants_have_one() -> None:
+    for extent, shape in {(320, 81): (320, 9, 3, 3), (320, 45): (320, 4, 3, 3)}.items():
+        found = FAMILIES["sd15"].find("unet", "conv_in", is_flat=False, extent=extent)
+        assert found is not None
+        assert found[1].shape == shape
 
 
 @pytest.mark.parametrize("name", ["sd15-tiny", "sdxl-tiny"])
@@ -130,7 +208,7 @@ def _full_size_shapes(name: str) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for component, modules in family.components.items():
         for path, module in modules.items():
-            place = family.single_file_place(component, path)
+            place = single_file_place(family, component, path)
             shape = module.shape[::-1] if place.is_transposed else module.shape
             found[place.key] = (3 * shape[0], shape[1]) if place.rows else shape
     return found | {"first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3)}
@@ -149,10 +227,9 @@ def test_single_files_and_folder_files_are_told_apart(name: str) -> None:
         "diffusers",
         {"unet"},
     )
-    assert folder.place("text_encoder", "text_model.encoder.layers.0.mlp.fc1") is None
-    place = folder.place("unet", "conv_in", "bias")
-    assert place is not None
-    assert place.key == "conv_in.bias"
+    assert folder.places("text_encoder", "text_model.encoder.layers.0.mlp.fc1") == ()
+    assert folder.places("unet", "conv_in") == (Place("conv_in.weight"),)
+    assert folder.places("unet", "conv_in", "bias") == (), "this header has no bias"
 
 
 def test_a_clip_l_alone_fits_both_families() -> None:
@@ -161,8 +238,7 @@ def test_a_clip_l_alone_fits_both_families() -> None:
         shapes = {f"{p.removeprefix(strip)}.weight": m.shape for p, m in modules.items()}
         found = read_checkpoint(_header(shapes), "f")
         assert [f.name for f in found.families] == ["sd15", "sdxl"]
-        place = found.place("text_encoder", "text_model.encoder.layers.0.mlp.fc1")
-        assert place is not None
+        (place,) = found.places("text_encoder", "text_model.encoder.layers.0.mlp.fc1")
         assert place.key in shapes
 
 
@@ -193,10 +269,13 @@ def test_one_wrong_shape_or_missing_key_is_another_model(
         read_checkpoint(_header(shapes), "f")
 
 
-def test_the_tables_are_plain_json() -> None:
-    for name in FAMILIES:
-        for modules in json.loads((DATA / f"{name}.json").read_text()).values():
-            for kind, shape, has_bias in modules.values():
-                assert kind in ("linear", "conv", "norm", "embedding")
-                assert all(isinstance(n, int) and n > 0 for n in shape)
-                assert isinstance(has_bias, bool)
+@pytest.mark.parametrize("file", sorted(DATA.glob("*.json")), ids=lambda file: file.stem)
+def test_the_tables_are_plain_json(file: Path) -> None:
+    for leaves in json.loads(file.read_text("utf-8")).values():
+        if leaves == "ldm":
+            continue
+        for _, (kind, shape, has_bias, *runs) in expand(leaves):
+            assert kind in ("linear", "conv", "norm", "embedding", "parameter")
+            assert all(isinstance(n, int) and n > 0 for n in shape)
+            assert isinstance(has_bias, bool)
+            assert len(runs) <= 1

@@ -1,10 +1,14 @@
-"""Names of the original code: the LDM (sgm) UNet and OpenCLIP's text transformer.
+"""Names of the UNet in the original LDM (sgm) code.
 
-Both maps follow from the module list alone and are proven against diffusers' own converters.
+They follow from our own list of modules alone; diffusers' converter proves them in the tests.
 """
 
 import re
 from collections.abc import Iterable
+
+TOPS = frozenset(
+    {"input_blocks", "middle_block", "output_blocks", "out", "time_embed", "label_emb"}
+)
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -27,14 +31,14 @@ _MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
 _BLOCK_PART = re.compile(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)(?:\.|$)")
 
 
-def ldm_unet_names(modules: Iterable[str]) -> dict[str, str]:
+def names(modules: Iterable[str]) -> dict[str, str]:
     """diffusers UNet module path -> the path in the original code."""
     paths = list(modules)
-    parts = _ldm_parts(paths)
-    return {path: _ldm_name(path, parts) for path in paths}
+    parts = _parts(paths)
+    return {path: _name(path, parts) for path in paths}
 
 
-def _ldm_name(path: str, parts: dict[str, str]) -> str:
+def _name(path: str, parts: dict[str, str]) -> str:
     if path in _OUTSIDE_BLOCKS:
         return _OUTSIDE_BLOCKS[path]
     pieces = path.split(".")
@@ -47,7 +51,7 @@ def _ldm_name(path: str, parts: dict[str, str]) -> str:
     return f"{parts[part]}.{inner}"
 
 
-def _ldm_parts(paths: Iterable[str]) -> dict[str, str]:
+def _parts(paths: Iterable[str]) -> dict[str, str]:
     """down_blocks.1.resnets.0 -> input_blocks.4.0, for each part of each block.
 
     The original numbers one list of stages: every resnet is a stage, an attention shares the
@@ -73,40 +77,3 @@ def _ldm_parts(paths: Iterable[str]) -> dict[str, str]:
                 parts[f"{prefix}.upsamplers.0"] = f"{stages}.{stage}.{after}"
             block += 1
     return parts
-
-
-_OPENCLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}
-_OPENCLIP_OUTSIDE = {
-    "text_model.final_layer_norm": "ln_final",
-    "text_model.embeddings.token_embedding": "token_embedding",
-}
-_FUSED = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
-
-
-def openclip_place(
-    module: str, parameter: str, width: int
-) -> tuple[str, tuple[int, int] | None, bool]:
-    """(key, rows, is transposed) of a CLIP parameter in OpenCLIP's layout.
-
-    q, k and v are rows of one `in_proj_weight`; `text_projection` is a bare matrix the other
-    way round, and `positional_embedding` a bare one.
-    """
-    if module == "text_projection":
-        return "text_projection", None, True
-    if module == "text_model.embeddings.position_embedding":
-        return "positional_embedding", None, False
-    if module in _OPENCLIP_OUTSIDE:
-        return f"{_OPENCLIP_OUTSIDE[module]}.{parameter}", None, False
-    layer, inner = module.removeprefix("text_model.encoder.layers.").split(".", 1)
-    block = f"transformer.resblocks.{layer}"
-    last = inner.rpartition(".")[2]
-    if last in _FUSED:
-        start = _FUSED[last] * width
-        return f"{block}.attn.in_proj_{parameter}", (start, start + width), False
-    return f"{block}.{_OPENCLIP_LAYER[inner]}.{parameter}", None, False
