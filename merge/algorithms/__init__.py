@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from merge.algorithms import locon
+from merge.algorithms import experts, full, locon, loha, lokr, replacement, spellings
 from merge.algorithms.change import Change
 
 Read = Callable[[Mapping[str, Tensor], tuple[int, ...], Mapping[str, Any]], Change]
@@ -18,6 +18,19 @@ Read = Callable[[Mapping[str, Tensor], tuple[int, ...], Mapping[str, Any]], Chan
 LAYOUTS: dict[str, tuple[Read, str]] = {
     "lora": (locon.read, locon.ROLES),
     "lora-mha": (locon.read, locon.ROLES),
+    "lora-mlx": (spellings.read_mlx, spellings.MLX_ROLES),
+    "lora-torchtune": (spellings.read_torchtune, spellings.TORCHTUNE_ROLES),
+    "lora-embedding": (spellings.read_embedding, spellings.EMBEDDING_ROLES),
+    "lora-experts": (experts.read, experts.ROLES),
+    "adalora": (spellings.read_adalora, spellings.ADALORA_ROLES),
+    "vera": (spellings.read_vera, spellings.VERA_ROLES),
+    "loha": (loha.read, loha.ROLES),
+    "lokr": (lokr.read, lokr.ROLES),
+    "full": (full.read_full, full.FULL_ROLES),
+    "norm": (full.read_norm, full.NORM_ROLES),
+    "replacement": (replacement.read, replacement.ROLES),
+    "ln-tuning": (replacement.read_ln_tuning, replacement.LN_TUNING_ROLES),
+    "tokens": (replacement.read_tokens, replacement.TOKENS_ROLES),
 }
 
 

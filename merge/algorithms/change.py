@@ -39,7 +39,8 @@ class Change(ABC):
     ) -> Float[Tensor, "rows in"]:
         """f(W) - W for `rows` rows from row `first`.
 
-        `base` is None, those rows of W, or all of W, as `needs` says; it is not changed.
+        `base` is None, those rows of W, or all of W, as `needs` says; it is not changed. Nor may the
+        caller change the result, which can be the file's own tensor.
         """
 
     def bias(

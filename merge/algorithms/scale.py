@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def scale_of(tensors: Mapping[str, Tensor], rank: int, facts: Mapping[str, Any]) -> float:
-    """facts["scale"], else the roles scale, else alpha / rank, else 1; times `scalar` if there is one.
+    """facts["scale"], else the role scale, else alpha / rank, else 1; times `scalar` if there is one.
 
     A configuration decides before the tensors (rsLoRA, PEFT's patterns). `scale` in place of
     alpha / rank is A1111's reading; `scalar` is the learned factor LyCORIS (use_scalar) puts before
@@ -21,6 +21,13 @@ def scale_of(tensors: Mapping[str, Tensor], rank: int, facts: Mapping[str, Any])
     if "alpha" in tensors:
         return scalar * one_number(tensors, "alpha") / rank
     return scalar
+
+
+def stated_scale(layout: str, facts: Mapping[str, Any]) -> float:
+    """facts["scale"], for layouts whose files cannot say it and whose default is not 1."""
+    if "scale" not in facts:
+        raise ValueError(f"the scale of {layout} factors is in a configuration, and there is none")
+    return float(facts["scale"])
 
 
 def one_number(tensors: Mapping[str, Tensor], role: str) -> float:
