@@ -23,6 +23,13 @@ class Doubt:
     keys: tuple[str, ...]
 
 
+OPEN_FAMILY = Doubt(
+    "open_family",
+    "its modules are of no family we know, so only the base in hand can say whether it fits",
+    (),
+)
+
+
 def of_container(header: Header, hashes: Hashes | None) -> list[Doubt]:
     """Doubts about any safetensors file."""
     found = []

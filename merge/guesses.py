@@ -3,10 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from merge.families import Family
 from merge.families.fingerprints import recognise, stated_family
-from merge.formats.adapters import find_module, is_hinted
 from merge.formats.keys import Group
+from merge.formats.lookup import Fit, is_hinted
 from merge.formats.metadata import ARCHITECTURE, BASE_VERSION
 
 
@@ -19,29 +18,6 @@ class FamilyGuess:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """How an adapter's modules fit one family; `modules` is parallel to the groups."""
-
-    family: Family
-    modules: Sequence[tuple[str, str] | None]
-    n_named: int
-    n_fitting: int
-    n_measured: int  # modules whose factors say how large their weight is
-
-
-def fit(groups: Sequence[Group], extents: Sequence[tuple[int, int] | None], family: Family) -> Fit:
-    """Look every module up in one family; `extents` are (out, in * kernel) where factors say it."""
-    modules = [
-        find_module(group.location, family, extent=extent)
-        for group, extent in zip(groups, extents, strict=True)
-    ]
-    pairs = [(m, e) for m, e in zip(modules, extents, strict=True) if m is not None]
-    measured = [(m, e) for m, e in pairs if e is not None]
-    n_fitting = sum(family.components[m[0]][m[1]].extent == e for m, e in measured)
-    return Fit(family, modules, len(pairs), n_fitting, len(measured))
-
-
 def guess(
     metadata: Mapping[str, str],
     groups: Sequence[Group],
@@ -50,7 +26,7 @@ def guess(
 ) -> tuple[FamilyGuess, ...]:
     """Families the adapter may be for, likeliest first; none where nothing speaks for any."""
     n = len(groups)
-    whole = [f for f in fits if f.n_named == n and f.n_fitting == f.n_measured]
+    whole = [f for f in fits if f.is_whole]
     if whole:
         guesses = [_whole_guess(fit, n, len(whole), metadata) for fit in whole]
         return tuple(sorted(guesses, key=lambda guess: -guess.confidence))

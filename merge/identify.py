@@ -16,13 +16,14 @@ from merge.doubts import Doubt
 from merge.errors import BadAdapter, BadCheckpoint
 from merge.families import FAMILIES
 from merge.families.checkpoints import Checkpoint, read_checkpoint
-from merge.formats.adapters import AdapterLayout, dialect_of, resolve
-from merge.formats.grammar import extent_of, rank_of
+from merge.formats.adapters import AdapterLayout, dialect_of, layout_of, resolve
 from merge.formats.hashes import Hashes, hash_file
 from merge.formats.keys import Group, Survey, survey
+from merge.formats.lookup import Found, fit
 from merge.formats.metadata import trigger_words
 from merge.formats.reader import TensorFile
-from merge.guesses import FamilyGuess, fit, guess, outside_guesses
+from merge.formats.shapes import Dims, measure
+from merge.guesses import FamilyGuess, guess, outside_guesses
 
 ADAPTER, CHECKPOINT, EMBEDDING, OTHER = "adapter", "checkpoint", "embedding", "other"
 
@@ -105,7 +106,7 @@ def identify_file(
     checkpoint = _read_checkpoint(file)
     if checkpoint is not None:
         facts = _checkpoint_facts(checkpoint)
-    elif any(_is_adapted(group) for group in found.groups):
+    elif any(group.is_adapted for group in found.groups):
         facts = _adapter_facts(file, found, config)
     elif is_embedding(file):
         facts = _embedding_facts(file)
@@ -153,13 +154,6 @@ def _identification(file: TensorFile, facts: _Facts, hashes: Hashes | None) -> I
     )
 
 
-def _is_adapted(group: Group) -> bool:
-    match = group.match
-    if match.name == "replacement":
-        return False
-    return match.is_whole or bool(group.keys.keys() & {"down", "up"})
-
-
 def _read_checkpoint(file: TensorFile) -> Checkpoint | None:
     try:
         return read_checkpoint(file.header, file.name)
@@ -188,31 +182,43 @@ def _checkpoint_facts(checkpoint: Checkpoint) -> _Facts:
 def _adapter_facts(file: TensorFile, found: Survey, config: Mapping[str, Any] | None) -> _Facts:
     tensors = file.header.tensors
     groups = found.groups
-    names = [group.match.name for group in groups]
     shapes = [{role: tensors[key].shape for role, key in g.keys.items()} for g in groups]
-    extents = [extent_of(name, its) for name, its in zip(names, shapes, strict=True)]
-    ranks = [rank_of(name, its) for name, its in zip(names, shapes, strict=True)]
-    fits = [fit(groups, extents, family) for family in FAMILIES.values()]
+    matches = [layout_of(group, its) for group, its in zip(groups, shapes, strict=True)]
+    dims = [
+        _measured(match.layout, its) if match.is_whole else None
+        for match, its in zip(matches, shapes, strict=True)
+    ]
+    extents = [None if its is None else its.extent for its in dims]
+    fits = [fit([g.location for g in groups], dims, family) for family in FAMILIES.values()]
     best = max(fits, key=lambda fit: (fit.n_fitting, fit.n_named))
-    modules = best.modules if best.n_named else [None] * len(groups)
+    layers = best.layers if best.n_named else [None] * len(groups)
     layout, refusal = _try_layout(file, found, config)
     alphas = _read_alphas(file, groups)
-    known_ranks = [rank for rank in ranks if rank is not None]
+    ranks = [its.rank for its in dims if its is not None and its.rank is not None]
     return _Facts(
         kind=ADAPTER,
-        algorithms=tuple(name for name, _ in Counter(names).most_common()),
+        algorithms=tuple(name for name, _ in Counter(m.name for m in matches).most_common()),
         dialect=dialect_of(groups),
         families=guess(file.header.metadata, groups, extents, fits),
         modules=len(groups),
-        components=_components(groups, modules),
-        ranks=_span(known_ranks),
+        components=_components(groups, layers),
+        ranks=_span(ranks),
         alphas=_span([a for a in alphas.values() if isfinite(a)] or _config_alphas(layout)),
-        targets=_targets(groups, modules),
+        targets=_targets(groups, layers),
         warnings=(
             *([refusal] if refusal else []),
-            *doubts.of_adapter(file.header, found, alphas, known_ranks),
+            *([doubts.OPEN_FAMILY] if layout is not None and layout.family is None else []),
+            *doubts.of_adapter(file.header, found, alphas, ranks),
         ),
     )
+
+
+def _measured(layout: str, shapes: Mapping[str, tuple[int, ...]]) -> Dims | None:
+    """None for factors that do not fit each other, and for what is recognised and not read."""
+    try:
+        return measure(layout, shapes) if layout else None
+    except ValueError:
+        return None
 
 
 def _try_layout(
@@ -224,12 +230,10 @@ def _try_layout(
         return None, doubts.of_refusal(error, file.name)
 
 
-def _components(
-    groups: Sequence[Group], modules: Sequence[tuple[str, str] | None]
-) -> dict[str, int]:
+def _components(groups: Sequence[Group], layers: Sequence[Found | None]) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for group, module in zip(groups, modules, strict=True):
-        counts[(module[0] if module else group.location.component) or "unknown"] += 1
+    for group, layer in zip(groups, layers, strict=True):
+        counts[(layer[0] if layer else group.location.component) or "unknown"] += 1
     return dict(counts.most_common())
 
 
@@ -237,11 +241,11 @@ def _components(
 _BLOCK = re.compile(r"^.*\.\d+\.(?=[^.]*[a-z])|^.*_\d+_(?=[a-z])")
 
 
-def _targets(groups: Sequence[Group], modules: Sequence[tuple[str, str] | None]) -> tuple[str, ...]:
+def _targets(groups: Sequence[Group], layers: Sequence[Found | None]) -> tuple[str, ...]:
     """The kinds of layers that are changed: attn1.to_q, ff.net.0.proj, conv1, …"""
     counts: Counter[str] = Counter()
-    for group, module in zip(groups, modules, strict=True):
-        path = module[1] if module else group.location.path
+    for group, layer in zip(groups, layers, strict=True):
+        path = layer[1].module or layer[1].path if layer else group.location.path
         counts[_kind_of_layer(path)] += 1
     return tuple(sorted(counts))
 
@@ -272,7 +276,7 @@ def _read_alphas(file: TensorFile, groups: Iterable[Group]) -> dict[str, float]:
 def _config_alphas(layout: AdapterLayout | None) -> list[float]:
     if layout is None:
         return []
-    return [e.config_scale * e.rank for e in layout.entries if e.config_scale is not None]
+    return [e.facts["scale"] * (e.rank or 1) for e in layout.entries if "scale" in e.facts]
 
 
 def is_embedding(file: TensorFile) -> bool:

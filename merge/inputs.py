@@ -11,7 +11,6 @@ import torch
 
 from merge.algorithms import lora
 from merge.errors import BadFile, NotFinite
-from merge.formats.adapters import scale_of
 from merge.formats.header import Header
 from merge.formats.reader import TensorFile
 from merge.plan import Adapter, Module, Term
@@ -67,5 +66,14 @@ class Inputs:
             # overflow, so only then is every value looked at.
             if not isfinite(tensors[role].sum().item()) and not tensors[role].isfinite().all():
                 raise NotFinite(adapter.name, key)
-        scale = scale_of(term.entry, file, adapter.layout)
-        return lora.parse(tensors["down"], tensors["up"], scale)
+        return lora.parse(tensors["down"], tensors["up"], self._scale(term))
+
+    def _scale(self, term: Term) -> float:
+        """alpha / rank; 1 without an alpha, as readers of kohya's and diffusers' files have it."""
+        key = term.entry.keys.get("alpha")
+        if key is None:
+            return float(term.entry.facts.get("scale", 1.0))
+        alpha = self._files[term.adapter].read_scalar(key)
+        if not isfinite(alpha):
+            raise NotFinite(self._adapters[term.adapter].name, key)
+        return alpha / term.rank

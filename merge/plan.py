@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +47,15 @@ class Term:
     strength: float
 
     @property
-    def n_in(self) -> int:
-        """Columns of the flattened delta: input features times the kernel."""
-        return self.entry.in_features * prod(self.entry.kernel)
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the flattened delta."""
+        assert self.entry.dims.extent is not None
+        return self.entry.dims.extent
+
+    @property
+    def rank(self) -> int:
+        assert self.entry.rank is not None
+        return self.entry.rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +74,12 @@ class Module:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the flattened delta."""
-        return self.terms[0].entry.out_features, self.terms[0].n_in
+        return self.terms[0].shape
 
     @property
     def rank(self) -> int:
         """The summed ranks: what an exact merge writes."""
-        return sum(term.entry.rank for term in self.terms)
+        return sum(term.rank for term in self.terms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +246,17 @@ def _open_adapter(source: Input, param: str, files: Mapping[str, Path]) -> Adapt
     layout = read_layout(header, name=path.name, config=read_config(path))
     adapter = Adapter(param, path.name, path, header, layout)
     for entry in layout.entries:
+        _check_plain(adapter, entry)
         _check_dtypes(adapter, entry)
     return adapter
+
+
+def _check_plain(adapter: Adapter, entry: Entry) -> None:
+    """Only plain LoRA of whole layers is merged and baked so far."""
+    is_plain = entry.layout == "lora" and entry.keys.keys() <= {"down", "up", "alpha"}
+    if not is_plain or entry.layer.module is None or adapter.layout.family is None:
+        why = f"{entry.name} uses {entry.algorithm}; only plain LoRA can be merged or baked so far"
+        raise Unsupported(adapter.name, why)
 
 
 def _check_dtypes(adapter: Adapter, entry: Entry) -> None:
@@ -264,7 +278,7 @@ def _check_selectors(inputs: Iterable[Input], adapters: Iterable[Adapter]) -> No
     said: dict[tuple[str, str], str] = {}
     matched: set[tuple[str, str]] = set()
     for source, adapter in zip(inputs, adapters, strict=True):
-        names = {f"{entry.component}.{entry.module}" for entry in adapter.layout.entries}
+        names = {entry.name for entry in adapter.layout.entries}
         for field, globs in (
             ("components", {component: f"{component}.*" for component in source.components}),
             ("blocks", {glob: glob for glob in source.blocks}),
@@ -308,7 +322,7 @@ def _modules(
     left_out: set[str] = set()
     for index, source in enumerate(inputs):
         for entry in adapters[index].layout.entries:
-            name = (entry.component, entry.module)
+            name = (entry.component, entry.layer.module or entry.layer.path)
             if source.leaves_out(*name):
                 left_out.add(".".join(name))
                 continue
@@ -316,7 +330,7 @@ def _modules(
     for name, candidates in terms.items():
         _check_shapes(".".join(name), candidates, adapters)
     modules = (
-        Module(*name, max(t.entry.kernel for t in candidates), tuple(active))
+        Module(*name, max(t.entry.layer.shape[2:] for t in candidates), tuple(active))
         for name, candidates in sorted(terms.items())
         if (active := [term for term in candidates if term.strength != 0])
     )
@@ -326,11 +340,8 @@ def _modules(
 def _check_shapes(name: str, terms: list[Term], adapters: tuple[Adapter, ...]) -> None:
     first = terms[0]
     for other in terms[1:]:
-        if (other.entry.out_features, other.n_in) != (first.entry.out_features, first.n_in):
-            detail = (
-                f"the change is ({other.entry.out_features}, {other.n_in}), in "
-                f"{adapters[first.adapter].name} it is ({first.entry.out_features}, {first.n_in})"
-            )
+        if other.shape != first.shape:
+            detail = f"the change is {other.shape}, in {adapters[first.adapter].name} it is {first.shape}"
             raise ShapeMismatch(adapters[other.adapter].name, name, detail)
 
 

@@ -1,62 +1,90 @@
 """What an adapter file holds, resolved against the module tables of the families we know.
 
-Every key is claimed exactly once, by one module of one family with factors that fit it, or the
-file is refused with the keys named. Needs the header alone; `scale_of` reads one number.
+Every key is claimed exactly once, by one layer with factors that fit it, or the file is refused
+with the keys named. Needs the header alone.
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from math import isfinite
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from merge.errors import (
     BadAdapter,
     MissingKeys,
-    NotFinite,
     ShapeMismatch,
     UnknownKeys,
-    UnknownModules,
     Unsupported,
 )
-from merge.families import FAMILIES, Family
-from merge.formats.grammar import SUPPORTED, Dims, lora_dims
+from merge.families import Layer
+from merge.formats.configs import NEEDS_CONFIG, Config, Configs
+from merge.formats.grammar import ROWS, WHOLE, Match
 from merge.formats.header import Header, read_header
-from merge.formats.keys import Group, Location, Survey, survey
-from merge.formats.metadata import ARCHITECTURE, BASE_VERSION
+from merge.formats.keys import Group, Survey, survey
+from merge.formats.lookup import choose, open_layer
 from merge.formats.reader import TensorFile
-from merge.formats.scales import Scales, check_config
+from merge.formats.shapes import Dims, is_on_input, measure
+from merge.formats.suffixes import PEFT
 
 CONFIG_NAME = "adapter_config.json"
+_CONFIGURED = ("peft", "mlx", "torchtune")  # dialects whose files are half of an adapter
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One module's factors. `module` is the path inside the component in diffusers' names.
+    """One layer's factors, by role. `algorithm` is for people, `layout` for merge.algorithms.
 
-    `kernel` is the base weight's: () for a linear layer, (1, 1) or (3, 3) for a convolution.
-    `config_scale` is alpha / rank where a configuration states it and not the file's tensors.
+    `rank` is the stored inner dimension; `exact_rank` that of the change as a product without a
+    base, None if it is none. `needs` says how much of the base's weight the change depends on.
+    `facts` is what a configuration says and the tensors do not. `dims` is what the factors show:
+    where they leave a side open, `layer` has 0 there unless a family knows it.
     """
 
     component: str
-    module: str
+    layer: Layer
     algorithm: str
+    layout: str
     keys: Mapping[str, str]
-    rank: int
-    out_features: int
-    in_features: int
-    kernel: tuple[int, ...]
-    config_scale: float | None = None
+    rank: int | None
+    exact_rank: int | None
+    needs: str
+    dims: Dims
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.component}.{self.layer.path}"
+
+    @property
+    def touches_bias(self) -> bool:
+        """Whether the layer's bias changes too."""
+        if self.layout == "ia3-peft":
+            return not self.facts.get("is_feedforward", False)
+        return any(role in _BIAS_ROLES for role in self.keys)
+
+    @property
+    def touches_weight(self) -> bool:
+        return not self.keys.keys() <= {"diff_b", "b_norm", "bias", "alpha"}
+
+
+_BIAS_ROLES = frozenset(
+    {
+        *("up_bias", "diff_b", "b_norm", "bias"),
+        *(f"glora_{letter}.{part}" for letter in "CDE" for part in ("Xd", "Xu", "X")),
+        *("glora_Cd", "glora_Cu", "glora_D", "glora_E"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterLayout:
     """An adapter whose every key was claimed. `families` are all that fit, `family` the likeliest.
 
-    `alpha_source` says where scales come from: "keys" (some or all modules), "config"
-    (adapter_config.json), "metadata" (lora_adapter_metadata), or "assumed" (alpha = rank).
+    Both are empty for a family outside our tables. `alpha_source` says where scales come from:
+    "keys" (some or all modules), "config" (adapter_config.json), "metadata"
+    (lora_adapter_metadata), or "assumed" (alpha = rank).
     """
 
     dialect: str
@@ -73,12 +101,13 @@ def config_beside(path: Path) -> Path | None:
 
 
 def takes_config(header: Header) -> bool:
-    """Whether an adapter_config.json in the same folder is this file's: its keys are PEFT's.
+    """Whether an adapter_config.json in the same folder is this file's: its keys are PEFT's,
+    MLX's or torchtune's.
 
     The file's name says nothing: PEFT files are renamed when they are shared.
     """
     groups = survey(header.tensors).groups
-    return bool(groups) and dialect_of(groups) == "peft"
+    return bool(groups) and dialect_of(groups) in _CONFIGURED
 
 
 def read_config(path: Path) -> Mapping[str, Any] | None:
@@ -100,7 +129,7 @@ def read_layout(
 ) -> AdapterLayout:
     """Resolve every key of an adapter, or raise BadAdapter naming what does not resolve.
 
-    `config` is the parsed adapter_config.json beside a PEFT file, which decides its scales.
+    `config` is the parsed adapter_config.json beside a PEFT or MLX file.
     """
     header = file.header if isinstance(file, TensorFile) else file
     return resolve(survey(header.tensors), header, name=name, config=config)
@@ -113,42 +142,31 @@ def resolve(
 
     Unsupported for PEFT keys without alphas and configuration: PEFT's alpha is rarely the rank.
     """
-    if config is not None:
-        check_config(config, name)
+    configs = Configs(header, config, name)
     _check_survey(found, name)
-    dims = [_dims(group, header, name) for group in found.groups]
-    family, modules, families = _choose_family(found, dims, header, name)
-    scales = Scales(header, config, name)
+    parts = [_Part(group, header, configs.of("")) for group in found.groups]
+    _mark_attention(parts)
+    for part in parts:
+        part.measure(name)
+    choice = choose(
+        [p.group.location for p in parts], [p.dims for p in parts], header.metadata, name
+    )
     entries = tuple(
-        _entry(group, its_dims, family, module, scales)
-        for group, its_dims, module in zip(found.groups, dims, modules, strict=True)
+        _entry(part, *layer, configs) for part, layer in zip(parts, choice.layers, strict=True)
     )
     _check_unique(entries, name)
-    dialect, alpha_source = dialect_of(found.groups), _alpha_source(entries, scales)
-    unstated = alpha_source != "keys" and any(entry.config_scale is None for entry in entries)
-    if dialect == "peft" and unstated:
-        raise Unsupported(name, f"its {CONFIG_NAME}, which holds its alphas, is missing")
+    dialect = dialect_of(found.groups)
+    for entry in entries:
+        is_stated = configs.of(entry.component) is not None or "alpha" in entry.keys
+        if dialect in _CONFIGURED and entry.layout in NEEDS_CONFIG and not is_stated:
+            raise Unsupported(name, f"its {CONFIG_NAME}, which holds its alphas, is missing")
     return AdapterLayout(
         dialect=dialect,
-        family=family.name,
+        family=None if choice.family is None else choice.family.name,
         entries=entries,
-        alpha_source=alpha_source,
-        families=families,
+        alpha_source=_alpha_source(entries, configs),
+        families=choice.families,
     )
-
-
-def scale_of(entry: Entry, file: TensorFile, layout: AdapterLayout) -> float:
-    """alpha / rank. A module without an alpha has 1, as readers of kohya's and diffusers' files do.
-
-    PEFT means something else by that, so `resolve` refuses a PEFT file without its configuration.
-    """
-    alpha_key = entry.keys.get("alpha")
-    if alpha_key is None:
-        return 1.0 if entry.config_scale is None else entry.config_scale
-    alpha = file.read_scalar(alpha_key)
-    if not isfinite(alpha):
-        raise NotFinite(file.name, alpha_key)
-    return alpha / entry.rank
 
 
 def dialect_of(groups: Iterable[Group]) -> str:
@@ -156,20 +174,116 @@ def dialect_of(groups: Iterable[Group]) -> str:
     return Counter(group.location.dialect for group in groups).most_common(1)[0][0]
 
 
+def layout_of(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> Match:
+    """The module's row; three kinds of OFT have the same roles."""
+    match = group.match
+    if match.layout != "oft":
+        return match
+    if group.location.is_oft:
+        return replace(match, layout="oft-kohya")
+    if len(shapes["oft_blocks"]) == 4:
+        return replace(match, name="boft", layout="boft")
+    return match
+
+
+class _Part:
+    """A group on its way to an entry."""
+
+    def __init__(self, group: Group, header: Header, config: Config | None) -> None:
+        self.group = group
+        self.shapes = {role: header.tensors[key].shape for role, key in group.keys.items()}
+        self.match = layout_of(group, self.shapes)
+        self.layout = self.match.layout
+        self.parameter = ""  # a bare parameter of the module, which its key does not name
+        self.experts = 0
+        if self.layout == "lora" and config is not None:
+            self._aim_at_experts(config)
+
+    def _aim_at_experts(self, config: Config) -> None:
+        target = config.experts(self.group.location)
+        if target is not None:
+            self.layout = "lora-experts"
+            self.parameter, rank = target
+            self.experts = self.shapes["down"][0] // rank
+
+    def measure(self, name: str) -> None:
+        try:
+            self.dims = measure(self.layout, self.shapes)
+        except ValueError as error:
+            raise ShapeMismatch(name, self.group.location.path, str(error)) from error
+
+    @property
+    def needs(self) -> str:
+        """DoRA's norms are of rows, or of columns, which take the whole weight."""
+        if "dora_scale" not in self.shapes:
+            return self.match.needs
+        on_input = is_on_input(self.shapes["dora_scale"], self.dims, is_peft=self.is_peft)
+        return WHOLE if on_input or self.match.needs == WHOLE else ROWS
+
+    @property
+    def is_peft(self) -> bool:
+        return PEFT in self.group.spellings
+
+
+def _mark_attention(parts: Sequence[_Part]) -> None:
+    """PEFT puts the factors of nn.MultiheadAttention's packed projection on the module itself."""
+    wrapped = {p.group.location.path for p in parts if p.group.location.wraps}
+    for part in parts:
+        path = part.group.location.path
+        if part.layout == "lora" and f"{path}.out_proj" in wrapped:
+            part.layout, part.parameter = "lora-mha", "in_proj_weight"
+
+
+def _entry(part: _Part, component: str, layer: Layer, configs: Configs) -> Entry:
+    keys = dict(part.group.keys)
+    if part.layout == "replacement" and "scale" in keys:
+        keys = {"weight": keys["scale"]}
+    dims, facts = part.dims, {}
+    config = configs.of(component)
+    if config is not None:
+        has_alpha = "alpha" in keys
+        facts = config.facts(part.layout, part.group.location, dims, has_alpha=has_alpha)
+    if part.layout == "ia3-peft" and "is_feedforward" not in facts:
+        facts["is_feedforward"] = part.shapes["ia3_l"][0] == 1
+    if part.is_peft and "dora_scale" in keys:
+        facts["dora_axis"] = "output"
+    if part.parameter:
+        layer = open_layer(f"{layer.path}.{part.parameter}", dims, "parameter")
+    if part.experts:
+        facts["n_experts"] = part.experts
+        layer = replace(layer, shape=(part.experts, *dims.shape[:2]))
+    return Entry(
+        component=component,
+        layer=layer,
+        algorithm=part.match.name,
+        layout=part.layout,
+        keys=keys,
+        rank=dims.rank,
+        exact_rank=dims.exact_rank,
+        needs=part.needs,
+        dims=dims,
+        facts=facts,
+    )
+
+
 def _check_survey(found: Survey, name: str) -> None:
     if found.unknown:
         raise UnknownKeys(name, found.unknown)
+    if found.bundled:
+        why = f"{len(found.bundled)} word vectors are packed with it ({found.bundled[0]})"
+        raise Unsupported(name, f"{why}; they are no change of weights, so take them out first")
     if len(found.adapter_names) > 1:
         names = ", ".join(found.adapter_names)
         raise Unsupported(name, f"it holds several adapters ({names}); split it first")
-    repeated = [key for group in found.groups for key in group.repeated]
-    if repeated:
-        raise UnknownKeys(name, repeated)
+    for group in found.groups:
+        for key in group.repeated:
+            others = ", ".join(sorted(group.keys.values()))
+            raise BadAdapter(name, f"{group.location.path} is there twice: {key} beside {others}")
     matches = [(group, group.match) for group in found.groups]
-    other = Counter(match.name for _, match in matches if match.name not in SUPPORTED)
-    if other:
-        what = ", ".join(f"{algorithm} ({n} modules)" for algorithm, n in other.most_common())
-        raise Unsupported(name, f"it uses {what}; only LoRA can be merged or baked so far")
+    refused = Counter((match.name, match.why) for _, match in matches if match.why)
+    if refused:
+        (what, why), n = refused.most_common(1)[0]
+        raise Unsupported(name, f"it uses {what} ({n} modules): {why}")
     missing = [
         f"{group.location.path} ({', '.join(sorted(match.missing))})"
         for group, match in matches
@@ -182,118 +296,34 @@ def _check_survey(found: Survey, name: str) -> None:
         raise UnknownKeys(name, extra)
 
 
-def _dims(group: Group, header: Header, name: str) -> Dims:
-    shapes = {role: header.tensors[key].shape for role, key in group.keys.items()}
-    alpha = group.keys.get("alpha")
-    if alpha is not None and header.tensors[alpha].n_elements != 1:
-        detail = f"alpha is {list(header.tensors[alpha].shape)} and not one number"
-        raise ShapeMismatch(name, group.location.path, detail)
-    try:
-        return lora_dims(shapes)
-    except ValueError as error:
-        raise ShapeMismatch(name, group.location.path, str(error)) from error
-
-
-def find_module(
-    location: Location, family: Family, *, extent: tuple[int, int] | None
-) -> tuple[str, str] | None:
-    """(component, module) of `family` that a key points to, or None.
-
-    Where the key leaves the component open and several have such a module, `extent`,
-    (out, in * kernel) of the adapter's delta, decides. Packed layers are not found.
-    """
-    found = family.find(location.component, location.path, is_flat=location.is_flat, extent=extent)
-    if found is None or found[1].module is None:
-        return None
-    return found[0], found[1].module
-
-
-def _choose_family(
-    found: Survey, dims: list[Dims], header: Header, name: str
-) -> tuple[Family, list[tuple[str, str]], tuple[str, ...]]:
-    candidates = []
-    for family in FAMILIES.values():
-        modules = [
-            find_module(group.location, family, extent=its_dims.extent)
-            for group, its_dims in zip(found.groups, dims, strict=True)
-        ]
-        n_named = sum(module is not None for module in modules)
-        n_fitting = sum(_fits(m, d, family) for m, d in zip(modules, dims, strict=True))
-        candidates.append((n_fitting, n_named, family, modules))
-    whole = [(f, m) for n, _, f, m in candidates if n == len(found.groups)]
-    if not whole:
-        _, n_named, family, modules = max(candidates, key=lambda c: (c[1], c[0]))
-        _refuse(found, dims, family if n_named else None, modules, name)
-    family, modules = min(whole, key=lambda fit: _unlikeliness(fit[0], header.metadata))
-    resolved = [module for module in modules if module is not None]
-    return family, resolved, tuple(f.name for f, _ in whole)
-
-
-def _fits(module: tuple[str, str] | None, dims: Dims, family: Family) -> bool:
-    return module is not None and dims.fits(family.components[module[0]][module[1]].shape)
-
-
-def _unlikeliness(family: Family, metadata: Mapping[str, str]) -> int:
-    """0 where the metadata names the family: it breaks ties that keys and shapes leave."""
-    return 0 if is_hinted(family, metadata) else 1
-
-
-def is_hinted(family: Family, metadata: Mapping[str, str]) -> bool:
-    """Whether the trainer says that the adapter is for `family`."""
-    version = metadata.get(BASE_VERSION, "").strip().lower()
-    architecture = metadata.get(ARCHITECTURE, "").strip().lower().partition("/")[0]
-    return version in family.base_versions or architecture == family.architecture
-
-
-def _refuse(
-    found: Survey,
-    dims: list[Dims],
-    family: Family | None,
-    modules: list[tuple[str, str] | None],
-    name: str,
-) -> None:
-    if family is None:
-        paths = [group.location.path for group in found.groups]
-        raise UnknownModules(name, paths, "any family we know")
-    unknown = [g.location.path for g, m in zip(found.groups, modules, strict=True) if m is None]
-    if unknown:
-        raise UnknownModules(name, unknown, family.title)
-    for module, its_dims in zip(modules, dims, strict=True):
-        if module is not None and not _fits(module, its_dims, family):
-            shape = family.components[module[0]][module[1]].shape
-            delta = (its_dims.out_features, its_dims.in_features, *its_dims.kernel)
-            detail = f"the delta is {delta}, the weight in {family.title} is {shape}"
-            raise ShapeMismatch(name, f"{module[0]}.{module[1]}", detail)
-
-
-def _entry(
-    group: Group, dims: Dims, family: Family, module: tuple[str, str], scales: Scales
-) -> Entry:
-    component, path = module
-    has_alpha = "alpha" in group.keys
-    return Entry(
-        component=component,
-        module=path,
-        algorithm=group.match.name,
-        keys=dict(group.keys),
-        rank=dims.rank,
-        out_features=dims.out_features,
-        in_features=dims.in_features,
-        kernel=family.components[component][path].kernel,
-        config_scale=None if has_alpha else scales.of(group.location, component, dims.rank),
-    )
-
-
 def _check_unique(entries: Iterable[Entry], name: str) -> None:
-    seen: dict[tuple[str, str], Entry] = {}
+    """No row of a weight and no bias is changed twice, in whatever naming."""
+    seen: dict[tuple[str, str, str], list[tuple[int, float, Entry]]] = defaultdict(list)
     for entry in entries:
-        other = seen.setdefault((entry.component, entry.module), entry)
-        if other is not entry:
-            both = f"{other.keys['down']} and {entry.keys['down']}"
-            raise BadAdapter(name, f"{entry.component}.{entry.module} is there twice: {both}")
+        for parameter in _parameters(entry):
+            for run in entry.layer.runs:
+                place = seen[entry.component, run.module, parameter]
+                end = run.first + run.rows if run.rows else float("inf")
+                for first, last, other in place:
+                    if first < end and run.first < last:
+                        _refuse_twice(other, entry, name)
+                place.append((run.first, end, entry))
 
 
-def _alpha_source(entries: Iterable[Entry], scales: Scales) -> str:
+def _parameters(entry: Entry) -> Iterable[str]:
+    if entry.touches_weight:
+        # Embeddings of a resized vocabulary are saved whole beside factors that change them.
+        yield "replaced" if entry.layout == "replacement" else "weight"
+    if entry.touches_bias:
+        yield "bias"
+
+
+def _refuse_twice(one: Entry, two: Entry, name: str) -> None:
+    keys = f"{min(one.keys.values())} and {min(two.keys.values())}"
+    raise BadAdapter(name, f"{two.name} is there twice: {keys}")
+
+
+def _alpha_source(entries: Iterable[Entry], configs: Configs) -> str:
     if any("alpha" in entry.keys for entry in entries):
         return "keys"
-    return scales.source
+    return configs.source

@@ -1,151 +1,16 @@
-"""Which suffixes make which algorithm, and the shape rules of its factors. No torch.
+"""Which roles make which algorithm: one row for each way its factors are stored. No torch.
 
-A key is `<component prefix><module path><suffix>`. `split_key` takes the suffix off the right end,
-`algorithm_of` names what a module's set of roles is. A new algorithm is new rows here, a module in
-merge.algorithms and a page in docs/formats.
+`name` is the algorithm for people, `layout` the key under which merge.algorithms reads the factors.
+A row without a layout is recognised and not read, and `why` says what stands against it.
+A new layout is a row here, its shape rule in merge.formats.shapes, a reader in merge.algorithms
+and a page in docs/formats.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
-from types import MappingProxyType
-from typing import NamedTuple
 
-
-class Suffix(NamedTuple):
-    """What the right end of a key says: the tensor's role, and whose spelling it is."""
-
-    role: str
-    spelling: str
-
-
-class SplitKey(NamedTuple):
-    """A key without its suffix. `adapter` is the name PEFT puts in keys when it saves several."""
-
-    stem: str
-    role: str
-    spelling: str
-    adapter: str | None
-
-
-KOHYA, PEFT, OLD, OTHER = "kohya", "peft", "old", "other"
-
-_SUFFIXES: dict[str, Suffix] = {
-    # LoRA
-    ".lora_down.weight": Suffix("down", KOHYA),
-    ".lora_up.weight": Suffix("up", KOHYA),
-    ".lora_mid.weight": Suffix("mid", KOHYA),
-    ".lora_A.weight": Suffix("down", PEFT),
-    ".lora_B.weight": Suffix("up", PEFT),
-    ".lora_A": Suffix("down", PEFT),
-    ".lora_B": Suffix("up", PEFT),
-    ".lora_A.bias": Suffix("down_bias", PEFT),
-    ".lora_B.bias": Suffix("up_bias", PEFT),
-    ".lora_E": Suffix("lora_E", PEFT),
-    ".ranknum": Suffix("ranknum", PEFT),
-    ".lora_embedding_A": Suffix("embedding_down", PEFT),
-    ".lora_embedding_B": Suffix("embedding_up", PEFT),
-    ".lora.down.weight": Suffix("down", OLD),
-    ".lora.up.weight": Suffix("up", OLD),
-    ".lora_linear_layer.down.weight": Suffix("down", OLD),
-    ".lora_linear_layer.up.weight": Suffix("up", OLD),
-    ".lora_a": Suffix("mlx_down", OTHER),
-    ".lora_b": Suffix("mlx_up", OTHER),
-    ".lora_a.weight": Suffix("torchtune_down", OTHER),
-    ".lora_b.weight": Suffix("torchtune_up", OTHER),
-    ".alpha": Suffix("alpha", OTHER),
-    ".scale": Suffix("scale", OTHER),
-    ".dora_scale": Suffix("dora_scale", KOHYA),
-    ".lora_magnitude_vector": Suffix("dora_scale", PEFT),
-    ".lora_magnitude_vector.weight": Suffix("dora_scale", PEFT),
-    ".bias_indices": Suffix("bias_indices", KOHYA),
-    ".bias_values": Suffix("bias_values", KOHYA),
-    ".bias_size": Suffix("bias_size", KOHYA),
-    # full differences and replacements
-    ".diff": Suffix("diff", KOHYA),
-    ".diff_b": Suffix("diff_b", KOHYA),
-    ".w_norm": Suffix("w_norm", KOHYA),
-    ".b_norm": Suffix("b_norm", KOHYA),
-    ".set_weight": Suffix("set_weight", OTHER),
-    ".reshape_weight": Suffix("reshape_weight", OTHER),
-    ".weight": Suffix("weight", OTHER),
-    ".bias": Suffix("bias", OTHER),
-    ".ln_tuning_layers.weight": Suffix("ln_tuning_weight", PEFT),
-    ".ln_tuning_layers.bias": Suffix("ln_tuning_bias", PEFT),
-    ".token_adapter.trainable_tokens_delta": Suffix("trainable_tokens_delta", PEFT),
-    # LyCORIS
-    **{
-        f".{role}": Suffix(role, KOHYA)
-        for role in (
-            *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-            *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_t1", "lokr_t2"),
-            *("lokr_w2", "lokr_w2_a", "lokr_w2_b"),
-            *("oft_blocks", "oft_diag", "rescale", "scalar", "on_input"),
-        )
-    },
-    **{f".{role}.weight": Suffix(role, KOHYA) for role in ("a1", "a2", "b1", "b2", "bm")},
-    **{
-        f".{role}.weight": Suffix(role, KOHYA)
-        for role in ("q_layer", "p_layer")
-    },
-    ".lambda_layer": Suffix("lambda_layer", KOHYA),
-    # PEFT's other methods
-    **{
-        f".{role}": Suffix(role, PEFT)
-        for role in (
-            *("ia3_l", "vera_lambda_b", "vera_lambda_d", "hra_u", "hira_A", "hira_B"),
-            *("boft_R", "boft_s", "oft_r", "miss_block", "c3a_kernel", "fourierft_spectrum"),
-            *("randlora_lambda", "randlora_gamma", "shira_weight", "road_theta", "road_alpha"),
-            *("glora_Ad", "glora_Au", "glora_Bd", "glora_Bu", "glora_Cd", "glora_Cu"),
-            *("glora_D", "glora_E"),
-        )
-    },
-    ".oft_R.weight": Suffix("oft_R", PEFT),
-    ".oft_R.scaled_oft": Suffix("scaled_oft", PEFT),
-    **{
-        f".glora_{letter}.{part}": Suffix(f"glora_{letter}.{part}", PEFT)
-        for letter in "ABCDE"
-        for part in ("Xd", "Xu", "X")
-    },
-}  # fmt: skip
-SUFFIXES: Mapping[str, Suffix] = MappingProxyType(_SUFFIXES)
-
-_NAMED = re.compile(r"\.(lora_A|lora_B)\.([^.]+)\.weight$")
-_NAMED_MAGNITUDE = re.compile(r"\.lora_magnitude_vector\.([^.]+)(\.weight)?$")
-_NUMBERED_OFT = re.compile(r"\.oft_blocks\.\d+$")
-# "to_q_lora.down.weight": attention processors of diffusers before 0.22.
-_PROCESSOR = re.compile(r"_lora\.(down|up)\.weight$")
-# Tensors that stand for a whole file rather than for a module.
-_BUNDLED = re.compile(r"^bundle_emb\.")
-
-
-def split_key(key: str) -> SplitKey | None:
-    """Take the longest known suffix off `key`; None if its right end is of no known spelling."""
-    if _BUNDLED.match(key):
-        return None
-    if found := _NAMED.search(key):
-        role = "down" if found[1] == "lora_A" else "up"
-        return SplitKey(key[: found.start()], role, PEFT, found[2])
-    for n in (3, 2, 1):
-        pieces = key.rsplit(".", n)
-        if len(pieces) <= n:
-            continue
-        suffix = SUFFIXES.get(key[len(pieces[0]) :])
-        if suffix is not None and pieces[0]:
-            return SplitKey(pieces[0], *suffix, None) if n > 1 else _split_short(key, pieces[0])
-    if found := _NAMED_MAGNITUDE.search(key):
-        return SplitKey(key[: found.start()], "dora_scale", PEFT, found[1])
-    if found := _NUMBERED_OFT.search(key):
-        return SplitKey(key[: found.start()], "oft_blocks", KOHYA, None)
-    return None
-
-
-def _split_short(key: str, stem: str) -> SplitKey:
-    """A suffix of one piece, which may be the end of an older spelling of two."""
-    if found := _PROCESSOR.search(key):
-        return SplitKey(key[: found.start()] + "_lora", found[1], OLD, None)
-    return SplitKey(stem, *SUFFIXES[key[len(stem) :]], None)
+# What `needs` answers: how much of the base's weight the change of some rows depends on.
+NOTHING, ROWS, WHOLE = "nothing", "rows", "whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,82 +18,100 @@ class Algorithm:
     """One row: a module's roles must hold all of `required` and nothing outside `allowed`."""
 
     name: str
+    layout: str
     required: frozenset[str]
     optional: frozenset[str] = frozenset()
-    is_supported: bool = False  # merges and bakes know its mathematics
+    needs: str = NOTHING
+    why: str = ""
 
     @property
     def allowed(self) -> frozenset[str]:
         return self.required | self.optional
 
 
-def _row(name: str, required: str, optional: str = "", *, is_supported: bool = False) -> Algorithm:
-    return Algorithm(
-        name, frozenset(required.split()), frozenset(optional.split()), is_supported=is_supported
-    )
+def _row(
+    name: str, layout: str, required: str, optional: str = "", needs: str = NOTHING, why: str = ""
+) -> Algorithm:
+    required_roles, optional_roles = frozenset(required.split()), frozenset(optional.split())
+    return Algorithm(name, layout, required_roles, optional_roles, needs, why)
 
+
+_SCALES = "alpha scale scalar dora_scale"
+_SPARSE = "bias_indices bias_values bias_size"
+_PAPER_PARTS = " ".join(f"glora_{letter}.{p}" for letter in "ABCDE" for p in ("Xd", "Xu", "X"))
+_FORK_PARTS = "glora_Ad glora_Au glora_Bd glora_Bu glora_Cd glora_Cu glora_D glora_E"
 
 # Ordered: the first row that fits names the module.
 ALGORITHMS: tuple[Algorithm, ...] = (
-    _row("lora", "down up", "alpha", is_supported=True),
-    _row("lora-scaled", "down up scale", "alpha"),
-    _row("lora-bias", "down up", "alpha up_bias down_bias bias_indices bias_values bias_size bias"),
-    _row("lora-tucker", "down up mid", "alpha scale"),
-    _row("dora", "down up dora_scale", "alpha mid"),
-    _row("adalora", "down up lora_E", "ranknum"),
-    _row("lora-embedding", "embedding_down embedding_up", "alpha"),
-    _row("lora-mlx", "mlx_down mlx_up"),
-    _row("lora-torchtune", "torchtune_down torchtune_up"),
-    _row(
-        "loha", "hada_w1_a hada_w1_b hada_w2_a hada_w2_b", "hada_t1 hada_t2 alpha dora_scale scalar"
-    ),
-    _row("lokr", "lokr_w1 lokr_w2", "alpha dora_scale scalar"),
-    _row("lokr", "lokr_w1 lokr_w2_a lokr_w2_b", "lokr_t2 alpha dora_scale"),
-    _row("lokr", "lokr_w1_a lokr_w1_b lokr_w2", "lokr_t1 alpha dora_scale"),
-    _row("lokr", "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b", "lokr_t1 lokr_t2 alpha dora_scale"),
-    _row("glora", "a1 a2 b1 b2", "bm alpha"),
+    _row("adalora", "adalora", "down up lora_E", "ranknum alpha"),
+    _row("lora", "lora", "down up", f"{_SCALES} mid up_bias {_SPARSE}"),
+    _row("lora", "lora-embedding", "embedding_down embedding_up", "alpha dora_scale"),
+    _row("lora", "lora-mlx", "mlx_down mlx_up", "dora_scale"),
+    _row("lora", "lora-torchtune", "torchtune_down torchtune_up", "alpha dora_scale"),
+    _row("loha", "loha", "hada_w1_a hada_w1_b hada_w2_a hada_w2_b", f"hada_t1 hada_t2 {_SCALES}"),
+    _row("lokr", "lokr", "lokr_w1 lokr_w2", _SCALES),
+    _row("lokr", "lokr", "lokr_w1 lokr_w2_a lokr_w2_b", f"lokr_t2 {_SCALES}"),
+    _row("lokr", "lokr", "lokr_w1_a lokr_w1_b lokr_w2", f"lokr_t1 {_SCALES}"),
+    _row("lokr", "lokr", "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b", f"lokr_t1 lokr_t2 {_SCALES}"),
+    _row("vera", "vera", "vera_lambda_b vera_lambda_d vera_A vera_B"),
+    _row("glora", "glora", "a1 a2 b1 b2", f"bm {_SCALES}", ROWS),
     *(
-        _row(
-            "glora-paper",
-            f"glora_{letter}.{part}",
-            " ".join(f"glora_{other}.{p}" for other in "ABCDE" for p in ("Xd", "Xu", "X")),
-        )
-        for letter in "ABCDE"
-        for part in ("Xd", "X")
+        _row("glora-paper", "glora-paper", role, _PAPER_PARTS, ROWS)
+        for role in _PAPER_PARTS.split()
+        if not role.endswith("Xu")
     ),
-    _row("glora-paper", "glora_Ad", "glora_Au glora_Bd glora_Bu glora_Cd glora_Cu glora_D glora_E"),
-    _row("oft", "oft_blocks", "alpha rescale"),
-    _row("oft", "oft_diag", "alpha"),
-    _row("oft", "oft_R", "scaled_oft"),
-    _row("oft", "oft_r"),
-    _row("boft", "boft_R boft_s"),
-    _row("ia3", "weight on_input", "alpha"),
-    _row("ia3", "ia3_l"),
-    _row("vera", "vera_lambda_b vera_lambda_d"),
-    _row("hra", "hra_u"),
-    _row("hira", "hira_A hira_B"),
-    _row("tlora", "q_layer p_layer lambda_layer", "alpha"),
-    _row("randlora", "randlora_lambda randlora_gamma"),
-    _row("miss", "miss_block"),
-    _row("c3a", "c3a_kernel"),
-    _row("fourierft", "fourierft_spectrum"),
-    _row("shira", "shira_weight"),
-    _row("road", "road_theta road_alpha"),
-    _row("ln-tuning", "ln_tuning_weight", "ln_tuning_bias"),
-    _row("trainable-tokens", "trainable_tokens_delta"),
-    _row("full", "diff", "diff_b alpha"),
-    _row("full", "diff_b", "alpha"),
-    _row("norm", "w_norm", "b_norm"),
-    _row("norm", "b_norm"),
-    _row("replacement", "set_weight", "reshape_weight"),
-    _row("replacement", "weight", "bias"),
-    _row("replacement", "bias"),
-    _row("replacement", "scale"),
-)
+    *(_row("glora-paper", "glora-paper", role, _FORK_PARTS, ROWS) for role in _FORK_PARTS.split()),
+    _row("oft", "oft", "oft_blocks", "alpha rescale dora_scale", WHOLE),
+    _row("oft", "oft-kohya", "oft_blocks.0", "alpha", WHOLE),
+    _row("oft", "oft-legacy", "oft_diag", "alpha rescale", WHOLE),
+    _row("oft", "oft-peft", "oft_R", "scaled_oft dora_scale", ROWS),
+    _row("boft", "boft-peft", "boft_R boft_s", "", ROWS),
+    _row("ia3", "ia3", "weight on_input", "alpha", ROWS),
+    _row("ia3", "ia3-peft", "ia3_l", "", ROWS),
+    _row("hra", "hra", "hra_u", "", ROWS),
+    _row("hira", "hira", "hira_A hira_B", "", ROWS),
+    _row("full", "full", "diff", "diff_b alpha"),
+    _row("full", "full", "diff_b", "alpha"),
+    _row("norm", "norm", "w_norm", "b_norm"),
+    _row("norm", "norm", "b_norm"),
+    _row("tokens", "tokens", "trainable_tokens_delta", "", ROWS),
+    _row("replacement", "replacement", "set_weight", "", ROWS),
+    _row("replacement", "replacement", "weight", "bias", ROWS),
+    _row("replacement", "replacement", "bias", "", ROWS),
+    _row("replacement", "replacement", "scale", "", ROWS),
+    # Recognised, and not read.
+    _row("lora", "", "down up down_bias", f"{_SCALES} up_bias", why="its lora_A has a bias"),
+    _row(
+        *("lora", "", "down up reshape_weight", f"{_SCALES} up_bias"),
+        why="it enlarges layers of the base (reshape_weight)",
+    ),
+    _row("vera", "", "vera_lambda_b vera_lambda_d", "vera_A vera_B",
+         why="its shared projections are not in the file (save_projection was false)"),
+    _row("oft", "", "oft_r", why="it is of PEFT before 0.16, whose OFT was another formula"),
+    _row("tlora", "", "q_layer p_layer lambda_layer", "alpha",
+         why="T-LoRA subtracts what its training computed from the base and did not save"),
+    _row("control-lora", "", "control_down control_up",
+         why="a Control-LoRA is a ControlNet and not a change of the base"),
+)  # fmt: skip
 
-SUPPORTED = frozenset(row.name for row in ALGORITHMS if row.is_supported)
+LAYOUTS = frozenset(row.layout for row in ALGORITHMS if row.layout) | {
+    # These are told apart by a shape, a prefix or a configuration, not by their roles.
+    *("boft", "lora-experts", "lora-mha"),
+}
 # Roles that also occur in checkpoints, and so make no file an adapter.
 PLAIN_ROLES = frozenset({"weight", "bias", "scale"})
+# Roles that change another parameter than the row they stand beside, and make a part of their own.
+_APART = (frozenset({"diff", "diff_b"}), frozenset({"w_norm", "b_norm"}), frozenset({"bias"}))
+_WHY = {
+    "vblora": "VB-LoRA takes its factors from a bank of vectors",
+    "randlora": "RandLoRA regenerates its projections from a seed",
+    "fourierft": "FourierFT regenerates its frequencies from a seed",
+    "waveft": "WaveFT regenerates its positions from a seed",
+    "road": "RoAd rotates activations and not weights here",
+    "prompt": "prompts are inputs and not weights",
+    "adaption": "an adaption prompt is an input and not a weight",
+    "poly": "Poly routes among several adapters",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +119,9 @@ class Match:
     """The algorithm of a module; `missing` roles make it incomplete, `extra` ones belong to none."""
 
     name: str
+    layout: str
+    needs: str = NOTHING
+    why: str = ""
     missing: frozenset[str] = frozenset()
     extra: frozenset[str] = frozenset()
 
@@ -246,122 +132,48 @@ class Match:
 
 def algorithm_of(roles: frozenset[str]) -> Match:
     """The row that fits `roles`, or the nearest one with what is missing or too much."""
+    for role in roles:
+        method, colon, _ = role.partition(":")
+        if colon:
+            return Match(method, "", why=_WHY.get(method, f"{method} is not a method we merge"))
+    numbered = frozenset(role for role in roles if role.startswith("oft_blocks."))
     for row in ALGORITHMS:
-        if row.required <= roles <= row.allowed:
-            return Match(row.name)
+        allowed = row.allowed | numbered if row.layout == "oft-kohya" else row.allowed
+        if row.required <= roles <= allowed:
+            return _matched(row, roles)
     nearest = max(ALGORITHMS, key=lambda row: _likeness(row, roles))
     if not nearest.required & roles:
-        nearest = ALGORITHMS[0]  # an alpha or the like, alone
-    return Match(nearest.name, nearest.required - roles, roles - nearest.allowed)
+        nearest = ALGORITHMS[1]  # an alpha or the like, alone
+    return Match(
+        nearest.name,
+        nearest.layout,
+        nearest.needs,
+        nearest.why,
+        nearest.required - roles,
+        roles - nearest.allowed,
+    )
+
+
+def _matched(row: Algorithm, roles: frozenset[str]) -> Match:
+    is_dora = row.layout.startswith("lora") and "dora_scale" in roles
+    return Match("dora" if is_dora else row.name, row.layout, row.needs, row.why)
 
 
 def _likeness(row: Algorithm, roles: frozenset[str]) -> tuple[int, int]:
     return len(row.required & roles), len(row.allowed & roles) - len(row.required - roles)
 
 
-@dataclass(frozen=True, slots=True)
-class Dims:
-    """What a module's factors say about the weight they change."""
+def parts_of(keys: Mapping[str, str]) -> tuple[Mapping[str, str], ...]:
+    """A module's roles and keys, cut where a file changes weight and bias by different algorithms.
 
-    rank: int
-    out_features: int
-    in_features: int
-    kernel: tuple[int, ...]
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        """(out, in * kernel): the delta as a matrix."""
-        return self.out_features, self.in_features * prod(self.kernel)
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether the delta has as many elements, in the same order, as a weight of `shape`.
-
-        A 1x1 convolution and a linear layer hold the same numbers: SD 1's proj_in is the one,
-        SD 2's the other.
-        """
-        same_kernel = self.kernel == shape[2:] or prod(self.kernel) == prod(shape[2:]) == 1
-        return (self.out_features, self.in_features) == shape[:2] and same_kernel
-
-
-def lora_dims(shapes: Mapping[str, tuple[int, ...]]) -> Dims:
-    """Rank and dimensions from the shapes of `down` and `up`; ValueError says what does not fit.
-
-    down is (rank, in, *kernel) and up is (out, rank), for convolutions with ones behind it.
+    Distilled models come as low-rank factors beside `diff_b`, and PEFT (bias="all") saves the
+    module's own bias beside its factors. Each part has a row of its own.
     """
-    down, up = shapes["down"], shapes["up"]
-    if 0 in down or 0 in up:
-        raise ValueError("an empty factor; training saved it without gathering its parts")
-    if len(down) < 2 or len(up) < 2:
-        raise ValueError(f"down is {down} and up is {up}, which are no matrices")
-    if up[1] != down[0]:
-        raise ValueError(f"up has rank {up[1]} and down has rank {down[0]}")
-    if any(n != 1 for n in up[2:]):
-        raise ValueError(f"up is {up}; the kernel belongs to down")
-    return Dims(down[0], up[0], down[1], down[2:])
-
-
-def extent_of(algorithm: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
-    """(out, in * kernel) of the weight a module's factors change, where the factors alone say it."""
-    try:
-        return _EXTENTS[algorithm](shapes)
-    except (KeyError, IndexError):
-        return None
-
-
-def _lora_extent(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    down, kernel = shapes["down"], shapes.get("mid", shapes["down"])[2:]
-    return shapes["up"][0], down[1] * prod(kernel)
-
-
-def _loha_extent(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    if "hada_t1" in shapes:  # Tucker: the a factors are (rank, out)
-        kernel = shapes["hada_t1"][2:]
-        return shapes["hada_w1_a"][1], shapes["hada_w1_b"][1] * prod(kernel)
-    return shapes["hada_w1_a"][0], prod(shapes["hada_w1_b"][1:])
-
-
-def _lokr_extent(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    left = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
-    if "lokr_w2" in shapes:
-        right = shapes["lokr_w2"][0], prod(shapes["lokr_w2"][1:])
-    elif "lokr_t2" in shapes:
-        kernel = shapes["lokr_t2"][2:]
-        right = shapes["lokr_w2_a"][1], shapes["lokr_w2_b"][1] * prod(kernel)
-    else:
-        right = shapes["lokr_w2_a"][0], prod(shapes["lokr_w2_b"][1:])
-    return left[0] * right[0], left[1] * right[1]
-
-
-def _full_extent(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    return shapes["diff"][0], prod(shapes["diff"][1:])
-
-
-_EXTENTS = {
-    **dict.fromkeys(
-        ("lora", "lora-scaled", "lora-bias", "lora-tucker", "dora", "adalora"), _lora_extent
-    ),
-    "loha": _loha_extent,
-    "lokr": _lokr_extent,
-    "full": _full_extent,
-}
-
-
-def rank_of(algorithm: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """The inner dimension of a module's factors; None for algorithms without one."""
-    for role in _RANK_ROLES.get(algorithm, ()):
-        if shapes.get(role):
-            return shapes[role][0]
-    return None
-
-
-_RANK_ROLES = {
-    **dict.fromkeys(
-        ("lora", "lora-scaled", "lora-bias", "lora-tucker", "dora", "adalora"), ("down",)
-    ),
-    "lora-embedding": ("embedding_down",),
-    "loha": ("hada_w1_b",),
-    "lokr": ("lokr_w2_b", "lokr_w1_b"),
-    "glora": ("a2",),
-    "hira": ("hira_A",),
-    "vera": ("vera_lambda_d",),
-}
+    if algorithm_of(frozenset(keys)).is_whole:
+        return (keys,)
+    for apart in _APART:
+        part = {role: key for role, key in keys.items() if role in apart}
+        rest = {role: key for role, key in keys.items() if role not in apart}
+        if part and rest and algorithm_of(frozenset(rest)).is_whole:
+            return rest, part
+    return (keys,)

@@ -21,8 +21,9 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
+from merge.algorithms import read_change
 from merge.families import FAMILIES
-from merge.formats.adapters import AdapterLayout, read_config, read_layout, scale_of
+from merge.formats.adapters import AdapterLayout, read_config, read_layout
 from merge.formats.dialects import diffusers_config, peft_config, write_keys
 from merge.formats.reader import TensorFile
 from merge.formats.writer import write_file
@@ -91,11 +92,12 @@ def _our_deltas(path: Path) -> tuple[AdapterLayout, Deltas]:
     with TensorFile(path) as file:
         layout = read_layout(file, name=path.name, config=read_config(path))
         for entry in layout.entries:
-            up = file.read_tensor(entry.keys["up"]).double().flatten(1)
-            down = file.read_tensor(entry.keys["down"]).double().flatten(1)
-            shape = (entry.out_features, entry.in_features, *entry.kernel)
-            delta = scale_of(entry, file, layout) * (up @ down)
-            found[entry.component, entry.module] = delta.reshape(shape)
+            tensors = {role: file.read_tensor(key).double() for role, key in entry.keys.items()}
+            shape = entry.layer.shape
+            change = read_change(entry.layout, tensors, shape, entry.facts)
+            assert entry.layer.module is not None
+            delta = change.weight(0, shape[0], None).reshape(shape)
+            found[entry.component, entry.layer.module] = delta
     return layout, found
 
 
