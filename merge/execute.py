@@ -2,8 +2,9 @@
 
 Memory above the imports, with w worker threads:
 a merge holds its output and, per worker, six copies of the largest module's stacked factors;
-a bake holds, per worker, three copies of the largest module's stacked factors and one set of tile
-buffers (21 bytes for each of 256 Ki elements), however large the base is.
+a bake holds, per worker, three copies of the largest module's stacked factors, one set of tile
+buffers (21 bytes for each of 256 Ki elements) and a block of 4 MiB, and for all of them three blocks
+more, however large the base is.
 `plan.cost.memory_bytes` is this bound for two workers.
 """
 
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge.bake import Options, bake
+from merge.bake import Options, bake, output_bytes
 from merge.combine import combine
 from merge.errors import CannotWrite
 from merge.formats.folders import digest_of_files, folder_digest
@@ -63,7 +64,7 @@ def execute(
     _check_target(plan, out)
     with _new_folder(out) if plan.writes_folder else nullcontext(out) as target:
         if isinstance(plan, BakePlan):
-            count = _Count(report, plan.cost.bytes_to_write)
+            count = _Count(report, output_bytes(plan))
             digests, certificate = bake(plan, target, Options(threads, digest, count.add, stop))
             sha256 = digest_of_files(digests) if plan.writes_folder else "".join(digests.values())
         else:

@@ -29,21 +29,30 @@ def run_in_order(
     workers: int,
     finished: Callable[[int], None],
     cancelled: Callable[[], bool],
+    ahead: int | None = None,
 ) -> list[ResultT]:
     """Start items in their order on `workers` threads, each computing on one core.
 
     `finished(i)` is called in the calling thread, in order, once items 0..i are all done.
+    With `ahead`, item i + ahead starts after `finished(i)`, so that as many buffers are enough.
     The first exception of any item stops the rest and is raised; so is Cancelled, between items.
     """
     changed = threading.Condition()
     waiting = iter(range(len(items)))
     done: dict[int, ResultT] = {}
     failures: list[BaseException] = []
+    n_finished = 0
+
+    def has_room(index: int | None) -> bool:
+        return bool(failures) or index is None or ahead is None or index < n_finished + ahead
 
     def worker() -> None:
         while True:
             with changed:
                 index = None if failures else next(waiting, None)
+                changed.wait_for(lambda index=index: has_room(index))  # type: ignore[misc]
+                if failures:
+                    return
             if index is None:
                 return
             try:
@@ -53,11 +62,11 @@ def run_in_order(
             except BaseException as error:  # noqa: BLE001  the calling thread raises it
                 with changed:
                     failures.append(error)
-                    changed.notify()
+                    changed.notify_all()
                 return
             with changed:
                 done[index] = result
-                changed.notify()
+                changed.notify_all()
 
     def is_settled(index: int) -> bool:
         return index in done or bool(failures)
@@ -74,9 +83,13 @@ def run_in_order(
                         if failures:
                             raise failures[0]
                     finished(index)
+                    with changed:
+                        n_finished += 1
+                        changed.notify_all()
             except BaseException as error:
                 with changed:
                     failures.append(error)
+                    changed.notify_all()
                 raise
         return [done[index] for index in range(len(items))]
     finally:

@@ -9,7 +9,23 @@ from typing import Any
 
 from torch import Tensor
 
-from merge.algorithms import experts, full, locon, loha, lokr, replacement, spellings
+from merge.algorithms import (
+    boft,
+    dora,
+    experts,
+    full,
+    glora,
+    glora_paper,
+    hira,
+    hra,
+    ia3,
+    locon,
+    loha,
+    lokr,
+    oft,
+    replacement,
+    spellings,
+)
 from merge.algorithms.change import Change
 
 Read = Callable[[Mapping[str, Tensor], tuple[int, ...], Mapping[str, Any]], Change]
@@ -31,6 +47,20 @@ LAYOUTS: dict[str, tuple[Read, str]] = {
     "replacement": (replacement.read, replacement.ROLES),
     "ln-tuning": (replacement.read_ln_tuning, replacement.LN_TUNING_ROLES),
     "tokens": (replacement.read_tokens, replacement.TOKENS_ROLES),
+    # f(W) depends on W. DoRA wraps any layout, see read_change.
+    "glora": (glora.read, glora.ROLES),
+    "glora-paper": (glora_paper.read, glora_paper.ROLES),
+    "oft": (oft.read, oft.ROLES),
+    "oft-kohya": (oft.read_kohya, oft.KOHYA_ROLES),
+    "oft-legacy": (oft.read_legacy, oft.LEGACY_ROLES),
+    "oft-peft": (oft.read_peft, oft.PEFT_ROLES),
+    "boft": (boft.read, boft.ROLES),
+    "boft-legacy": (boft.read_legacy, boft.LEGACY_ROLES),
+    "boft-peft": (boft.read_peft, boft.PEFT_ROLES),
+    "ia3": (ia3.read, ia3.ROLES),
+    "ia3-peft": (ia3.read_peft, ia3.PEFT_ROLES),
+    "hra": (hra.read, hra.ROLES),
+    "hira": (hira.read, hira.ROLES),
 }
 
 
@@ -45,9 +75,10 @@ def read_change(
     `tensors` are by role and in the dtype of computation; `facts` is what only a configuration or
     the metadata says. ValueError, in one sentence, for factors that do not fit.
     """
-    if "dora_scale" in tensors:
-        raise ValueError("DoRA: no reader for dora_scale")
     read, roles = LAYOUTS[layout]
-    if unknown := sorted(tensors.keys() - set(roles.split())):
+    if unknown := sorted(tensors.keys() - set(roles.split()) - {dora.ROLE}):
         raise ValueError(f"{layout} factors with {', '.join(unknown)}, which it does not have")
-    return read(tensors, shape, facts)
+    if dora.ROLE not in tensors:
+        return read(tensors, shape, facts)
+    inner = {role: tensor for role, tensor in tensors.items() if role != dora.ROLE}
+    return dora.wrap(read(inner, shape, facts), tensors[dora.ROLE], shape, facts)

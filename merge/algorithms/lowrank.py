@@ -54,6 +54,14 @@ def low_rank(
     return LowRank(Factors(up, down, scale), bias)
 
 
+def to_lora(change: Change) -> Factors:
+    """The whole change of the weight as plain LoRA; ValueError where only a dense one is exact."""
+    factors = change.factors()
+    if factors is None:
+        raise ValueError("it is no product of low rank; the full difference is exact")
+    return factors
+
+
 def extent(shape: tuple[int, ...]) -> tuple[int, int]:
     """(out, in * kernel) of the matrix a weight of this shape is; (n, 1) for a vector."""
     return shape[0], prod(shape[1:])

@@ -80,7 +80,74 @@ def aligned_order(
     return sorted(tensors, key=lambda tensor: (-rank[tensor[1]], tensor[0]))
 
 
-class FileWriter:
+class NewFile:
+    """A file that gets its name when the block ends, or leaves nothing if the block fails."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self.size = size
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+
+    def __enter__(self) -> Self:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        try:
+            self._fd = os.open(self._temporary, flags, 0o666)
+        except OSError as error:
+            raise self.failure(error) from error
+        try:
+            reserve(self._fd, self.size)
+            self._start()
+        except BaseException as error:
+            self._abandon()
+            if isinstance(error, OSError):
+                raise self.failure(error) from error
+            raise
+        return self
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._abandon()
+            return
+        try:
+            self._finish()
+            os.fsync(self._fd)
+        except BaseException as problem:
+            self._abandon()
+            if isinstance(problem, OSError):
+                raise self.failure(problem) from problem
+            raise
+        os.close(self._fd)
+        try:
+            os.replace(self._temporary, self.path)
+            sync_folder(self.path.parent)
+        except OSError as problem:
+            self._temporary.unlink(missing_ok=True)
+            raise self.failure(problem) from problem
+
+    def failure(self, error: OSError) -> CannotWrite:
+        """What a system's refusal means for this file."""
+        return CannotWrite(self.path.name, error.strerror or str(error))
+
+    def _start(self) -> None:
+        """What comes first into the new file, which has its size but no bytes."""
+
+    def _finish(self) -> None:
+        """What must be true before the file is synced."""
+
+    def _abandon(self) -> None:
+        os.close(self._fd)
+        self._temporary.unlink(missing_ok=True)
+
+
+class FileWriter(NewFile):
     """Stream tensors to their final places, in any order and from any thread.
 
     with FileWriter(path, tensors, metadata) as writer:
@@ -94,31 +161,11 @@ class FileWriter:
         tensors: Sequence[tuple[str, str, tuple[int, ...]]],
         metadata: Mapping[str, str],
     ) -> None:
-        self.path = path
         self.layout = layout(tensors, metadata)
+        super().__init__(path, self.layout.file_size)
         self.data_offset = len(self.layout.head)
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
         self._written = 0
         self._lock = threading.Lock()
-
-    def __enter__(self) -> Self:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        try:
-            self._fd = os.open(self._temporary, flags, 0o666)
-        except OSError as error:
-            raise self._failure(error) from error
-        try:
-            reserve(self._fd, self.layout.file_size)
-            write_at(self._fd, memoryview(self.layout.head), 0)
-        except BaseException as error:
-            self._abandon()
-            if isinstance(error, OSError):
-                raise self._failure(error) from error
-            raise
-        return self
-
-    def fileno(self) -> int:
-        return self._fd
 
     def write(self, key: str, data: Any, start: int = 0) -> None:
         """Put `data` (any buffer) at byte `start` of the tensor `key`."""
@@ -127,7 +174,7 @@ class FileWriter:
         try:
             write_at(self._fd, view, offset)
         except OSError as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
 
     def copy(self, key: str, source: int, source_offset: int, start: int, size: int) -> None:
         """Copy `size` bytes of an open file to byte `start` of `key`, in the kernel where it can."""
@@ -135,35 +182,16 @@ class FileWriter:
         try:
             copied = copy_between(source, source_offset, self._fd, offset, size)
         except OSError as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
         if copied != size:
             raise CannotWrite(self.path.name, f"the source of {key} became shorter while copied")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            self._abandon()
-            return
-        try:
-            missing = self.layout.file_size - self.data_offset - self._written
-            assert missing == 0, f"{missing} bytes of {self.path.name} were not written"
-            os.fsync(self._fd)
-        except BaseException as problem:
-            self._abandon()
-            if isinstance(problem, OSError):
-                raise self._failure(problem) from problem
-            raise
-        os.close(self._fd)
-        try:
-            os.replace(self._temporary, self.path)
-            sync_folder(self.path.parent)
-        except OSError as problem:
-            self._temporary.unlink(missing_ok=True)
-            raise self._failure(problem) from problem
+    def _start(self) -> None:
+        write_at(self._fd, memoryview(self.layout.head), 0)
+
+    def _finish(self) -> None:
+        missing = self.layout.file_size - self.data_offset - self._written
+        assert missing == 0, f"{missing} bytes of {self.path.name} were not written"
 
     def _claim(self, key: str, start: int, size: int) -> int:
         info = self.layout.tensors[key]
@@ -171,13 +199,6 @@ class FileWriter:
         with self._lock:
             self._written += size
         return self.data_offset + info.begin + start
-
-    def _abandon(self) -> None:
-        os.close(self._fd)
-        self._temporary.unlink(missing_ok=True)
-
-    def _failure(self, error: OSError) -> CannotWrite:
-        return CannotWrite(self.path.name, error.strerror or str(error))
 
 
 def write_file(

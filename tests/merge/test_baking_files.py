@@ -1,6 +1,7 @@
 """Adapters baked into real checkpoints of every layout, against float64 references."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge import bake as bake_module
+from merge import blocks
 from merge.errors import (
     BadCheckpoint,
     BadFile,
@@ -333,15 +335,15 @@ def test_baking_and_unbaking_restores_the_base_within_rounding(
         torch.testing.assert_close(after[key], tensor, rtol=0, atol=3e-7)
 
 
-def _bake_with(out: Path, planned: BakePlan, workers: int, tile: int) -> str:
-    options = bake_module.Options(workers, True, lambda step: None, lambda: False, tile)
-    digests, _ = bake_module.bake(planned, out, options)
+def _bake_with(out: Path, planned: BakePlan, workers: int, tile: int, block: int) -> str:
+    options = blocks.Options(workers, True, lambda step: None, lambda: False, block)
+    digests, _ = bake_module.bake(planned, out, options, tile=tile)
     (digest,) = digests.values()
     assert digest == sha256_file(out)
     return digest
 
 
-def test_reproducible_bytes_for_any_number_of_threads_and_any_tile(
+def test_reproducible_bytes_for_any_number_of_threads_tile_and_block(
     sd15: Family, tmp_path: Path
 ) -> None:
     names = some_of(sd15)
@@ -353,10 +355,41 @@ def test_reproducible_bytes_for_any_number_of_threads_and_any_tile(
     planned = plan(*make_recipe(inputs, base=base, numerics="reproducible"))
     assert isinstance(planned, BakePlan)
     found = {
-        _bake_with(tmp_path / "out.safetensors", planned, workers, tile)
-        for workers, tile in [(1, 2**18), (2, 2**18), (5, 2**18), (2, 1), (3, 100), (1, 5000)]
+        _bake_with(tmp_path / "out.safetensors", planned, *how)
+        for how in [
+            *((1, 2**18, 2**22), (2, 2**18, 2**22), (5, 2**18, 4096), (2, 1, 2**22)),
+            *((3, 100, 999_999), (1, 5000, 77_777)),
+        ]
     }
     assert len(found) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="only Linux writes past the page cache")
+@pytest.mark.parametrize("fails", [None, errno.EINVAL])
+def test_writing_past_the_page_cache_gives_the_same_bytes(
+    sd15: Family, monkeypatch: pytest.MonkeyPatch, fails: int | None, tmp_path: Path
+) -> None:
+    """EINVAL is what a file system says that took the flag and cannot keep it."""
+    names = some_of(sd15)
+    base = make_base(tmp_path, sd15, "ldm", torch.float16)
+    inputs = [(a.path, 0.7) for a in _two_adapters(tmp_path, sd15, names)]
+    planned = plan(*make_recipe(inputs, base=base))
+    assert isinstance(planned, BakePlan)
+    expected = _bake_with(tmp_path / "out.safetensors", planned, 2, 2**18, 2**22)
+    real, direct = positioned._write_some, []
+
+    def write(fd: int, data: memoryview, offset: int) -> int:
+        is_direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+        direct.append(is_direct)
+        if is_direct and fails is not None:
+            raise OSError(fails, os.strerror(fails))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(positioned, "_write_some", write)
+    monkeypatch.setattr(blocks, "_DIRECT_FROM_BYTES", 0)
+    again = _bake_with(tmp_path / "direct.safetensors", planned, 2, 2**18, 2**16)
+    assert again == expected == sha256_file(tmp_path / "direct.safetensors")
+    assert all(direct) if fails is None else {True, False} == set(direct)
 
 
 def test_order_of_inputs_changes_no_byte(sd15: Family, tmp_path: Path) -> None:
@@ -388,18 +421,16 @@ def test_the_portable_way_writes_the_same_bytes(
 
     monkeypatch.setattr(positioned, "_read_some", counted(positioned._read_portably))
     monkeypatch.setattr(positioned, "_write_some", counted(positioned._write_portably))
-    monkeypatch.setattr(positioned, "_copy_some", counted(positioned._copy_portably))
     monkeypatch.setattr(positioned, "_reserve", counted(positioned._reserve_portably))
-    monkeypatch.setattr(positioned, "_begin_writeback", counted(positioned._begin_portably))
-    monkeypatch.setattr(bake_module, "_SEND_BYTES", 1000)
+    monkeypatch.setattr(positioned, "_bypass_cache", counted(positioned._bypass_nowhere))
+    monkeypatch.setattr(blocks, "_DIRECT_FROM_BYTES", 0)
     again = run(tmp_path / "portable.safetensors", inputs, base=base).sha256
     assert again == expected == sha256_file(tmp_path / "portable.safetensors")
     assert set(calls) == {
         positioned._read_portably,
         positioned._write_portably,
-        positioned._copy_portably,
         positioned._reserve_portably,
-        positioned._begin_portably,
+        positioned._bypass_nowhere,
     }
 
 
@@ -507,14 +538,18 @@ def test_progress_counts_every_byte_once(sd15: Family, layout: str, tmp_path: Pa
     made = make_adapter(tmp_path / "a.safetensors", sd15, some_of(sd15))
     seen: list[tuple[int, int]] = []
     planned = plan(*make_recipe([(made.path, 1.0)], base=base))
-    execute(planned, tmp_path / f"out{base.suffix}", lambda *step: seen.append(step), digest=False)
-    assert {total for _, total in seen} == {planned.cost.bytes_to_write}
+    out = tmp_path / f"out{base.suffix}"
+    outcome = execute(planned, out, lambda *step: seen.append(step), digest=False)
+    assert {total for _, total in seen} == {outcome.size}
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert seen[-1][0] == planned.cost.bytes_to_write
+    assert seen[-1][0] == outcome.size
 
 
 @pytest.mark.parametrize("layout", ["ldm", "folder"])
-def test_cancelling_leaves_nothing(sd15: Family, layout: str, tmp_path: Path) -> None:
+def test_cancelling_leaves_nothing(
+    sd15: Family, monkeypatch: pytest.MonkeyPatch, layout: str, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4096)
     base = make_base(tmp_path, sd15, layout, torch.float16)
     made = make_adapter(tmp_path / "a.safetensors", sd15, some_of(sd15))
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -565,13 +600,11 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 
 @pytest.mark.parametrize("layout", ["ldm", "folder"])
-@pytest.mark.parametrize("function", ["_write_some", "_copy_some"])
 @pytest.mark.parametrize("nth", [0, 1, 7])
 def test_a_write_that_fails_in_any_thread_leaves_nothing(
     sd15: Family,
     monkeypatch: pytest.MonkeyPatch,
     layout: str,
-    function: str,
     nth: int,
     tmp_path: Path,
 ) -> None:
@@ -579,14 +612,15 @@ def test_a_write_that_fails_in_any_thread_leaves_nothing(
     made = make_adapter(tmp_path / "a.safetensors", sd15, some_of(sd15))
     before = sorted(p.name for p in tmp_path.iterdir())
     planned = plan(*make_recipe([(made.path, 1.0)], base=base))
-    real, calls = getattr(positioned, function), count()
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4096)
+    real, calls = positioned._write_some, count()
 
     def fails(*args: Any) -> Any:
         if next(calls) == nth:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*args)
 
-    monkeypatch.setattr(positioned, function, fails)
+    monkeypatch.setattr(positioned, "_write_some", fails)
     with pytest.raises(CannotWrite, match="No space left on device; nothing was written"):
         execute(planned, tmp_path / f"out{base.suffix}")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
