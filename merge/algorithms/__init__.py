@@ -45,7 +45,6 @@ LAYOUTS: dict[str, tuple[Read, str]] = {
     "full": (full.read_full, full.FULL_ROLES),
     "norm": (full.read_norm, full.NORM_ROLES),
     "replacement": (replacement.read, replacement.ROLES),
-    "ln-tuning": (replacement.read_ln_tuning, replacement.LN_TUNING_ROLES),
     "tokens": (replacement.read_tokens, replacement.TOKENS_ROLES),
     # f(W) depends on W. DoRA wraps any layout, see read_change.
     "glora": (glora.read, glora.ROLES),
@@ -81,4 +80,7 @@ def read_change(
     if dora.ROLE not in tensors:
         return read(tensors, shape, facts)
     inner = {role: tensor for role, tensor in tensors.items() if role != dora.ROLE}
-    return dora.wrap(read(inner, shape, facts), tensors[dora.ROLE], shape, facts)
+    magnitudes = tensors[dora.ROLE]
+    if layout == "lora-torchtune":
+        magnitudes = spellings.rows_in_halves(magnitudes, facts)
+    return dora.wrap(read(inner, shape, facts), magnitudes, shape, facts)

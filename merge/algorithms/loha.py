@@ -22,7 +22,7 @@ from merge.algorithms.lora import Factors
 from merge.algorithms.lowrank import check_extent
 from merge.algorithms.scale import scale_of
 
-ROLES = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2 alpha scalar"
+ROLES = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2 alpha scale scalar"
 
 
 def read(tensors: Mapping[str, Tensor], shape: tuple[int, ...], facts: Mapping[str, Any]) -> Change:

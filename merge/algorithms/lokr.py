@@ -25,7 +25,7 @@ from merge.algorithms.lora import Factors
 from merge.algorithms.lowrank import check_extent
 from merge.algorithms.scale import scale_of
 
-ROLES = "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha scalar"
+ROLES = "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha scale scalar"
 
 
 def read(tensors: Mapping[str, Tensor], shape: tuple[int, ...], facts: Mapping[str, Any]) -> Change:

@@ -1,7 +1,7 @@
 """New values in place of old ones: f(W) = R, so f(W) - W = R - W, and a strength goes part of the way.
 
-- replacement: `weight` and `bias` (PEFT's modules_to_save and bias="all"), `set_weight` (ComfyUI).
-- ln-tuning: the same for norm layers (PEFT; Qi et al. 2022, arXiv:2211.08682).
+- replacement: `weight` and `bias` (PEFT's modules_to_save and bias="all"; its LN tuning of norm
+  layers, Qi et al. 2022, arXiv:2211.08682), `set_weight` (ComfyUI).
 - tokens: rows of an embedding (PEFT's trainable_tokens_delta, which despite its name holds the new
   rows themselves); which rows is in the configuration: facts["token_ids"].
 """
@@ -18,7 +18,6 @@ from merge.algorithms.lora import Factors
 from merge.algorithms.lowrank import check_bias, extent
 
 ROLES = "weight bias set_weight"
-LN_TUNING_ROLES = "ln_tuning_weight ln_tuning_bias"
 TOKENS_ROLES = "trainable_tokens_delta"
 
 
@@ -26,16 +25,7 @@ def read(tensors: Mapping[str, Tensor], shape: tuple[int, ...], facts: Mapping[s
     if "weight" in tensors and "set_weight" in tensors:
         raise ValueError("weight and set_weight both replace the weight")
     weight = tensors.get("weight", tensors.get("set_weight"))
-    return _change(weight, tensors.get("bias"), shape)
-
-
-def read_ln_tuning(
-    tensors: Mapping[str, Tensor], shape: tuple[int, ...], facts: Mapping[str, Any]
-) -> Change:
-    return _change(tensors.get("ln_tuning_weight"), tensors.get("ln_tuning_bias"), shape)
-
-
-def _change(weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]) -> Change:
+    bias = tensors.get("bias")
     if bias is not None:
         check_bias(bias, shape)
         bias = bias.flatten()

@@ -26,7 +26,6 @@ _AXES: dict[str, dict[str, int]] = {
     "full": {"diff": 0, "diff_b": 0},
     "norm": {"w_norm": 0, "b_norm": 0},
     "replacement": {"weight": 0, "set_weight": 0, "bias": 0},
-    "ln-tuning": {"ln_tuning_weight": 0, "ln_tuning_bias": 0},
     "hira": {"hira_B": 0},
     "hra": {},
     "oft-peft": {},
@@ -144,7 +143,7 @@ def fuse_rows(layout: str, parts: Sequence[Part]) -> dict[str, Tensor]:
         return _fuse_products(parts, (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")))
     if layout in ("full", "norm"):
         return _stack(parts, is_zero_allowed=True)
-    if layout in ("replacement", "ln-tuning"):
+    if layout == "replacement":
         return _stack(parts, is_zero_allowed=False)
     raise ValueError(
         f"{layout} factors of several layers are not those of one; "

@@ -21,12 +21,12 @@ from torch import Tensor
 from merge.algorithms import experts
 from merge.algorithms.change import Change
 from merge.algorithms.lowrank import extent, low_rank
-from merge.algorithms.scale import scale_of, stated_scale
+from merge.algorithms.scale import one_number, scale_of, stated_scale
 
 MLX_ROLES = "mlx_down mlx_up"
-TORCHTUNE_ROLES = "torchtune_down torchtune_up"
+TORCHTUNE_ROLES = "torchtune_down torchtune_up alpha"
 EMBEDDING_ROLES = "embedding_down embedding_up alpha"
-ADALORA_ROLES = "down up lora_E ranknum"
+ADALORA_ROLES = "down up lora_E ranknum alpha"
 VERA_ROLES = "vera_lambda_b vera_lambda_d vera_A vera_B"
 
 
@@ -43,7 +43,10 @@ def read_mlx(
 def read_torchtune(
     tensors: Mapping[str, Tensor], shape: tuple[int, ...], facts: Mapping[str, Any]
 ) -> Change:
-    scale = stated_scale("lora-torchtune", facts)
+    if "alpha" in tensors:
+        scale = scale_of(tensors, tensors["torchtune_down"].shape[0], facts)
+    else:
+        scale = stated_scale("lora-torchtune", facts)
     up = rows_in_halves(tensors["torchtune_up"], facts)
     return low_rank(up, tensors["torchtune_down"], scale, shape)
 
@@ -81,7 +84,10 @@ def read_adalora(
     down, values = tensors["down"], tensors["lora_E"]
     if values.numel() != down.shape[0]:
         raise ValueError(f"lora_E holds {values.numel()} values for rank {down.shape[0]}")
-    scale = stated_scale("adalora", facts)
+    if "scale" not in facts and {"alpha", "ranknum"} <= tensors.keys():
+        scale = one_number(tensors, "alpha") / (one_number(tensors, "ranknum") + 1e-5)
+    else:
+        scale = stated_scale("adalora", facts)
     return low_rank(tensors["up"], values.reshape(-1, 1) * down.flatten(1), scale, shape)
 
 

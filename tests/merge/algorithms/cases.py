@@ -127,6 +127,10 @@ def spelling_cases() -> Iterator[Case]:
     tune = {"torchtune_down": down, "torchtune_up": up}
     plain = {**half, "rope_heads": 0}
     yield Case("torchtune value", "lora-torchtune", tune, (8, 4), change, 3, facts=plain)
+    counted = {**tune, "alpha": torch.tensor(1.5)}
+    yield Case(
+        "torchtune alpha", "lora-torchtune", counted, (8, 4), change, 3, facts={"rope_heads": 0}
+    )
     # Two heads of four rows: pairs (0, 1), (2, 3) become halves 0, 2 and 1, 3.
     order = [0, 2, 1, 3, 4, 6, 5, 7]
     rotary = {**half, "rope_heads": 2}
@@ -153,6 +157,11 @@ def spelling_cases() -> Iterator[Case]:
             3,
             facts={"scale": -0.3},
         )
+
+    held = {**tensors, "alpha": torch.tensor(3.0), "ranknum": torch.tensor([7.0])}
+    held["ranknum"] = held["ranknum"].double()
+    change = change / -0.3 * 3 / (7 + 1e-5)
+    yield Case("adalora alpha", "adalora", held, shape, change.reshape(shape), 3)
 
     for shape in ((8, 4), (5, 7), (9, 9)):
         shared = {"vera_A": make(3, 9), "vera_B": make(9, 3)}
@@ -301,21 +310,18 @@ def stored_cases() -> Iterator[Case]:
         base = make(*shape).reshape(shape[0], -1)
         change = array(diff) - array(base).reshape(shape)
         was = array(old_bias(shape[0]))
-        for layout, weight, bias in (
-            ("replacement", "weight", "bias"),
-            ("ln-tuning", "ln_tuning_weight", "ln_tuning_bias"),
-        ):
-            values = {weight: diff, bias: diff_b}
-            yield Case(
-                f"{layout} {kind}",
-                layout,
-                values,
-                shape,
-                change,
-                None,
-                bias=array(diff_b) - was,
-                base=base,
-            )
+        values = {"weight": diff, "bias": diff_b}
+        changed = array(diff_b) - was
+        yield Case(
+            f"replacement {kind}",
+            "replacement",
+            values,
+            shape,
+            change,
+            None,
+            bias=changed,
+            base=base,
+        )
         yield Case(
             f"set_weight {kind}",
             "replacement",

@@ -182,12 +182,12 @@ def test_tuned_norms() -> None:
     layer = _layer(peft.LNTuningConfig(target_modules=["norm"]), "norm")
     tuned = layer.ln_tuning_layers.default
     tensors = {
-        "ln_tuning_weight": tuned.weight.detach(),
-        "ln_tuning_bias": tuned.bias.detach(),
+        "weight": tuned.weight.detach(),
+        "bias": tuned.bias.detach(),
     }
     old = layer.get_base_layer()
     weight, bias = old.weight.detach().clone(), old.bias.detach().clone()
-    change = read_change("ln-tuning", tensors, (12,), {})
+    change = read_change("replacement", tensors, (12,), {})
     changed = change.bias(bias, weight[:, None])
     assert changed is not None
     layer.merge()

@@ -213,3 +213,14 @@ def test_torchtunes_queries_meet_keys_as_those_of_hugging_face() -> None:
     before = scores(*weights, are_neighbours=True)
     np.testing.assert_allclose(scores(*moved, are_neighbours=False), before, rtol=1e-12)
     assert not np.allclose(scores(*weights, are_neighbours=False), before)
+
+
+def test_torchtunes_magnitudes_go_with_their_rows() -> None:
+    make = Maker(23)
+    tensors = {"torchtune_down": make(2, 3), "torchtune_up": make(4, 2)}
+    magnitudes = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
+    facts = {"scale": 1.0, "rope_heads": 1}
+    change = read_change("lora-torchtune", {**tensors, "dora_scale": magnitudes}, (4, 3), facts)
+    base = make(4, 3)
+    norms = torch.linalg.norm(base + change.weight(0, 4, base), dim=1)
+    assert norms.tolist() == pytest.approx([1.0, 3.0, 2.0, 4.0])

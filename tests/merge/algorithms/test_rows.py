@@ -16,7 +16,6 @@ Tensors = Mapping[str, torch.Tensor]
 # have no layer's rows.
 TAKEN = {
     *("lora", "lora-mha", "lora-mlx", "adalora", "loha", "full", "norm", "replacement"),
-    "ln-tuning",
 }
 INDEXES = {"slice": [2, 3, 4], "permutation": [3, 4, 5, 0, 1, 2], "one": [5]}
 
