@@ -20,13 +20,12 @@ from merge.errors import (
 )
 from merge.families import Layer
 from merge.formats.configs import NEEDS_CONFIG, Config, Configs
-from merge.formats.grammar import ROWS, WHOLE, Match
+from merge.formats.grammar import ROWS, SAME, WHOLE, Match
 from merge.formats.header import Header, read_header
 from merge.formats.keys import Group, Survey, survey
 from merge.formats.lookup import choose, open_layer
 from merge.formats.reader import TensorFile
 from merge.formats.shapes import Dims, is_on_input, measure
-from merge.formats.suffixes import PEFT
 
 CONFIG_NAME = "adapter_config.json"
 _CONFIGURED = ("peft", "mlx", "torchtune")  # dialects whose files are half of an adapter
@@ -175,14 +174,15 @@ def dialect_of(groups: Iterable[Group]) -> str:
 
 
 def layout_of(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> Match:
-    """The module's row; three kinds of OFT have the same roles."""
+    """The module's row; kinds of OFT have the same roles and other shapes or prefixes."""
     match = group.match
-    if match.layout != "oft":
+    blocks = next((shapes[role] for role in ("oft_blocks", "oft_diag") if role in shapes), ())
+    if match.layout not in ("oft", "oft-legacy") or not blocks:
         return match
-    if group.location.is_oft:
+    if match.layout == "oft" and group.location.is_oft:
         return replace(match, layout="oft-kohya")
-    if len(shapes["oft_blocks"]) == 4:
-        return replace(match, name="boft", layout="boft")
+    if len(blocks) == 4:
+        return replace(match, name="boft", layout=f"b{match.layout}")
     return match
 
 
@@ -217,12 +217,19 @@ class _Part:
         """DoRA's norms are of rows, or of columns, which take the whole weight."""
         if "dora_scale" not in self.shapes:
             return self.match.needs
-        on_input = is_on_input(self.shapes["dora_scale"], self.dims, is_peft=self.is_peft)
-        return WHOLE if on_input or self.match.needs == WHOLE else ROWS
+        axis = self.dora_axis
+        if axis is None:
+            is_input = is_on_input(self.shapes["dora_scale"], self.dims)
+        else:
+            is_input = axis == "input"
+        return WHOLE if is_input or self.match.needs == WHOLE else ROWS
 
     @property
-    def is_peft(self) -> bool:
-        return PEFT in self.group.spellings
+    def dora_axis(self) -> str | None:
+        """Which axis PEFT's name for the magnitudes means; other names leave it to the shape."""
+        if "magnitude_vector" not in self.group.keys.get("dora_scale", ""):
+            return None
+        return "input" if self.layout == "lora-embedding" else "output"
 
 
 def _mark_attention(parts: Sequence[_Part]) -> None:
@@ -236,22 +243,24 @@ def _mark_attention(parts: Sequence[_Part]) -> None:
 
 def _entry(part: _Part, component: str, layer: Layer, configs: Configs) -> Entry:
     keys = dict(part.group.keys)
-    if part.layout == "replacement" and "scale" in keys:
-        keys = {"weight": keys["scale"]}
+    if part.layout == "replacement":
+        keys = {SAME.get(role, role): key for role, key in keys.items()}
     dims, facts = part.dims, {}
     config = configs.of(component)
     if config is not None:
         has_alpha = "alpha" in keys
         facts = config.facts(part.layout, part.group.location, dims, has_alpha=has_alpha)
-    if part.layout == "ia3-peft" and "is_feedforward" not in facts:
-        facts["is_feedforward"] = part.shapes["ia3_l"][0] == 1
-    if part.is_peft and "dora_scale" in keys:
-        facts["dora_axis"] = "output"
+    if part.layout == "ia3-peft" and len(part.shapes["ia3_l"]) == 2:
+        facts.setdefault("is_feedforward", part.shapes["ia3_l"][0] == 1)
+    if part.dora_axis is not None:
+        facts["dora_axis"] = part.dora_axis
     if part.parameter:
         layer = open_layer(f"{layer.path}.{part.parameter}", dims, "parameter")
     if part.experts:
         facts["n_experts"] = part.experts
-        layer = replace(layer, shape=(part.experts, *dims.shape[:2]))
+        out, inner = dims.shape[:2]
+        layer = replace(layer, shape=(part.experts, out, inner))
+        dims = Dims(part.experts, out * inner, None, dims.rank)
     return Entry(
         component=component,
         layer=layer,

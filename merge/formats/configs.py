@@ -72,14 +72,10 @@ class Config:
             why = f"its configuration says {self._kind} and its tensors are {layout}"
             raise Unsupported(self._name, why)
         found: dict[str, Any] = {}
-        if layout in _LORA_LAYOUTS and not has_alpha:
-            found["scale"] = self._lora_scale(location, dims)
-        elif layout in _KRONECKER_LAYOUTS and not has_alpha:
-            found["scale"] = self._lycoris_scale(location)
-        elif layout == "lora-mlx":
-            found["scale"] = self._mlx_scale()
-        elif layout == "adalora":
-            found["scale"] = self._adalora_scale()
+        if not has_alpha and (scale := self._scale(layout, location, dims)) is not None:
+            found["scale"] = scale
+        if layout == "lora-torchtune":
+            found["rope_heads"] = self._rope_heads(location)
         elif layout == "oft-peft":
             found |= self._oft_options()
         elif layout == "hra":
@@ -91,6 +87,15 @@ class Config:
         if self._config.get("fan_in_fan_out"):
             found["fan_in_fan_out"] = True
         return found
+
+    def _scale(self, layout: str, location: Location, dims: Dims) -> float | None:
+        if layout in _LORA_LAYOUTS:
+            return self._lora_scale(location, dims)
+        if layout in _KRONECKER_LAYOUTS:
+            return self._lycoris_scale(location)
+        if layout == "lora-mlx":
+            return self._mlx_scale()
+        return self._adalora_scale() if layout == "adalora" else None
 
     def experts(self, location: Location) -> tuple[str, int] | None:
         """(parameter's name, rank) of a module whose packed experts are targeted, else None.
@@ -132,6 +137,18 @@ class Config:
         """PEFT's LoHa and LoKr: alpha / r whatever the factors are, also for two full ones."""
         return self._alpha(location, "alpha") / self._rank(location)
 
+    def _rope_heads(self, location: Location) -> int:
+        """Heads of a query or key projection, whose rows torchtune orders otherwise; 0 for others."""
+        kinds = {".self_attn.q_proj": "num_heads", ".self_attn.k_proj": "num_kv_heads"}
+        name = next((kinds[end] for end in kinds if location.path.endswith(end)), None)
+        if name is None:
+            return 0
+        heads = self._config.get(name)
+        if type(heads) is not int or heads <= 0:
+            why = f"torchtune orders rows of {location.path} by head, and {name} is not stated"
+            raise Unsupported(self._name, why)
+        return heads
+
     def _adalora_scale(self) -> float:
         """lora_alpha / (init_r + 1e-5); the rank that pruning left does not enter (PEFT 0.21)."""
         first = self._number("init_r", self._config.get("init_r", _ADALORA_RANK))
@@ -152,10 +169,9 @@ class Config:
         return float(value)
 
     def _oft_options(self) -> dict[str, Any]:
-        if self._config.get("coft"):
-            why = "its rotations were projected while it was trained (coft), which is not read"
-            raise Unsupported(self._name, why)
+        coft = {"coft_eps": self._number("eps", self._config.get("eps", 6e-5))}
         return {
+            **(coft if self._config.get("coft") else {}),
             "block_share": bool(self._config.get("block_share", False)),
             "use_cayley_neumann": bool(self._config.get("use_cayley_neumann", True)),
             "num_cayley_neumann_terms": self._config.get("num_cayley_neumann_terms", 5),

@@ -36,48 +36,54 @@ def _row(
     return Algorithm(name, layout, required_roles, optional_roles, needs, why)
 
 
-_SCALES = "alpha scale scalar dora_scale"
+_SCALES = "alpha scalar dora_scale"
 _SPARSE = "bias_indices bias_values bias_size"
-_PAPER_PARTS = " ".join(f"glora_{letter}.{p}" for letter in "ABCDE" for p in ("Xd", "Xu", "X"))
+_PAPER_PARTS = " ".join(
+    f"glora_{letter}.{p}" for letter in "ABCDE" for p in ("Xd", "Xu", "X", "zeros")
+)
 _FORK_PARTS = "glora_Ad glora_Au glora_Bd glora_Bu glora_Cd glora_Cu glora_D glora_E"
 
 # Ordered: the first row that fits names the module.
 ALGORITHMS: tuple[Algorithm, ...] = (
     _row("adalora", "adalora", "down up lora_E", "ranknum alpha"),
-    _row("lora", "lora", "down up", f"{_SCALES} mid up_bias {_SPARSE}"),
+    _row("lora", "lora", "down up", f"{_SCALES} scale mid up_bias {_SPARSE}"),
     _row("lora", "lora-embedding", "embedding_down embedding_up", "alpha dora_scale"),
     _row("lora", "lora-mlx", "mlx_down mlx_up", "dora_scale"),
     _row("lora", "lora-torchtune", "torchtune_down torchtune_up", "alpha dora_scale"),
     _row("loha", "loha", "hada_w1_a hada_w1_b hada_w2_a hada_w2_b", f"hada_t1 hada_t2 {_SCALES}"),
     _row("lokr", "lokr", "lokr_w1 lokr_w2", _SCALES),
     _row("lokr", "lokr", "lokr_w1 lokr_w2_a lokr_w2_b", f"lokr_t2 {_SCALES}"),
-    _row("lokr", "lokr", "lokr_w1_a lokr_w1_b lokr_w2", f"lokr_t1 {_SCALES}"),
-    _row("lokr", "lokr", "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b", f"lokr_t1 lokr_t2 {_SCALES}"),
+    _row("lokr", "lokr", "lokr_w1_a lokr_w1_b lokr_w2", _SCALES),
+    _row("lokr", "lokr", "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b", f"lokr_t2 {_SCALES}"),
     _row("vera", "vera", "vera_lambda_b vera_lambda_d vera_A vera_B"),
-    _row("glora", "glora", "a1 a2 b1 b2", f"bm {_SCALES}", ROWS),
+    _row("glora", "glora", "a1 a2 b1 b2", f"bm scale {_SCALES}", ROWS),
     *(
         _row("glora-paper", "glora-paper", role, _PAPER_PARTS, ROWS)
         for role in _PAPER_PARTS.split()
-        if not role.endswith("Xu")
+        if not role.endswith(("Xu", "zeros"))
     ),
     *(_row("glora-paper", "glora-paper", role, _FORK_PARTS, ROWS) for role in _FORK_PARTS.split()),
     _row("oft", "oft", "oft_blocks", "alpha rescale dora_scale", WHOLE),
     _row("oft", "oft-kohya", "oft_blocks.0", "alpha", WHOLE),
-    _row("oft", "oft-legacy", "oft_diag", "alpha rescale", WHOLE),
-    _row("oft", "oft-peft", "oft_R", "scaled_oft dora_scale", ROWS),
+    _row("oft", "oft-legacy", "oft_diag", "alpha", WHOLE),
+    _row("oft", "oft-peft", "oft_R", "scaled_oft", ROWS),
+    _row("oft", "oft-peft", "oft_embedding_R", "scaled_oft", ROWS),
     _row("boft", "boft-peft", "boft_R boft_s", "", ROWS),
-    _row("ia3", "ia3", "weight on_input", "alpha", ROWS),
+    _row("ia3", "ia3", "weight on_input", "", ROWS),
     _row("ia3", "ia3-peft", "ia3_l", "", ROWS),
     _row("hra", "hra", "hra_u", "", ROWS),
     _row("hira", "hira", "hira_A hira_B", "", ROWS),
-    _row("full", "full", "diff", "diff_b alpha"),
+    _row("hira", "hira", "hira_embedding_A hira_embedding_B", "", ROWS),
+    _row("full", "full", "diff", "diff_b alpha dora_scale"),
     _row("full", "full", "diff_b", "alpha"),
     _row("norm", "norm", "w_norm", "b_norm"),
     _row("norm", "norm", "b_norm"),
+    _row("ln-tuning", "replacement", "ln_tuning_weight", "ln_tuning_bias", ROWS),
+    _row("ln-tuning", "replacement", "ln_tuning_bias"),
     _row("tokens", "tokens", "trainable_tokens_delta", "", ROWS),
     _row("replacement", "replacement", "set_weight", "", ROWS),
     _row("replacement", "replacement", "weight", "bias", ROWS),
-    _row("replacement", "replacement", "bias", "", ROWS),
+    _row("replacement", "replacement", "bias"),
     _row("replacement", "replacement", "scale", "", ROWS),
     # Recognised, and not read.
     _row("lora", "", "down up down_bias", f"{_SCALES} up_bias", why="its lora_A has a bias"),
@@ -85,6 +91,8 @@ ALGORITHMS: tuple[Algorithm, ...] = (
         *("lora", "", "down up reshape_weight", f"{_SCALES} up_bias"),
         why="it enlarges layers of the base (reshape_weight)",
     ),
+    _row("lokr", "", "lokr_w1_a lokr_w1_b lokr_t1", f"lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 {_SCALES}",
+         why="its first factor is a Tucker product"),
     _row("vera", "", "vera_lambda_b vera_lambda_d", "vera_A vera_B",
          why="its shared projections are not in the file (save_projection was false)"),
     _row("oft", "", "oft_r", why="it is of PEFT before 0.16, whose OFT was another formula"),
@@ -96,8 +104,10 @@ ALGORITHMS: tuple[Algorithm, ...] = (
 
 LAYOUTS = frozenset(row.layout for row in ALGORITHMS if row.layout) | {
     # These are told apart by a shape, a prefix or a configuration, not by their roles.
-    *("boft", "lora-experts", "lora-mha"),
+    *("boft", "boft-legacy", "lora-experts", "lora-mha"),
 }
+# Roles that mean what another one means, under which merge.algorithms reads them.
+SAME = {"ln_tuning_weight": "weight", "ln_tuning_bias": "bias", "scale": "weight"}
 # Roles that also occur in checkpoints, and so make no file an adapter.
 PLAIN_ROLES = frozenset({"weight", "bias", "scale"})
 # Roles that change another parameter than the row they stand beside, and make a part of their own.

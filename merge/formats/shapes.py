@@ -67,7 +67,7 @@ def measure(layout: str, shapes: Shapes) -> Dims:
     for role, shape in shapes.items():
         if 0 in shape:
             raise ValueError(f"{role} is an empty factor; training saved it without gathering")
-    for role in ("alpha", "scale", "scalar", "ranknum", "on_input"):
+    for role in ("alpha", "scale", "scalar", "ranknum", "on_input", "scaled_oft"):
         is_replaced = role == "scale" and layout == "replacement"
         if role in shapes and not is_replaced and prod(shapes[role]) != 1:
             raise ValueError(f"{role} is {list(shapes[role])} and not one number")
@@ -78,16 +78,14 @@ def measure(layout: str, shapes: Shapes) -> Dims:
     return dims
 
 
-def is_on_input(magnitude: Shape, dims: Dims, *, is_peft: bool) -> bool:
+def is_on_input(magnitude: Shape, dims: Dims) -> bool:
     """Whether DoRA's magnitudes are one per input channel, (1, in), and not one per row of outputs.
 
-    Rows are (out, 1) and (out,); PEFT writes (1, out, 1, 1) for those of a convolution, which only
-    its spelling tells from LyCORIS' inputs where out == in.
+    Rows are (out, 1) and (out,), and (1, out, 1, 1) from PEFT for a convolution with out != in.
     """
     n = prod(magnitude)
-    is_row = len(magnitude) > 1 and magnitude[0] == 1 and magnitude[1] == n
-    if is_row:
-        return not is_peft and n != 1 and (n != dims.out or n == dims.shape[1])
+    if len(magnitude) > 1 and magnitude[0] == 1 and magnitude[1] == n:
+        return n == dims.shape[1] or n != dims.out
     return len(magnitude) == 1 and n != dims.out
 
 
@@ -133,7 +131,8 @@ def _adalora(shapes: Shapes) -> Dims:
     dims = _lora(shapes)
     if prod(shapes["lora_E"]) != dims.rank:
         raise ValueError(f"lora_E is {shapes['lora_E']} and the rank is {dims.rank}")
-    return dims
+    # PEFT flattens the kernel of a convolution here.
+    return Dims(dims.out, dims.inner, None, dims.rank, dims.rank)
 
 
 def _embedding(shapes: Shapes) -> Dims:
@@ -147,8 +146,10 @@ def _embedding(shapes: Shapes) -> Dims:
 def _mlx(shapes: Shapes) -> Dims:
     """MLX multiplies from the right: (in, rank) and (rank, out)."""
     down, up = _matrix(shapes, "mlx_down"), _matrix(shapes, "mlx_up")
-    if len(down) != 2 or len(up) != 2:
-        raise ValueError(f"lora_a is {down}: factors of stacked experts are not read")
+    if len(down) == len(up) == 3:  # (experts, rank, in) and (experts, out, rank)
+        if (down[0], down[1]) != (up[0], up[2]):
+            raise ValueError(f"lora_a is {down} and lora_b is {up}")
+        return Dims(down[0], up[1] * down[2], (down[2],), down[1])
     if down[1] != up[0]:
         raise ValueError(f"lora_b has rank {up[0]} and lora_a has rank {down[1]}")
     return Dims(up[1], down[0], (), up[0], up[0])
@@ -241,7 +242,7 @@ def _glora(shapes: Shapes) -> Dims:
 
 
 def _glora_paper(shapes: Shapes) -> Dims:
-    """A and B are (out, rank) and (rank, in) or vectors (out, 1); C is of inputs, D and E of outputs.
+    """A and B are (out, rank) and (rank, in) or vectors (out, 1); D and E are of outputs.
 
     The first of the sides that are shown is taken; merge.algorithms compares them with the weight.
     """
@@ -250,17 +251,15 @@ def _glora_paper(shapes: Shapes) -> Dims:
     ranks: list[int] = []
     for role, shape in shapes.items():
         letter, part = role[len("glora_")], role[len("glora_") + 1 :].lstrip(".").lower()
-        if part.endswith("d") and len(shape) == 2:
-            (inners if letter == "C" else outs).append(shape[0])
-            ranks.append(shape[1])
-        elif part.endswith("u") and len(shape) == 2 and letter != "C":
-            inners.append(shape[1])
-        elif prod(shape) > 1 and letter in "ABDE":
+        if letter == "C" or prod(shape) == 1:
+            continue
+        if part.endswith("u"):
+            inners.append(shape[-1])
+        else:
             outs.append(shape[0])
-        elif prod(shape) > 1 and not part.endswith("u"):
-            inners.append(shape[0])
+            ranks += shape[1:2] if part.endswith("d") and len(shape) == 2 else ()
     out, inner, rank = (next(iter(found), None) for found in (outs, inners, ranks))
-    return Dims(out, inner, (), rank)
+    return Dims(out, inner, None, rank)
 
 
 def _oft(shapes: Shapes) -> Dims:
@@ -275,6 +274,8 @@ def _oft(shapes: Shapes) -> Dims:
 
 
 def _oft_kohya(shapes: Shapes) -> Dims:
+    if "alpha" not in shapes:
+        raise ValueError("kohya's OFT without alpha, which is the limit of its rotations")
     blocks = [shape for role, shape in shapes.items() if role.startswith("oft_blocks")]
     return Dims(sum(_oft({"oft_blocks": shape}).out or 0 for shape in blocks), None)
 
@@ -285,7 +286,8 @@ def _oft_legacy(shapes: Shapes) -> Dims:
 
 def _oft_peft(shapes: Shapes) -> Dims:
     """PEFT turns blocks of inputs: (blocks, size * (size - 1) / 2); one block may serve for all."""
-    vectors = _matrix(shapes, "oft_R")
+    role = "oft_R" if "oft_R" in shapes else "oft_embedding_R"
+    vectors = _matrix(shapes, role)
     size = block_size(vectors[1])
     return Dims(None, None if vectors[0] == 1 else vectors[0] * size)
 
@@ -328,7 +330,11 @@ def _hra(shapes: Shapes) -> Dims:
 
 
 def _hira(shapes: Shapes) -> Dims:
-    dims = _lora({"down": shapes["hira_A"], "up": shapes["hira_B"]})
+    if "hira_A" not in shapes:
+        down, up = shapes["hira_embedding_A"], shapes["hira_embedding_B"]
+        dims = _embedding({"embedding_down": down, "embedding_up": up})
+    else:
+        dims = _lora({"down": shapes["hira_A"], "up": shapes["hira_B"]})
     return Dims(dims.out, dims.inner, dims.kernel, dims.rank)
 
 
@@ -341,8 +347,8 @@ def _norm(shapes: Shapes) -> Dims:
 
 
 def _replacement(shapes: Shapes) -> Dims:
-    role = next((r for r in ("set_weight", "scale") if r in shapes), "weight")
-    return _stored(shapes, role, "bias")
+    role = next((r for r in ("set_weight", "scale", "ln_tuning_weight") if r in shapes), "weight")
+    return _stored(shapes, role, "ln_tuning_bias" if "ln_tuning_bias" in shapes else "bias")
 
 
 def _stored(shapes: Shapes, weight: str, bias: str) -> Dims:
@@ -350,7 +356,7 @@ def _stored(shapes: Shapes, weight: str, bias: str) -> Dims:
     if weight in shapes and bias in shapes and shapes[bias] != shapes[weight][:1]:
         raise ValueError(f"{weight} is {shapes[weight]} and {bias} is {shapes[bias]}")
     if weight not in shapes:
-        return Dims(prod(shapes[bias]), None)
+        return Dims(prod(shapes[bias]), None, exact_rank=0)
     shape = shapes[weight]
     if len(shape) < 2:
         return Dims(prod(shape), 1, (), is_vector=True)
@@ -378,6 +384,7 @@ _RULES: Mapping[str, Callable[[Shapes], Dims]] = {
     "boft": _oft,
     "oft-kohya": _oft_kohya,
     "oft-legacy": _oft_legacy,
+    "boft-legacy": _oft_legacy,
     "oft-peft": _oft_peft,
     "boft-peft": _boft_peft,
     "ia3": _ia3,

@@ -73,8 +73,8 @@ _SUFFIXES: dict[str, Suffix] = {
     ".reshape_weight": Suffix("reshape_weight", OTHER),
     ".weight": Suffix("weight", OTHER),
     ".bias": Suffix("bias", OTHER),
-    ".ln_tuning_layers.weight": Suffix("weight", PEFT),
-    ".ln_tuning_layers.bias": Suffix("bias", PEFT),
+    ".ln_tuning_layers.weight": Suffix("ln_tuning_weight", PEFT),
+    ".ln_tuning_layers.bias": Suffix("ln_tuning_bias", PEFT),
     ".token_adapter.trainable_tokens_delta": Suffix("trainable_tokens_delta", PEFT),
     # LyCORIS
     **{
@@ -95,17 +95,19 @@ _SUFFIXES: dict[str, Suffix] = {
         f".{role}": Suffix(role, PEFT)
         for role in (
             *("ia3_l", "vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B"),
-            *("hra_u", "hira_A", "hira_B", "boft_R", "boft_s", "oft_r"),
+            *("hra_u", "hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
+            *("boft_R", "boft_s", "oft_r"),
             *("glora_Ad", "glora_Au", "glora_Bd", "glora_Bu", "glora_Cd", "glora_Cu"),
             *("glora_D", "glora_E"),
         )
     },
     ".oft_R.weight": Suffix("oft_R", PEFT),
     ".oft_R.scaled_oft": Suffix("scaled_oft", PEFT),
+    ".oft_embedding_R.weight": Suffix("oft_embedding_R", PEFT),
     **{
         f".glora_{letter}.{part}": Suffix(f"glora_{letter}.{part}", PEFT)
         for letter in "ABCDE"
-        for part in ("Xd", "Xu", "X")
+        for part in ("Xd", "Xu", "X", "zeros")
     },
     # Stability's Control-LoRA
     ".down": Suffix("control_down", OTHER),
@@ -116,7 +118,7 @@ SUFFIXES: Mapping[str, Suffix] = MappingProxyType(_SUFFIXES)
 # An adapter's name inside a key: a file that PEFT's own saving would have taken it out of.
 _NAMED = re.compile(
     r"\.(lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|ranknum|ia3_l|vera_lambda_[bd]|vera_[AB]"
-    r"|hada_\w+|lokr_\w+|oft_R|boft_[Rs]|hra_u|hira_[AB]|trainable_tokens_delta|ln_tuning_layers"
+    r"|hada_\w+|lokr_\w+|oft_R|oft_embedding_R|boft_[Rs]|hra_u|hira_[AB]|hira_embedding_[AB]|trainable_tokens_delta|ln_tuning_layers"
     r"|modules_to_save)\.([^.]+)(\.weight|\.bias)?$"
 )
 _NOT_NAMES = {"weight", "bias", "scaled_oft"}
