@@ -19,8 +19,7 @@ from torch import Tensor
 
 from merge.algorithms.change import Change, Needs
 from merge.algorithms.lowrank import extent
-from merge.algorithms.oft import cayley, clamped, legacy_turn, rescale_of, skew
-from merge.algorithms.scale import one_number
+from merge.algorithms.oft import cayley, legacy_turn, limit_of, rescale_of, shrinkage, skew
 
 ROLES = "oft_blocks alpha rescale"
 LEGACY_ROLES = "oft_diag alpha"
@@ -92,8 +91,8 @@ def read(
 ) -> RowButterfly:
     blocks = tensors["oft_blocks"]
     _check(blocks, shape, shape[0])
-    limit = one_number(tensors, "alpha") * shape[0] if "alpha" in tensors else 0.0
-    return RowButterfly(cayley(clamped(skew(blocks), limit)), rescale_of(tensors, shape))
+    turned = skew(blocks) * shrinkage(blocks, limit_of(tensors, shape[0]))
+    return RowButterfly(cayley(turned), rescale_of(tensors, shape))
 
 
 def read_legacy(

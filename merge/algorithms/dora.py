@@ -81,41 +81,40 @@ def wrap(
     shape of the magnitudes; facts["dora_eps"] is added to every norm (OneTrainer's norm_epsilon).
     ValueError for magnitudes that fit neither axis.
     """
-    if "dora_axis" in facts:
-        decided = Axis(facts["dora_axis"])
-    else:
-        decided = axis_of(tuple(magnitude.shape), shape)
-    expected = shape[0] if decided is Axis.OUTPUT else shape[1]
-    if magnitude.numel() != expected:
-        raise ValueError(_misfit(tuple(magnitude.shape), shape))
-    is_whole = decided is Axis.INPUT or inner.needs is Needs.WHOLE
+    axis = axis_of(magnitude, shape, facts)
+    is_whole = axis is Axis.INPUT or inner.needs is Needs.WHOLE
     return DoRA(
         Needs.WHOLE if is_whole else Needs.ROWS,
         inner,
         magnitude.flatten(),
-        decided,
+        axis,
         prod(shape[2:]),
         float(facts.get("dora_eps", 0.0)),
     )
 
 
-def axis_of(magnitude: tuple[int, ...], shape: Sequence[int]) -> Axis:
-    """The axis that magnitudes of this shape mean for a weight of `shape`.
+def axis_of(
+    magnitude: Tensor, shape: Sequence[int], facts: Mapping[str, Any] = MappingProxyType({})
+) -> Axis:
+    """The axis that magnitudes mean for a weight of `shape`: facts["dora_axis"], else by their shape.
 
     (out, 1, ...) is the output and (1, in, ...) the input. PEFT writes (1, out, 1, 1) for
     convolutions, which is the output unless out == in, and plain vectors, which are the output
     where both fit.
     """
-    size = prod(magnitude)
-    is_row = len(magnitude) > 1 and magnitude[0] == 1 and magnitude[1] == size
-    if is_row and size == shape[1]:
-        return Axis.INPUT
-    if size == shape[0] and (is_row or magnitude[:1] == (size,)):
-        return Axis.OUTPUT
-    if size == shape[1] and len(magnitude) == 1:
-        return Axis.INPUT
-    raise ValueError(_misfit(magnitude, shape))
-
-
-def _misfit(magnitude: tuple[int, ...], shape: Sequence[int]) -> str:
-    return f"the magnitudes are {magnitude}, which fit no axis of a weight of {tuple(shape)}"
+    stored, size = tuple(magnitude.shape), magnitude.numel()
+    if "dora_axis" in facts:
+        axis = Axis(facts["dora_axis"])
+        if size == shape[0 if axis is Axis.OUTPUT else 1]:
+            return axis
+    else:
+        is_row = len(stored) > 1 and stored[0] == 1 and stored[1] == size
+        if is_row and size == shape[1]:
+            return Axis.INPUT
+        if size == shape[0] and (is_row or stored[:1] == (size,)):
+            return Axis.OUTPUT
+        if size == shape[1] and len(stored) == 1:
+            return Axis.INPUT
+    raise ValueError(
+        f"the magnitudes are {stored}, which fit no axis of a weight of {tuple(shape)}"
+    )

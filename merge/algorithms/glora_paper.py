@@ -79,7 +79,7 @@ def read(
     The fork saves its whole supernet, and the fact `eval_config` says which part of it counts:
     {"A": "LoRA_4" | "vector" | "constant" | "none", ... "E": ...}.
     """
-    parts = _of_fork(tensors, facts) if any("." not in role for role in tensors) else dict(tensors)
+    parts = in_peft_roles(tensors, facts)
     # PEFT saves the zeros of a path that does nothing.
     parts = {role: tensor for role, tensor in parts.items() if not role.endswith(".zeros")}
     out, width = extent(shape)
@@ -128,8 +128,10 @@ def _column(parts: dict[str, Tensor], channels: int) -> Tensor | None:
     return column.flatten()
 
 
-def _of_fork(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The chosen part of the fork's tensors, under PEFT's roles."""
+def in_peft_roles(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """PEFT's tensors as they are, and of the fork's what its configuration chooses, in PEFT's roles."""
+    if all("." in role for role in tensors):
+        return dict(tensors)
     if EVAL_CONFIG not in facts:
         raise ValueError(
             "the file holds a GLoRA supernet; which part of it counts is in its eval_config, "
@@ -138,11 +140,16 @@ def _of_fork(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[st
     left, parts = dict(tensors), dict[str, Tensor]()
     for letter in "ABCDE":
         name = f"glora_{letter}"
-        choice, _, rank = str(facts[EVAL_CONFIG][letter]).partition("_")
+        chosen = facts[EVAL_CONFIG].get(letter)
+        choice, _, rank = str(chosen).partition("_")
         up = left.pop(f"{name}d" if letter in "ABC" else name, None)
         down = left.pop(f"{name}u", None)
-        if choice == "none" or up is None:
+        if choice == "none":
             continue
+        if up is None:
+            raise ValueError(
+                f"eval_config chooses {chosen!r} for {letter}, which is not in the file"
+            )
         if choice == "LoRA" and down is not None:
             kept = int(rank) if rank else len(down)
             parts |= {f"{name}.Xd": up[:, :kept], f"{name}.Xu": down[:kept]}
@@ -151,7 +158,7 @@ def _of_fork(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[st
         elif choice == "constant":
             parts[f"{name}.X"] = up.flatten()[:1]
         else:
-            raise ValueError(f"eval_config chooses {facts[EVAL_CONFIG][letter]!r} for {letter}")
+            raise ValueError(f"eval_config chooses {chosen!r} for {letter}")
     if left:
         raise ValueError(f"{', '.join(sorted(left))} belong to no path of this GLoRA")
     return parts

@@ -69,15 +69,17 @@ def _mix(directions: Float[Tensor, "in rank"]) -> Float[Tensor, "rank in"]:
 def _orthonormal(columns: Float[Tensor, "in rank"]) -> Float[Tensor, "in rank"]:
     found: list[Tensor] = []
     for i, column in enumerate(columns.mT):
+        rest = column
         for other in found:
-            column = column - (other @ column) * other
-        found.append(_normal(column, i))
+            rest = rest - (other @ rest) * other
+        # Of a column that is made of those before it only rounding is left.
+        found.append(_normal(rest, i, 64 * torch.finfo(column.dtype).eps * float(column.norm())))
     return torch.stack(found, 1)
 
 
-def _normal(column: Float[Tensor, " in"], i: int) -> Float[Tensor, " in"]:
+def _normal(column: Float[Tensor, " in"], i: int, least: float = 0.0) -> Float[Tensor, " in"]:
     norm = torch.linalg.vector_norm(column).item()
-    if norm == 0:
+    if norm <= least:
         raise ValueError(f"column {i} of hra_u has no direction")
     found: Tensor = column / norm
     return found

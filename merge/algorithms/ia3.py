@@ -66,18 +66,20 @@ def read(tensors: Mapping[str, Tensor], shape: tuple[int, ...], facts: Mapping[s
 def read_peft(
     tensors: Mapping[str, Tensor], shape: tuple[int, ...], facts: Mapping[str, Any]
 ) -> Change:
-    """A feedforward layer has its inputs multiplied: facts["is_feedforward"], else by the shape."""
     factor = tensors["ia3_l"]
-    is_feedforward = facts.get("is_feedforward")
-    if is_feedforward is None:
-        is_feedforward = _is_feedforward(tuple(factor.shape), shape)
-    if is_feedforward:
+    if is_on_inputs(factor, shape, facts):
         return _columns(factor - 1, shape, "ia3_l")
     return _rows(factor - 1, shape, "ia3_l", is_on_bias=True)
 
 
-def _is_feedforward(factor: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """(1, in) is, (out, 1) is not; for convolutions PEFT writes (1, n, 1, 1) either way."""
+def is_on_inputs(ia3_l: Tensor, shape: tuple[int, ...], facts: Mapping[str, Any]) -> bool:
+    """PEFT multiplies the inputs of feedforward layers: facts["is_feedforward"], else by the shape.
+
+    (1, in) is on the inputs and (out, 1) is not; of convolutions it writes (1, n, 1, 1) either way.
+    """
+    if "is_feedforward" in facts:
+        return bool(facts["is_feedforward"])
+    factor = tuple(ia3_l.shape)
     if len(factor) == 2 and factor != (1, 1):
         return factor[0] == 1
     if shape[0] == shape[1]:

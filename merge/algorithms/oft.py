@@ -90,8 +90,7 @@ def read(
 ) -> RowRotation:
     blocks = tensors["oft_blocks"]
     _check_blocks(blocks, 3)
-    limit = one_number(tensors, "alpha") * shape[0] if "alpha" in tensors else 0.0
-    turn = cayley(clamped(skew(blocks), limit))
+    turn = cayley(skew(blocks) * shrinkage(blocks, limit_of(tensors, shape[0])))
     return _of_rows((turn,), shape, rescale_of(tensors, shape))
 
 
@@ -104,9 +103,8 @@ def read_kohya(
     for role in sorted(tensors.keys() - {"alpha"}):
         _check_blocks(tensors[role], 3)
         rows = tensors[role].shape[0] * tensors[role].shape[1]
-        turned = skew(tensors[role])
-        norm = torch.linalg.vector_norm(turned)
-        turns.append(cayley(turned * ((norm.clamp_max(alpha * rows) + 1e-8) / (norm + 1e-8))))
+        shrunk = skew(tensors[role]) * kohya_shrinkage(tensors[role], alpha * rows)
+        turns.append(cayley(shrunk))
     return _of_rows(tuple(turns), shape, None)
 
 
@@ -160,10 +158,21 @@ def skew(blocks: Float[Tensor, "*n size size"]) -> Float[Tensor, "*n size size"]
     return blocks - blocks.mT
 
 
-def clamped(turned: Float[Tensor, "*n size size"], limit: float) -> Float[Tensor, "*n size size"]:
-    """Q with its norm over all blocks at most `limit`; 0 or less is no limit. LyCORIS' get_r."""
-    norm = torch.linalg.vector_norm(turned).item() + 1e-8
-    return turned * (limit / norm) if 0 < limit < norm else turned
+def limit_of(tensors: Mapping[str, Tensor], rows: int) -> float:
+    """LyCORIS' limit for the norm of Q over all blocks; 0 is none."""
+    return one_number(tensors, "alpha") * rows if "alpha" in tensors else 0.0
+
+
+def shrinkage(blocks: Float[Tensor, "*n size size"], limit: float) -> float:
+    """What Q is multiplied with, to have a norm of at most `limit`: LyCORIS' get_r."""
+    norm = float(torch.linalg.vector_norm(skew(blocks))) + 1e-8
+    return limit / norm if 0 < limit < norm else 1.0
+
+
+def kohya_shrinkage(blocks: Float[Tensor, "n size size"], limit: float) -> float:
+    """The same in kohya's OFT, whose limit may be 0."""
+    norm = float(torch.linalg.vector_norm(skew(blocks)))
+    return (min(norm, limit) + 1e-8) / (norm + 1e-8)
 
 
 def cayley(turned: Float[Tensor, "*n size size"]) -> Float[Tensor, "*n size size"]:

@@ -6,12 +6,14 @@ an algorithm's factors do not allow it, ValueError says why, and in which form i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from merge.algorithms import dora, rows_on_base
+from merge.algorithms.parts import Part, take
 from merge.algorithms.scale import scale_of
 
 # By layout: the roles that have a row (or, of axis 1, a column) for each row of the weight. All other
@@ -29,44 +31,51 @@ _AXES: dict[str, dict[str, int]] = {
     "hira": {"hira_B": 0},
     "hra": {},
     "oft-peft": {},
-    "boft-peft": {"boft_s": 0},
 }
 
 
 def take_rows(
-    layout: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], index: Sequence[int]
+    layout: str,
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    index: Sequence[int],
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Factors of the layer made of these rows, in this order, of a layer of `shape`.
 
     A range is a slice of a packed layer; a permutation reorders its halves or heads.
     """
-    if layout not in _AXES:
+    if layout in rows_on_base.TAKES:
+        taken = rows_on_base.taken(layout, tensors, shape, index, facts)
+    elif layout in _AXES:
+        taken = _stored_rows(layout, tensors, shape, index)
+    else:
         raise ValueError(
             f"the rows of {layout} factors do not come apart; those of LoRA at their exact rank, or "
             "of the dense difference, do"
         )
+    if "dora_scale" in tensors:
+        taken["dora_scale"] = _magnitudes(tensors["dora_scale"], shape, index, facts)
+    return taken
+
+
+def _stored_rows(
+    layout: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], index: Sequence[int]
+) -> dict[str, Tensor]:
     if layout == "lora-mlx" and tensors["mlx_up"].ndim == 3:
         raise ValueError("packed experts have no rows of one layer")
     axes = dict(_AXES[layout])
     if "hada_t1" in tensors:
         axes = {"hada_w1_a": 1, "hada_w2_a": 1}  # Tucker: (rank, out)
     taken = {
-        role: _take(tensor, index, axes[role]) if role in axes else tensor
+        role: take(tensor, index, axes[role]) if role in axes else tensor
         for role, tensor in tensors.items()
     }
     if layout == "lokr":
         taken |= _lokr_blocks(tensors, shape[0], index)
-    if "dora_scale" in tensors:
-        taken["dora_scale"] = _magnitudes(tensors["dora_scale"], shape, index)
     if "bias_values" in tensors:
         taken |= _residual_rows(tensors, shape[0], index)
     return taken
-
-
-def _take(tensor: Tensor, index: Sequence[int], axis: int) -> Tensor:
-    if len(index) and list(index) == list(range(index[0], index[0] + len(index))):
-        return tensor.narrow(axis, index[0], len(index)).contiguous()
-    return tensor.index_select(axis, torch.tensor(index, dtype=torch.long))
 
 
 def _lokr_blocks(
@@ -82,15 +91,15 @@ def _lokr_blocks(
             f"rows of this LoKr move in blocks of {n}, and these rows cut a block; "
             "LoRA at its exact rank or the dense difference can hold them"
         )
-    return {role: _take(left, blocks, 0)}
+    return {role: take(left, blocks, 0)}
 
 
-def _magnitudes(scale: Tensor, shape: tuple[int, ...], index: Sequence[int]) -> Tensor:
+def _magnitudes(
+    scale: Tensor, shape: tuple[int, ...], index: Sequence[int], facts: Mapping[str, Any]
+) -> Tensor:
     """DoRA's magnitudes: one for each row, or one for each input, whose norms run over all rows."""
-    if scale.shape[0] == shape[0] and scale.numel() == shape[0]:
-        return _take(scale, index, 0)
-    if scale.numel() == shape[0] and scale.shape[1:2] == (shape[0],):
-        return _take(scale, index, 1)  # PEFT's of a convolution: (1, out, 1, 1)
+    if dora.axis_of(scale, shape, facts) is dora.Axis.OUTPUT:
+        return take(scale, index, list(scale.shape).index(shape[0]))
     if sorted(index) != list(range(shape[0])):
         raise ValueError(
             "DoRA over inputs takes its norms over all rows, so they do not come apart; "
@@ -118,15 +127,6 @@ def _residual_rows(
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The rows of one layer among those of a packed one; no `tensors` where nothing changes it."""
-
-    rows: int
-    tensors: Mapping[str, Tensor] | None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
 def fuse_rows(layout: str, parts: Sequence[Part]) -> dict[str, Tensor]:
     """Factors of the layer whose rows are those of all parts, one after the other.
 
@@ -141,6 +141,11 @@ def fuse_rows(layout: str, parts: Sequence[Part]) -> dict[str, Tensor]:
         return _fuse_products(parts, (("up", "down"),))
     if layout == "loha":
         return _fuse_products(parts, (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")))
+    if layout == "hira":
+        joined = _fuse_products(parts, (("hira_B", "hira_A"),))
+        return {role: joined[role] for role in ("hira_B", "hira_A")}
+    if layout in rows_on_base.FUSES:
+        return rows_on_base.fused(layout, parts)
     if layout in ("full", "norm"):
         return _stack(parts, is_zero_allowed=True)
     if layout == "replacement":
@@ -264,7 +269,7 @@ def without_idle_ranks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | Non
         return None
     rank = tensors["down"].shape[0]
     trimmed = dict(tensors)
-    trimmed["up"], trimmed["down"] = _take(tensors["up"], keep, 1), _take(tensors["down"], keep, 0)
+    trimmed["up"], trimmed["down"] = take(tensors["up"], keep, 1), take(tensors["down"], keep, 0)
     if "alpha" in tensors:
         alpha = tensors["alpha"]
         trimmed["alpha"] = (alpha.double() * len(keep) / rank).to(torch.float32)
