@@ -11,18 +11,21 @@ crc32    the whole file, as zlib prints it (Civitai prints the bytes reversed, i
 
 import hashlib
 import zlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from blake3 import blake3
 
-from merge.errors import BadFile
+from merge.formats.sources import File, OpenFile, Source, opened, read_bytes
 
 _AUTOV1_START = 0x100000
 _AUTOV1_BYTES = 0x10000
 _CHUNK_BYTES = 4 * 2**20
+_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,43 +60,38 @@ class Hashes:
 
 
 def hash_file(
-    path: Path,
+    file: File,
     data_offset: int,
     *,
     name: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Hashes:
-    """Hash the file at `path` whose tensor data begins at `data_offset` (of its header).
+    """Hash a file whose tensor data begins at `data_offset` (of its header).
 
     `progress` is called with the number of bytes that were hashed since it was last called.
     """
     whole, data, window, blake = hashlib.sha256(), hashlib.sha256(), hashlib.sha256(), blake3()
     crc = 0
     at = 0
-    try:
-        # All of these release the interpreter lock, so that on two cores the second SHA-256
-        # and BLAKE3 cost little time of their own.
-        with path.open("rb", buffering=0) as file, ThreadPoolExecutor(3) as pool:
-            chunk = file.read(_CHUNK_BYTES)
-            while chunk:
-                view = memoryview(chunk)
-                running: list[Future[object]] = [
-                    pool.submit(whole.update, view),
-                    pool.submit(data.update, view[max(0, data_offset - at) :]),
-                    pool.submit(blake.update, view),
-                ]
-                crc = zlib.crc32(view, crc)
-                window.update(_overlap(view, at, _AUTOV1_START, _AUTOV1_BYTES))
-                next_chunk = file.read(_CHUNK_BYTES)
-                for hashing in running:
-                    hashing.result()
-                at += len(chunk)
-                if progress is not None:
-                    progress(len(chunk))
-                chunk = next_chunk
-    except OSError as error:
-        shown = path.name if name is None else name
-        raise BadFile(shown, "st_unreadable", error.strerror or str(error)) from error
+    # All of these release the interpreter lock, so that on two cores the second SHA-256
+    # and BLAKE3 cost little time of their own.
+    with opened(file, name=name) as source, ThreadPoolExecutor(3) as pool:
+        running: list[Future[object]] = []
+        for view in _chunks(source):
+            for hashing in running:
+                hashing.result()
+            running = [
+                pool.submit(whole.update, view),
+                pool.submit(data.update, view[max(0, data_offset - at) :]),
+                pool.submit(blake.update, view),
+            ]
+            crc = zlib.crc32(view, crc)
+            window.update(_overlap(view, at, _AUTOV1_START, _AUTOV1_BYTES))
+            at += len(view)
+            if progress is not None:
+                progress(len(view))
+        for hashing in running:
+            hashing.result()
     return Hashes(
         sha256=whole.hexdigest(),
         autov1=window.hexdigest()[:8] if at > _AUTOV1_START else None,
@@ -103,10 +101,33 @@ def hash_file(
     )
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(file: File) -> str:
     """The SHA-256 of a file in lower-case hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if isinstance(file, Path):
+        with file.open("rb") as local:
+            return hashlib.file_digest(local, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for chunk in _chunks(file):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(source: Source) -> Iterator[memoryview]:
+    """All of a source in order. What is far away is asked for before its turn comes."""
+
+    def read(start: int) -> memoryview:
+        return memoryview(read_bytes(source, start, min(_CHUNK_BYTES, source.size - start)))
+
+    starts = iter(range(0, source.size, _CHUNK_BYTES))
+    if isinstance(source, OpenFile):
+        yield from map(read, starts)
+        return
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        reading = deque(pool.submit(read, start) for start in islice(starts, _AHEAD))
+        while reading:
+            chunk = reading.popleft().result()
+            reading.extend(pool.submit(read, start) for start in islice(starts, 1))
+            yield chunk
 
 
 def _overlap(view: memoryview, at: int, start: int, size: int) -> memoryview:

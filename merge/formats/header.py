@@ -10,11 +10,11 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from merge.errors import BadFile
+from merge.formats.sources import File, Source, opened, read_bytes
 
 PREFIX_BYTES = 8
 METADATA = "__metadata__"
@@ -95,22 +95,21 @@ class Header:
     leading_spaces: int = 0  # legal for the library, refused by readers that follow the text
 
 
-def read_header(path: Path, *, name: str | None = None, limits: Limits = DEFAULT_LIMITS) -> Header:
-    """The header of the file at `path`; BadFile names the rule that a malformed one breaks.
+def read_header(file: File, *, name: str | None = None, limits: Limits = DEFAULT_LIMITS) -> Header:
+    """The header of a file; BadFile names the rule that a malformed one breaks.
 
-    `name` is what messages call the file, by default the last part of its path.
+    `name` is what messages call a file that is here, by default the last part of its path.
     """
-    name = path.name if name is None else name
-    try:
-        with path.open("rb", buffering=0) as file:
-            file_size = file.seek(0, 2)
-            file.seek(0)
-            prefix = _read_up_to(file, PREFIX_BYTES)
-            length = header_length(prefix, file_size, name, limits=limits)
-            text = _read_up_to(file, length)
-    except OSError as error:
-        raise BadFile(name, "st_unreadable", error.strerror or str(error)) from error
-    return parse_header(prefix + text, file_size, name, limits=limits)
+    with opened(file, name=name) as source:
+        return header_of(source, limits=limits)
+
+
+def header_of(source: Source, *, limits: Limits = DEFAULT_LIMITS) -> Header:
+    """The same of bytes that are open already."""
+    prefix = bytes(read_bytes(source, 0, min(source.size, PREFIX_BYTES)))
+    length = header_length(prefix, source.size, source.name, limits=limits)
+    text = bytes(read_bytes(source, PREFIX_BYTES, length))
+    return parse_header(prefix + text, source.size, source.name, limits=limits)
 
 
 def header_length(
@@ -393,12 +392,3 @@ def _looks_like(prefix: bytes) -> str:
     return next(
         (f"; it looks like {what}" for magic, what in _MAGIC if prefix.startswith(magic)), ""
     )
-
-
-def _read_up_to(file: Any, size: int) -> bytes:
-    """Raw reads may be short; the end of the file is the only other reason to stop."""
-    chunks = []
-    while size and (chunk := file.read(size)):
-        chunks.append(chunk)
-        size -= len(chunk)
-    return b"".join(chunks)

@@ -1,7 +1,7 @@
 """Reading and writing at an offset without moving a shared file position.
 
 Linux has system calls for it; elsewhere a lock around seek and read or write does the same.
-Both ways are tested, and `copy_between` likewise has a portable way beside Linux's.
+Both ways are tested.
 """
 
 import errno
@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable
 
 _lock = threading.Lock()
-_COPY_BYTES = 8 * 2**20
 # What every disk and file system that takes direct writes is content with.
 DIRECT_ALIGNMENT = 4096
 
@@ -32,17 +31,6 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += _write_some(fd, data[done:], offset + done)
-
-
-def copy_between(source: int, source_offset: int, target: int, target_offset: int, n: int) -> int:
-    """Copy `n` bytes from one open file to another; fewer only at the end of the source."""
-    done = 0
-    while done < n:
-        step = _copy_some(source, source_offset + done, target, target_offset + done, n - done)
-        if step == 0:
-            break
-        done += step
-    return done
 
 
 def reserve(fd: int, size: int) -> None:
@@ -94,30 +82,12 @@ def _write_portably(fd: int, data: memoryview, offset: int) -> int:
         return os.write(fd, data)
 
 
-def _copy_portably(source: int, source_offset: int, target: int, target_offset: int, n: int) -> int:
-    buffer = memoryview(bytearray(min(n, _COPY_BYTES)))
-    got = read_at(source, buffer, source_offset)
-    write_at(target, buffer[:got], target_offset)
-    return got
-
-
 def _read_with_preadv(fd: int, buffer: memoryview, offset: int) -> int:
     return os.preadv(fd, [buffer], offset)
 
 
 def _write_with_pwrite(fd: int, data: memoryview, offset: int) -> int:
     return os.pwrite(fd, data, offset)
-
-
-def _copy_in_kernel(
-    source: int, source_offset: int, target: int, target_offset: int, n: int
-) -> int:
-    try:
-        return os.copy_file_range(source, target, n, source_offset, target_offset)
-    except OSError as error:
-        if error.errno not in _NO_KERNEL_COPY:
-            raise
-        return _copy_portably(source, source_offset, target, target_offset, n)
 
 
 def _bypass_nowhere(fd: int, wanted: bool) -> bool:
@@ -146,17 +116,11 @@ def _reserve_on_disk(fd: int, size: int) -> None:
     os.posix_fallocate(fd, 0, size)
 
 
-# Another file system, or one that cannot do it: the man page of copy_file_range(2).
-_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
-
 _read_some: Callable[[int, memoryview, int], int] = (
     _read_with_preadv if hasattr(os, "preadv") else _read_portably
 )
 _write_some: Callable[[int, memoryview, int], int] = (
     _write_with_pwrite if hasattr(os, "pwrite") else _write_portably
-)
-_copy_some: Callable[[int, int, int, int, int], int] = (
-    _copy_in_kernel if hasattr(os, "copy_file_range") else _copy_portably
 )
 _reserve: Callable[[int, int], None] = (
     _reserve_on_disk if hasattr(os, "posix_fallocate") else _reserve_portably

@@ -1,25 +1,13 @@
-"""Tensors of one safetensors file, one at a time.
+"""Tensors of one safetensors file, one at a time, read by offset."""
 
-The file is opened once and read by offset, never mapped into memory:
-a file that is cut off while it is read gives BadFile, where a mapping would give SIGBUS.
-"""
-
-import os
 import struct
-from pathlib import Path
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from merge.errors import BadFile
-from merge.formats.header import (
-    DEFAULT_LIMITS,
-    PREFIX_BYTES,
-    Header,
-    Limits,
-    header_length,
-    parse_header,
-)
-from merge.formats.positioned import read_at
+from merge.formats.header import DEFAULT_LIMITS, Limits, header_of
+from merge.formats.sources import File, fill, opened, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -28,30 +16,17 @@ if TYPE_CHECKING:
 class TensorFile:
     """An open safetensors file whose header kept every rule; safe to read from several threads.
 
-    `name` is what messages call the file, by default the last part of its path.
+    `name` is what messages call a file that is here, by default the last part of its path.
     """
 
     def __init__(
-        self, path: Path, *, name: str | None = None, limits: Limits = DEFAULT_LIMITS
+        self, file: File, *, name: str | None = None, limits: Limits = DEFAULT_LIMITS
     ) -> None:
-        self.path = path
-        self.name = path.name if name is None else name
-        try:
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except OSError as error:
-            raise BadFile(self.name, "st_unreadable", error.strerror or str(error)) from error
-        try:
-            self.header = self._read_header(limits)
-        except BaseException:
-            os.close(self._fd)
-            raise
-
-    def _read_header(self, limits: Limits) -> Header:
-        size = os.fstat(self._fd).st_size
-        prefix = self._read_bytes(0, min(size, PREFIX_BYTES))
-        length = header_length(bytes(prefix), size, self.name, limits=limits)
-        head = self._read_bytes(0, PREFIX_BYTES + length)
-        return parse_header(bytes(head), size, self.name, limits=limits)
+        with ExitStack() as stack:
+            self._source = stack.enter_context(opened(file, name=name))
+            self.name = self._source.name
+            self.header = header_of(self._source, limits=limits)
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -65,22 +40,19 @@ class TensorFile:
         self.close()
 
     def close(self) -> None:
-        os.close(self._fd)
-
-    def fileno(self) -> int:
-        return self._fd
+        self._stack.close()
 
     def read(self, key: str) -> bytearray:
         """The stored bytes of one tensor, little-endian and row-major, in memory of their own."""
         info = self.header.tensors[key]
-        return self._read_bytes(self.header.data_offset + info.begin, info.size_bytes)
+        return read_bytes(self._source, self.header.data_offset + info.begin, info.size_bytes)
 
     def read_into(self, key: str, buffer: memoryview, start: int = 0) -> None:
         """Fill `buffer` with the bytes of one tensor from its byte `start` on."""
         info = self.header.tensors[key]
         if start + len(buffer) > info.size_bytes:
             raise IndexError(f"{key} has no bytes {start}..{start + len(buffer)}")
-        self._fill(buffer, self.header.data_offset + info.begin + start)
+        fill(self._source, buffer, self.header.data_offset + info.begin + start)
 
     def read_scalar(self, key: str) -> float:
         """The value of a one-element tensor, such as an alpha; needs no tensor library."""
@@ -102,19 +74,6 @@ class TensorFile:
         if info.n_elements == 0:  # torch.frombuffer refuses an empty buffer
             return torch.empty(info.shape, dtype=dtype)
         return torch.frombuffer(self.read(key), dtype=dtype).reshape(info.shape)
-
-    def _read_bytes(self, offset: int, size: int) -> bytearray:
-        buffer = bytearray(size)
-        self._fill(memoryview(buffer), offset)
-        return buffer
-
-    def _fill(self, buffer: memoryview, offset: int) -> None:
-        try:
-            got = read_at(self._fd, buffer, offset)
-        except OSError as error:
-            raise BadFile(self.name, "st_unreadable", error.strerror or str(error)) from error
-        if got != len(buffer):
-            raise BadFile(self.name, "st_short_read", "the file became shorter while it was read")
 
 
 TORCH_DTYPES = {

@@ -18,7 +18,7 @@ import numpy as np
 
 from merge.errors import CannotWrite
 from merge.formats.header import DTYPE_BITS, METADATA, PREFIX_BYTES, TensorInfo
-from merge.formats.positioned import copy_between, reserve, sync_folder, write_at
+from merge.formats.positioned import reserve, sync_folder, write_at
 from merge.formats.reader import TORCH_DTYPES
 
 if TYPE_CHECKING:
@@ -175,16 +175,6 @@ class FileWriter(NewFile):
             write_at(self._fd, view, offset)
         except OSError as error:
             raise self.failure(error) from error
-
-    def copy(self, key: str, source: int, source_offset: int, start: int, size: int) -> None:
-        """Copy `size` bytes of an open file to byte `start` of `key`, in the kernel where it can."""
-        offset = self._claim(key, start, size)
-        try:
-            copied = copy_between(source, source_offset, self._fd, offset, size)
-        except OSError as error:
-            raise self.failure(error) from error
-        if copied != size:
-            raise CannotWrite(self.path.name, f"the source of {key} became shorter while copied")
 
     def _start(self) -> None:
         write_at(self._fd, memoryview(self.layout.head), 0)

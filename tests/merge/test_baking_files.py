@@ -33,7 +33,7 @@ from merge.errors import (
 )
 from merge.execute import Cancelled, execute
 from merge.families import FAMILIES, Family
-from merge.formats import positioned
+from merge.formats import positioned, targets
 from merge.formats.folders import folder_digest
 from merge.formats.hashes import sha256_file
 from merge.plan import BakePlan, plan
@@ -386,7 +386,7 @@ def test_writing_past_the_page_cache_gives_the_same_bytes(
         return real(fd, data, offset)
 
     monkeypatch.setattr(positioned, "_write_some", write)
-    monkeypatch.setattr(blocks, "_DIRECT_FROM_BYTES", 0)
+    monkeypatch.setattr(targets, "_DIRECT_FROM_BYTES", 0)
     again = _bake_with(tmp_path / "direct.safetensors", planned, 2, 2**18, 2**16)
     assert again == expected == sha256_file(tmp_path / "direct.safetensors")
     assert all(direct) if fails is None else {True, False} == set(direct)
@@ -423,7 +423,7 @@ def test_the_portable_way_writes_the_same_bytes(
     monkeypatch.setattr(positioned, "_write_some", counted(positioned._write_portably))
     monkeypatch.setattr(positioned, "_reserve", counted(positioned._reserve_portably))
     monkeypatch.setattr(positioned, "_bypass_cache", counted(positioned._bypass_nowhere))
-    monkeypatch.setattr(blocks, "_DIRECT_FROM_BYTES", 0)
+    monkeypatch.setattr(targets, "_DIRECT_FROM_BYTES", 0)
     again = run(tmp_path / "portable.safetensors", inputs, base=base).sha256
     assert again == expected == sha256_file(tmp_path / "portable.safetensors")
     assert set(calls) == {
@@ -549,7 +549,7 @@ def test_progress_counts_every_byte_once(sd15: Family, layout: str, tmp_path: Pa
 def test_cancelling_leaves_nothing(
     sd15: Family, monkeypatch: pytest.MonkeyPatch, layout: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(targets, "BLOCK_BYTES", 4096)
     base = make_base(tmp_path, sd15, layout, torch.float16)
     made = make_adapter(tmp_path / "a.safetensors", sd15, some_of(sd15))
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -612,7 +612,7 @@ def test_a_write_that_fails_in_any_thread_leaves_nothing(
     made = make_adapter(tmp_path / "a.safetensors", sd15, some_of(sd15))
     before = sorted(p.name for p in tmp_path.iterdir())
     planned = plan(*make_recipe([(made.path, 1.0)], base=base))
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(targets, "BLOCK_BYTES", 4096)
     real, calls = positioned._write_some, count()
 
     def fails(*args: Any) -> Any:

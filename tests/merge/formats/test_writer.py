@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge.errors import BadFile, CannotWrite
@@ -152,16 +151,6 @@ def test_tensors_may_be_written_in_pieces_by_several_threads(tmp_path: Path) -> 
             file.read_into("b", memoryview(part), 0)
 
 
-def test_a_tensor_is_copied_from_another_file(tmp_path: Path) -> None:
-    source, target = tmp_path / "source.safetensors", tmp_path / "target.safetensors"
-    write_file(source, TWO, {})
-    with TensorFile(source) as file, FileWriter(target, [("y", "F16", (1, 3))], {}) as writer:
-        begin = file.header.data_offset + file.header.tensors["y"].begin
-        writer.copy("y", file.fileno(), begin, 0, 6)
-    with safe_open(target, framework="numpy") as back:
-        assert back.get_tensor("y").tolist() == TWO["y"].tolist()
-
-
 def test_an_exception_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
     path.write_bytes(b"old")
@@ -281,31 +270,15 @@ def test_a_file_cut_while_it_is_read_is_an_error_and_not_a_crash(tmp_path: Path)
 def test_the_portable_ways_do_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(positioned, "_read_some", positioned._read_portably)
     monkeypatch.setattr(positioned, "_write_some", positioned._write_portably)
-    monkeypatch.setattr(positioned, "_copy_some", positioned._copy_portably)
     test_golden_bytes(tmp_path)
     test_tensors_may_be_written_in_pieces_by_several_threads(tmp_path)
-    test_a_tensor_is_copied_from_another_file(tmp_path)
 
 
 def test_calls_that_do_less_than_asked_are_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every system call may stop early; here each does at most three bytes."""
-    read, write, copy = positioned._read_some, positioned._write_some, positioned._copy_some
+    read, write = positioned._read_some, positioned._write_some
     monkeypatch.setattr(positioned, "_read_some", lambda fd, b, o: read(fd, b[:3], o))
     monkeypatch.setattr(positioned, "_write_some", lambda fd, d, o: write(fd, d[:3], o))
-    monkeypatch.setattr(
-        positioned, "_copy_some", lambda s, so, t, to, n: copy(s, so, t, to, min(n, 3))
-    )
     test_golden_bytes(tmp_path)
-    test_a_tensor_is_copied_from_another_file(tmp_path)
-
-
-def test_copying_between_file_systems_falls_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*arguments: object) -> int:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
-    test_a_tensor_is_copied_from_another_file(tmp_path)

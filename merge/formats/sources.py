@@ -1,0 +1,101 @@
+"""Where the bytes of an input come from: a file here, or whatever else can be read at an offset.
+
+This package knows no network; a program that does hands in a Source of its own.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from merge.errors import BadFile
+from merge.formats.positioned import read_at
+
+
+class Source(Protocol):
+    """Bytes that never change while they are read; BadFile where they do, or cannot be read.
+
+    Safe to use from several threads.
+    """
+
+    @property
+    def name(self) -> str:
+        """What messages call it; two sources of one name are the same bytes."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read_at(self, buffer: memoryview, offset: int) -> int:
+        """Fill `buffer` from `offset`; the number of bytes read is smaller only at the end."""
+
+    def beside(self, name: str) -> "Source | None":
+        """What lies under `name` in the same folder; None where nothing does."""
+
+
+File = Path | Source
+
+
+def opened(file: File, *, name: str | None = None) -> AbstractContextManager[Source]:
+    """The bytes of a file; one that is on this machine is open until the block ends.
+
+    `name` is what messages call a file here, by default the last part of its path.
+    """
+    if isinstance(file, Path):
+        return OpenFile(file, name=name)
+    return nullcontext(file)
+
+
+class OpenFile:
+    """A file of this machine, read by offset and never mapped into memory:
+    one that is cut off while it is read gives a short read, where a mapping would give SIGBUS.
+    """
+
+    def __init__(self, path: Path, *, name: str | None = None) -> None:
+        self.path = path
+        self.name = path.name if name is None else name
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise self._failure(error) from error
+        self.size = os.fstat(self._fd).st_size
+
+    def read_at(self, buffer: memoryview, offset: int) -> int:
+        try:
+            return read_at(self._fd, buffer, offset)
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def beside(self, name: str) -> "OpenFile | None":
+        path = self.path.with_name(name)
+        return OpenFile(path) if path.is_file() else None
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _failure(self, error: OSError) -> BadFile:
+        return BadFile(self.name, "st_unreadable", error.strerror or str(error))
+
+
+def read_bytes(source: Source, offset: int, size: int) -> bytearray:
+    """Exactly these bytes of a source, in memory of their own; BadFile where it ends before."""
+    buffer = bytearray(size)
+    fill(source, memoryview(buffer), offset)
+    return buffer
+
+
+def fill(source: Source, buffer: memoryview, offset: int) -> None:
+    """Fill all of `buffer` from `offset`; BadFile where the source ends before."""
+    if source.read_at(buffer, offset) != len(buffer):
+        raise BadFile(source.name, "st_short_read", "the file became shorter while it was read")
