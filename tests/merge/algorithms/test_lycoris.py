@@ -75,7 +75,7 @@ def test_loha(name: str, is_tucker: bool) -> None:
     ("options", "roles"),
     [
         ({}, "lokr_w1 lokr_w2_a lokr_w2_b"),
-        ({"full_matrix": True}, "lokr_w1 lokr_w2"),  # alpha / rank means nothing
+        ({"full_matrix": True}, "lokr_w1 lokr_w2"),  # writes alpha = rank, which means nothing
         ({"use_tucker": True}, "lokr_w1 lokr_t2 lokr_w2_a lokr_w2_b"),
         ({"unbalanced_factorization": True}, "lokr_w1 lokr_w2_a lokr_w2_b"),
     ],
@@ -83,7 +83,8 @@ def test_loha(name: str, is_tucker: bool) -> None:
 )
 def test_lokr(name: str, options: dict[str, Any], roles: str) -> None:
     layer = LAYERS[name]().double()
-    module = LokrModule("x", layer, 1.0, 1, 0.5, **options)
+    rank = 7 if "full_matrix" in options else 1
+    module = LokrModule("x", layer, 1.0, rank, 0.5, **options)
     expected = set(roles.split()) - ({"lokr_t2"} if name != "conv3x3" else set())
     _check(layer, module, "lokr", {"alpha", *expected})
 

@@ -22,6 +22,7 @@ class Tiny(nn.Module):
         self.conv3 = nn.Conv2d(6, 8, 3)
         self.table = nn.Embedding(11, 6)
         self.norm = nn.LayerNorm(12)
+        nn.init.normal_(self.norm.bias)
         self.experts = nn.Parameter(torch.randn(3, 5, 4))  # (n, out, in), peft's usual order
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
