@@ -32,7 +32,12 @@ def read(tensors: Mapping[str, Tensor], shape: tuple[int, ...], facts: Mapping[s
         return low_rank(up, down, scale, shape)
     ups = up.reshape(up.shape[0], -1, n).permute(2, 0, 1)
     downs = down.reshape(n, -1, down.shape[1])
-    return change(downs, ups, scale, shape, is_transposed=_is_transposed(ups, downs, shape, facts))
+    if _is_transposed(ups, downs, shape, facts):
+        ups, downs = downs.mT, ups.mT
+    found = (n, ups.shape[1], downs.shape[2])
+    if found != shape:
+        raise ValueError(f"delta is {found}, base weight is {shape}")
+    return Experts(ups, downs, scale)
 
 
 def _is_transposed(
@@ -45,25 +50,6 @@ def _is_transposed(
     if up.shape[1] == down.shape[2]:
         raise ValueError(f"experts of {shape} may be stored (in, out) or (out, in); none is said")
     return shape[1] == down.shape[2]
-
-
-def change(
-    down: Float[Tensor, "n rank in"],
-    up: Float[Tensor, "n2 out rank2"],
-    scale: float,
-    shape: tuple[int, ...],
-    *,
-    is_transposed: bool,
-) -> Change:
-    """Checked against the parameter's shape."""
-    if down.shape[:2] != (up.shape[0], up.shape[2]):
-        raise ValueError(f"down is {tuple(down.shape)} and up is {tuple(up.shape)}")
-    if is_transposed:
-        up, down = down.mT, up.mT
-    found = (up.shape[0], up.shape[1], down.shape[2])
-    if found != shape:
-        raise ValueError(f"delta is {found}, base weight is {shape}")
-    return Experts(up, down, scale)
 
 
 class Experts(Change):

@@ -62,8 +62,6 @@ def take_rows(
 def _stored_rows(
     layout: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], index: Sequence[int]
 ) -> dict[str, Tensor]:
-    if layout == "lora-mlx" and tensors["mlx_up"].ndim == 3:
-        raise ValueError("packed experts have no rows of one layer")
     axes = dict(_AXES[layout])
     if "hada_t1" in tensors:
         axes = {"hada_w1_a": 1, "hada_w2_a": 1}  # Tucker: (rank, out)

@@ -1,7 +1,7 @@
 """LoRA factors that are stored otherwise than `down` before `up`; all come down to LowRank.
 
 - lora-mlx (mlx-lm): lora_a (in, rank), lora_b (rank, out), both transposed. The scale c itself is in
-  adapter_config.json. Of packed experts they are (n, rank, in) and (n, out, rank), not transposed.
+  adapter_config.json.
 - lora-torchtune: lora_a (rank, in), lora_b (out, rank), with alpha / rank from the recipe. The query
   and key rows of Llama-like models pair neighbours for rotary embeddings where Hugging Face pairs
   halves, so their rows are reordered: torchtune's tune_to_peft_adapter_weights (BSD-3-Clause).
@@ -18,7 +18,6 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from merge.algorithms import experts
 from merge.algorithms.change import Change
 from merge.algorithms.lowrank import extent, low_rank
 from merge.algorithms.scale import one_number, scale_of, stated_scale
@@ -34,10 +33,7 @@ def read_mlx(
     tensors: Mapping[str, Tensor], shape: tuple[int, ...], facts: Mapping[str, Any]
 ) -> Change:
     scale = stated_scale("lora-mlx", facts)
-    down, up = tensors["mlx_down"], tensors["mlx_up"]
-    if down.ndim == 3:
-        return experts.change(down, up, scale, shape, is_transposed=False)
-    return low_rank(up.mT, down.mT, scale, shape)
+    return low_rank(tensors["mlx_up"].mT, tensors["mlx_down"].mT, scale, shape)
 
 
 def read_torchtune(

@@ -117,12 +117,6 @@ def spelling_cases() -> Iterator[Case]:
     half = {"scale": 0.5}
     mlx = {"mlx_down": down.mT.contiguous(), "mlx_up": up.mT.contiguous()}
     yield Case("mlx", "lora-mlx", mlx, (8, 4), change, 3, facts=half)
-    packed = {"mlx_down": make(5, 2, 4), "mlx_up": make(5, 3, 2)}
-    each = [
-        0.5 * lora.delta(array(packed["mlx_down"][e]), array(packed["mlx_up"][e]), None)
-        for e in range(5)
-    ]
-    yield Case("mlx experts", "lora-mlx", packed, (5, 3, 4), np.stack(each), None, facts=half)
 
     tune = {"torchtune_down": down, "torchtune_up": up}
     plain = {**half, "rope_heads": 0}

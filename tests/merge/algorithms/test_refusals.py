@@ -43,20 +43,6 @@ HALF = {"scale": 0.5}
         ("vera", VERA, (7, 4), {}, r"delta is \(6, 4\), base weight is \(7, 4\)"),
         ("lora-mlx", MLX, (6, 4), {}, "the scale of lora-mlx factors is in a configuration"),
         ("lora-mlx", MLX, (4, 6), HALF, r"delta is \(6, 4\), base weight is \(4, 6\)"),
-        (
-            "lora-mlx",
-            _ones(mlx_down=(2, 3, 4), mlx_up=(2, 5, 2)),
-            (2, 5, 4),
-            HALF,
-            r"down is \(2, 3, 4\) and up is \(2, 5, 2\)",
-        ),
-        (
-            "lora-mlx",
-            _ones(mlx_down=(2, 3, 4), mlx_up=(2, 5, 3)),
-            (2, 4, 5),
-            HALF,
-            r"delta is \(2, 5, 4\), base weight is \(2, 4, 5\)",
-        ),
         ("lora-torchtune", TUNE, (6, 4), HALF, "by head; how many heads is not said"),
         ("lora-torchtune", TUNE, (6, 4), {"rope_heads": 3}, "the scale of lora-torchtune factors"),
         (

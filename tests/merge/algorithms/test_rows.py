@@ -32,7 +32,7 @@ def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("index", INDEXES.values(), ids=INDEXES.keys())
 @pytest.mark.parametrize(
     "case",
-    [c for c in CASES if c.layout in TAKEN and "experts" not in c.name and c.shape[0] >= 6],
+    [c for c in CASES if c.layout in TAKEN and c.shape[0] >= 6],
     ids=lambda case: case.name,
 )
 def test_taken_rows_are_the_rows_of_the_change(case: Case, index: Sequence[int]) -> None:
@@ -70,8 +70,6 @@ def test_layouts_whose_rows_do_not_come_apart_name_the_way() -> None:
     case = next(c for c in CASES if c.layout == "vera")
     with pytest.raises(ValueError, match="rows of vera factors do not come apart; those of LoRA"):
         take_rows("vera", case.tensors, case.shape, [0])
-    with pytest.raises(ValueError, match="packed experts have no rows"):
-        take_rows("lora-mlx", {"mlx_up": torch.ones(2, 3, 4)}, (2, 3, 4), [0])
 
 
 def test_magnitudes_of_rows_go_with_their_rows_and_those_of_inputs_stay() -> None:

@@ -19,7 +19,7 @@ def test_every_reason_is_in_the_specification_and_the_other_way_round() -> None:
     assert set(re.findall(r'"(st_\w+)"', code)) == set(documented)
 
 
-@pytest.mark.parametrize("name", ["safetensors.md", "lora.md"])
+@pytest.mark.parametrize("name", sorted(path.name for path in FORMATS.glob("*.md")))
 def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (FORMATS / name).read_text(), re.DOTALL)
