@@ -76,6 +76,7 @@ _SUFFIXES: dict[str, Suffix] = {
     ".ln_tuning_layers.weight": Suffix("ln_tuning_weight", PEFT),
     ".ln_tuning_layers.bias": Suffix("ln_tuning_bias", PEFT),
     ".token_adapter.trainable_tokens_delta": Suffix("trainable_tokens_delta", PEFT),
+    ".trainable_tokens_delta": Suffix("trainable_tokens_delta", PEFT),
     # LyCORIS
     **{
         f".{role}": Suffix(role, KOHYA)
