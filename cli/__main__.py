@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from cli import admin, inspect, merge, repos, serve, train
+from cli import admin, convert, inspect, merge, repos, serve, train
 from cli.console import CommandError, fail
 from merge.errors import MergeError
 
@@ -20,13 +20,13 @@ app = typer.Typer(
 )
 
 # One row per module, in the order of `graft --help`.
-for module in (repos, inspect, merge, serve, admin, train):
+for module in (repos, inspect, convert, merge, serve, admin, train):
     module.register(app)
 
 
 @app.callback()
 def _root() -> None:
-    """Keep, find, download, merge, bake, train and publish adapters."""
+    """Keep, find, download, convert, merge, bake, train and publish adapters."""
 
 
 def main() -> None:

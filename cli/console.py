@@ -35,11 +35,11 @@ def print_json(value: Any) -> None:
 
 def fail(message: str) -> NoReturn:
     """Print one sentence on stderr and leave with status 1."""
-    err.print(f"[bold red]error:[/] {_plain(message)}")
+    err.print(f"[bold red]error:[/] {plain(message)}")
     raise SystemExit(1)
 
 
-def _plain(message: str) -> str:
+def plain(message: str) -> str:
     # Names inside messages come from files and servers: no terminal escapes, no Rich markup.
     text = "".join(
         c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in message

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from cli.console import CommandError, byte_progress, count_progress, err, out, print_json
-from cli.refs import fetch, parse_weighted
+from cli.console import CommandError, byte_progress, count_progress, err, out, plain, print_json
+from cli.refs import adapter_in, fetch, parse_weighted
 
 if TYPE_CHECKING:
     from merge.execute import Outcome
@@ -217,21 +217,13 @@ def _gather(recipe: "Recipe", sources: list[Path]) -> tuple[dict[str, Path], dic
             given = "none of the files given is it" if sources else "give it with --from PATH"
             raise CommandError(f"the recipe's file {name} has no ref: {given}")
         else:
-            files[name] = _adapter_in(fetch(name)) if _is_input(recipe, name) else fetch(name)
+            files[name] = adapter_in(fetch(name)) if _is_input(recipe, name) else fetch(name)
     with err.status("hashing"):
         return files, {name: _pin(path) for name, path in files.items()}
 
 
 def _is_input(recipe: "Recipe", name: str) -> bool:
     return any(source.name == name for source in recipe.inputs)
-
-
-def _adapter_in(path: Path) -> Path:
-    """The adapter of a folder that PEFT or diffusers saved."""
-    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
-        if (path / name).is_file():
-            return path / name
-    return path
 
 
 def _pin(path: Path) -> "Pinned":
@@ -279,7 +271,7 @@ def _print(planned: "Plan", to: Path, outcome: "Outcome") -> None:
     out.print(f"recipe  {outcome.recipe_digest}")
     if outcome.sha256 is not None:
         out.print(f"output  sha256:{outcome.sha256}")
-    out.print(f"[bold]{_plain(str(to))}[/]  {_size(outcome.size)}")
+    out.print(f"[bold]{plain(str(to))}[/]  {_size(outcome.size)}")
 
 
 # title, field of a module in the certificate, how a value is shown
@@ -329,7 +321,3 @@ def _size(n_bytes: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")

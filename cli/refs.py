@@ -147,6 +147,14 @@ def fetch(text: str) -> Path:
             return _with_config(_from_web(ref.url), partial(_from_web, there))
 
 
+def adapter_in(path: Path) -> Path:
+    """The adapter of a folder that PEFT or diffusers saved."""
+    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    return path
+
+
 def _local(text: str, path: Path) -> Path:
     try:
         path.stat()

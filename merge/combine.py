@@ -174,14 +174,14 @@ def write_adapter(
     if plan.dialect == "peft":
         by_module = {module: rank for (_, module), rank in ranks.items()}
         config = peft_config(by_module, {m: float(rank) for m, rank in by_module.items()})
-        _write_text(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+        write_text(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")
         out = out / PEFT_WEIGHTS
     elif plan.dialect == "diffusers":
         metadata[DIFFUSERS_CONFIG] = diffusers_config(ranks, alphas)
     write_file(out, tensors, metadata)
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()

@@ -62,7 +62,7 @@ def execute(
     stop = cancelled or (lambda: False)
     threads = workers or default_workers()
     _check_target(plan, out)
-    with _new_folder(out) if plan.writes_folder else nullcontext(out) as target:
+    with new_folder(out) if plan.writes_folder else nullcontext(out) as target:
         if isinstance(plan, BakePlan):
             count = _Count(report, output_bytes(plan))
             digests, certificate = bake(plan, target, Options(threads, digest, count.add, stop))
@@ -104,7 +104,7 @@ def _check_target(plan: Plan, out: Path) -> None:
 
 
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` that takes its name at the end, or goes if anything fails."""
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}.part")
     try:

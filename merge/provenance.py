@@ -4,11 +4,14 @@ Nothing here is needed to use the file; all of it is needed to know what the fil
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from merge.families import FAMILIES
+from merge.families import FAMILIES, Family
 from merge.formats import metadata as names
+from merge.packing import Notes
 from merge.plan import Adapter, BakePlan, MergePlan
 from merge.recipe import Recipe
 
@@ -53,6 +56,84 @@ def of_bake(plan: BakePlan, base: Mapping[str, str]) -> dict[str, str]:
     assert plan.recipe.base is not None  # a bake without a base is no recipe
     base_sha256 = plan.recipe.base.sha256 or ""
     return kept | _ours(plan.recipe) | {names.GRAFT_BASE_SHA256: base_sha256}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a converted file says about itself. `is_same`: every layer kept its algorithm."""
+
+    source: str
+    dialect: str
+    family: Family | None
+    algorithms: Mapping[str, int]
+    ranks: Sequence[int]
+    alphas: Sequence[float]
+    is_same: bool
+    notes: Notes
+
+
+# What is true of the bytes it was written for alone.
+_OF_THE_SOURCE = (
+    names.DIFFUSERS_CONFIG,
+    names.GRAFT_VERSION,
+    names.GRAFT_RECIPE,
+    names.GRAFT_RECIPE_DIGEST,
+    names.GRAFT_CERTIFICATE,
+    names.GRAFT_PACKED,
+)
+_NETWORK = (names.NETWORK_MODULE, names.NETWORK_DIM, names.NETWORK_ALPHA, names.NETWORK_ARGS)
+
+
+def of_conversion(stated: Mapping[str, str], made: Conversion) -> dict[str, str]:
+    """`__metadata__` of a converted adapter: the source's own, and what readers of the dialect want."""
+    found = {
+        key: value
+        for key, value in stated.items()
+        if not key.startswith(_STALE) and key not in _OF_THE_SOURCE
+    }
+    found |= {names.FORMAT: "pt", names.GRAFT_CONVERTED_FROM: made.source}
+    if made.notes:
+        found[names.GRAFT_PACKED] = json.dumps(made.notes, sort_keys=False, separators=(",", ":"))
+    if made.family is not None:
+        architecture = f"{made.family.architecture}/lora"
+        found = {
+            names.BASE_VERSION: made.family.base_versions[0],
+            names.ARCHITECTURE: architecture,
+        } | found
+    is_described = names.NETWORK_MODULE in stated
+    if made.dialect == "kohya" or (is_described and not made.is_same):
+        kept = _NETWORK if is_described and made.is_same else ()
+        network = {key: value for key, value in _network(made).items() if value}
+        found = {key: value for key, value in found.items() if key in kept or key not in _NETWORK}
+        found = network | found
+    if names.NETWORK_DIM in found and made.ranks:
+        found[names.NETWORK_DIM] = str(_most_common(made.ranks))
+        found[names.NETWORK_ALPHA] = f"{_most_common(made.alphas):g}"
+    return found
+
+
+def _network(made: Conversion) -> dict[str, str]:
+    """ss_network_…: which trainer's code loads the factors, their rank and alpha."""
+    names_of = sorted(made.algorithms)
+    found = {
+        names.NETWORK_DIM: str(_most_common(made.ranks)) if made.ranks else "",
+        names.NETWORK_ALPHA: f"{_most_common(made.alphas):g}" if made.alphas else "",
+    }
+    if names_of == ["lora"]:
+        family = made.family.name if made.family is not None else ""
+        return found | {names.NETWORK_MODULE: _LORA_MODULES.get(family, "networks.lora")}
+    algorithm = next((name for name in names_of if name not in ("full", "norm")), names_of[0])
+    algo = {"oft": "diag-oft", "dora": "lora"}.get(algorithm, algorithm)
+    args = {"algo": algo} | ({"dora_wd": "True"} if algorithm == "dora" else {})
+    return found | {names.NETWORK_MODULE: "lycoris.kohya", names.NETWORK_ARGS: json.dumps(args)}
+
+
+# sd-scripts has a module for each kind of denoiser.
+_LORA_MODULES = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}
+
+
+def _most_common(values: Sequence[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
 
 
 def triggers(adapters: Sequence[Adapter]) -> list[str]:

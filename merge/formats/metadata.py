@@ -17,6 +17,10 @@ GRAFT_RECIPE = "graft.recipe"  # canonical JSON
 GRAFT_RECIPE_DIGEST = "graft.recipe_digest"  # "sha256:…" of that JSON
 GRAFT_CERTIFICATE = "graft.certificate"  # JSON: truncation and rounding errors
 GRAFT_TRIGGERS = "graft.triggers"  # JSON list of strings
+GRAFT_CONVERTED_FROM = "graft.converted_from"  # "sha256:…" of the file that was converted
+GRAFT_PACKED = (
+    "graft.packed"  # JSON: packed layer -> its parts -> [rank, alpha, dtypes of up, down]
+)
 GRAFT_BASE_SHA256 = "graft.base_sha256"  # of the base a file was trained on or baked into
 
 # What others write and we read (sd-scripts, ModelSpec 1.0.1, diffusers).
