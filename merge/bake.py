@@ -9,26 +9,30 @@ benchmarks/bake.py prints the ratio to a plain copy.
 
 import threading
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from merge import provenance
-from merge.algorithms import lora
 from merge.bases import BaseFile
 from merge.blocks import Options, copy_file, write_blocks
 from merge.errors import NotFinite, Overflow
+from merge.formats.adapters import Entry
+from merge.formats.header import DTYPE_BITS
 from merge.formats.reader import TensorFile
 from merge.formats.writer import Layout, layout
-from merge.inputs import Inputs, open_as_planned
-from merge.methods import linear
-from merge.plan import TILE_ELEMENTS, BakePlan, Patch
+from merge.inputs import Inputs, OpenBase
+from merge.patches import Patch
+from merge.plan import TILE_ELEMENTS, BakePlan
+from merge.tiles import Ready, prepare
 
 __all__ = ["Options", "bake"]
 
@@ -45,12 +49,12 @@ def bake(
     """
     tally = _Tally()
     digests: dict[str, str] = {}
-    with Inputs(plan.adapters) as inputs:
+    with Inputs(plan.adapters) as inputs, OpenBase(plan.base) as base:
         for name, file in plan.base.files.items():
-            target = out / name if plan.base.layout == "folder" else out
+            target = out / name if plan.writes_folder else out
             target.parent.mkdir(parents=True, exist_ok=True)
             if name in plan.patches:
-                work = _Rewrite(plan, file, plan.patches[name], inputs, tally, tile)
+                work = _Rewrite(plan, name, inputs, base, tally, tile)
                 digests[name] = work.write(target, options)
             else:
                 digests[name] = copy_file(file.path, target, options)
@@ -74,39 +78,45 @@ def _placed(plan: BakePlan, file: BaseFile) -> Layout:
 
 
 class _Tally:
-    """What happened to the elements that were touched, module by module."""
+    """What happened to the elements that were touched, by parameter."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._elements: dict[str, int] = {}
-        self._unchanged: dict[str, int] = {}
-        self._norms: dict[str, float] = {}
+        self._found: dict[str, _Touched] = defaultdict(_Touched)
 
-    def add(self, module: str, elements: int, unchanged: int) -> None:
+    def add(self, name: str, elements: int, unchanged: int, squared: float) -> None:
+        """`squared` is a sum over these elements, of the change itself."""
         with self._lock:
-            self._elements[module] = self._elements.get(module, 0) + elements
-            self._unchanged[module] = self._unchanged.get(module, 0) + unchanged
-
-    def set_norm(self, module: str, norm: float) -> None:
-        with self._lock:
-            self._norms[module] = norm
+            touched = self._found[name]
+            touched.elements += elements
+            touched.unchanged += unchanged
+            touched.squared += squared
 
     def certificate(self, plan: BakePlan) -> dict[str, Any]:
-        elements, unchanged = sum(self._elements.values()), sum(self._unchanged.values())
+        elements = sum(touched.elements for touched in self._found.values())
+        unchanged = sum(touched.unchanged for touched in self._found.values())
         return {
             "kind": "bake",
             "numerics": plan.recipe.numerics,
             "elements": elements,
             "unchanged": unchanged / elements if elements else 0.0,
             "left_out": list(plan.left_out),
+            "notes": list(plan.notes),
             "modules": {
                 name: {
-                    "norm": _digits(self._norms[name]),
-                    "unchanged": _digits(self._unchanged[name] / touched),
+                    "norm": _digits(sqrt(touched.squared)),
+                    "unchanged": _digits(touched.unchanged / touched.elements),
                 }
-                for name, touched in sorted(self._elements.items())
+                for name, touched in sorted(self._found.items())
             },
         }
+
+
+@dataclass(slots=True)
+class _Touched:
+    elements: int = 0
+    unchanged: int = 0
+    squared: float = 0.0
 
 
 def _digits(value: float) -> float:
@@ -132,11 +142,11 @@ def _segments(placed: Layout, patches: Mapping[str, tuple[Patch, ...]]) -> Itera
         begin = len(placed.head) + info.begin
         at = 0
         for patch in patches.get(key, ()):
-            row_bytes = info.size_bytes // info.shape[0]
-            first = patch.slice.first_row * row_bytes
+            row_bytes = patch.columns * (DTYPE_BITS[info.dtype] // 8)
+            first = patch.first_row * row_bytes
             if first > at:
                 yield _Segment(begin + at, begin + first, key, at, None)
-            at = first + patch.slice.rows * row_bytes
+            at = first + patch.rows * row_bytes
             yield _Segment(begin + first, begin + at, key, first, patch)
         if info.size_bytes > at:
             yield _Segment(begin + at, begin + info.size_bytes, key, at, None)
@@ -159,21 +169,23 @@ class _Rewrite:
     def __init__(
         self,
         plan: BakePlan,
-        file: BaseFile,
-        patches: Mapping[str, tuple[Patch, ...]],
+        name: str,
         inputs: Inputs,
+        base: OpenBase,
         tally: _Tally,
         tile: int,
     ) -> None:
-        self._file, self._inputs, self._tally, self._tile = file, inputs, tally, tile
+        self._plan, self._name = plan, name
+        self._inputs, self._base, self._tally, self._tile = inputs, base, tally, tile
         reproducible = plan.recipe.numerics == "reproducible"
         self._working = torch.float64 if reproducible else torch.float32
-        widest = max(patch.slice.columns for pieces in patches.values() for patch in pieces)
+        patches = plan.patches[name]
+        widest = max(patch.columns for pieces in patches.values() for patch in pieces)
         self._scratch = _Scratch(max(tile, widest), self._working)
-        self._layout = _placed(plan, file)
+        self._layout = _placed(plan, plan.base.files[name])
         self._segments = list(_segments(self._layout, patches))
         self._begins = [segment.begin for segment in self._segments]
-        self._ready = _Ready()
+        self._ready = _Shared()
 
     def write(self, target: Path, options: Options) -> str:
         """Write to `target`, whole or not at all; the SHA-256 in hex, or "" where none is wanted."""
@@ -185,14 +197,14 @@ class _Rewrite:
                 self._ready.forget(passed)
                 passed += 1
 
-        with open_as_planned(self._file.path, self._file.header) as source:
-            return write_blocks(
-                target,
-                self._layout.file_size,
-                lambda buffer, offset: self._fill(buffer, offset, source),
-                options,
-                forget,
-            )
+        source = self._base.file(self._name)
+        return write_blocks(
+            target,
+            self._layout.file_size,
+            lambda buffer, offset: self._fill(buffer, offset, source),
+            options,
+            forget,
+        )
 
     def _fill(self, buffer: memoryview, offset: int, source: TensorFile) -> None:
         head = self._layout.head[offset : offset + len(buffer)]
@@ -216,69 +228,87 @@ class _Rewrite:
         Where a block begins or ends inside a row, all of the row is computed and a part is taken.
         """
         segment = self._segments[index]
-        assert segment.patch is not None
-        piece = segment.patch.slice
-        factors = self._ready.get(index, lambda: self._prepare(segment.patch))  # type: ignore[arg-type]
-        row_bytes = (segment.end - segment.begin) // piece.rows
-        item = row_bytes // piece.columns
+        patch = segment.patch
+        assert patch is not None
+        ready = self._ready.get(index, lambda: self._prepare(patch))
+        row_bytes = (segment.end - segment.begin) // patch.rows
+        item = row_bytes // patch.columns
         stop = start + len(out)
-        last, step = -(-stop // row_bytes), max(1, self._tile // piece.columns)
-        touched = unchanged = 0
+        last, step = -(-stop // row_bytes), max(1, self._tile // patch.columns)
+        touched, unchanged, squared = 0, 0, 0.0
         for row in range(start // row_bytes, last, step):
-            up = factors.up[row : min(row + step, last)]
             at = row * row_bytes
-            tile, same = self._write_tile(segment.key, segment.start + at, up, factors.down, source)
-            low, high = max(start, at), min(stop, at + len(tile))
-            out[low - start : high - start] = _bytes(tile[low - at : high - at])
+            rows = min(step, last - row)
+            tile = self._compute_tile(segment, patch, ready, row, rows, source)
+            low, high = max(start, at), min(stop, at + len(tile.stored))
+            out[low - start : high - start] = _bytes(tile.stored[low - at : high - at])
             # Every element is counted once, in the block in which it begins.
-            counted = same[-(-(low - at) // item) : -(-(high - at) // item)]
-            touched += len(counted)
-            unchanged += int(np.count_nonzero(counted))
-        self._tally.add(segment.patch.module.name, touched, unchanged)
+            counted = slice(-(-(low - at) // item), -(-(high - at) // item))
+            touched += counted.stop - counted.start
+            unchanged += int(np.count_nonzero(tile.same[counted]))
+            if tile.delta is not None and not patch.is_copy:
+                squared += tile.delta.view(-1)[counted].square().sum(dtype=torch.float64).item()
+        if ready.norm is not None and start == 0 and not patch.is_copy:
+            squared = ready.norm**2
+        is_bias = patch.parameter == "bias"
+        name = f"{patch.name}.bias" if is_bias else patch.name
+        self._tally.add(name, touched, unchanged, squared)
 
-    def _prepare(self, patch: Patch) -> lora.Factors:
-        factors = linear.concatenate(*self._inputs.parts(patch.module, self._working))
-        self._tally.set_norm(patch.module.name, lora.norm(factors))
-        return lora.transposed(factors) if patch.slice.transposed else factors
+    def _prepare(self, patch: Patch) -> Ready:
+        def read_base(entry: Entry, parameter: str, is_copy: bool) -> torch.Tensor | None:
+            return self._base.read(entry, parameter, self._working, is_copy=is_copy)
 
-    def _write_tile(
+        return prepare(patch, self._inputs, read_base, self._working)
+
+    def _compute_tile(
         self,
-        key: str,
-        start: int,
-        up: torch.Tensor,
-        down: torch.Tensor,
+        segment: _Segment,
+        patch: Patch,
+        ready: Ready,
+        row: int,
+        rows: int,
         source: TensorFile,
-    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """The rows of `key` from byte `start` on with up @ down added, as they will be stored, and
-        which elements stayed the same; valid until the thread's next tile.
-        """
-        dtype = _DTYPES[source.header.tensors[key].dtype]
-        shape, elements = (up.shape[0], down.shape[1]), up.shape[0] * down.shape[1]
+    ) -> "_Tile":
+        """`rows` rows of a patch from its row `row` on, as they will be stored."""
+        stored_as = source.header.tensors[segment.key].dtype
+        dtype = _DTYPES[stored_as]
+        shape, elements = (rows, patch.columns), rows * patch.columns
         scratch = self._scratch
         raw = scratch.raw[: elements * dtype.itemsize]
         rounded = scratch.rounded[: elements * dtype.itemsize]
-        source.read_into(key, _bytes(raw.numpy()), start)
+        start = segment.start + row * patch.columns * dtype.itemsize
+        source.read_into(segment.key, _bytes(raw.numpy()), start)
         total = scratch.sum[:elements].view(shape)
         total.copy_(raw.view(dtype).view(shape))
-        total.addmm_(up, down)
+        before = None if ready.norm is not None else total.clone()
+        ready.add(total, row)
+        delta = None if before is None else total - before
         if self._working is torch.float64:
             # By way of float32, as torch itself casts float64 to a half; the recipe's promise is
             # about bytes, so the path is said here and not left to a library.
             single = scratch.single[:elements].view(shape)
             total = single.copy_(total)
         rounded.view(dtype).view(shape).copy_(total)
-        before, after = raw.numpy(), rounded.numpy()
-        if _holds_inf_or_nan(after, source.header.tensors[key].dtype):
-            self._refuse(key, raw.view(dtype), source)
+        stored = rounded.numpy()
+        if _holds_inf_or_nan(stored, stored_as):
+            self._refuse(segment.key, raw.view(dtype), source)
         same = scratch.same[:elements]
         bits = _UNSIGNED[dtype.itemsize]
-        np.equal(before.view(bits), after.view(bits), out=same)
-        return after, same
+        np.equal(raw.numpy().view(bits), stored.view(bits), out=same)
+        return _Tile(stored, same, delta)
 
     def _refuse(self, key: str, before: torch.Tensor, source: TensorFile) -> None:
         if not before.isfinite().all():
             raise NotFinite(source.name, key)
         raise Overflow(source.name, key, source.header.tensors[key].dtype)
+
+
+class _Tile(NamedTuple):
+    """Valid until the thread's next tile. `delta` is None where its norm is known otherwise."""
+
+    stored: NDArray[np.uint8]
+    same: NDArray[np.bool_]
+    delta: torch.Tensor | None
 
 
 _UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {2: np.uint16, 4: np.uint32}
@@ -302,14 +332,14 @@ def _bytes(array: NDArray[np.uint8]) -> memoryview:
     return memoryview(view)
 
 
-class _Ready:
+class _Shared:
     """What several threads need of a segment, computed by the first of them and then shared."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: dict[int, Future[lora.Factors]] = {}
+        self._held: dict[int, Future[Ready]] = {}
 
-    def get(self, index: int, compute: Callable[[], lora.Factors]) -> lora.Factors:
+    def get(self, index: int, compute: Callable[[], Ready]) -> Ready:
         with self._lock:
             future = self._held.get(index)
             if is_first := future is None:

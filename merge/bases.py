@@ -1,44 +1,69 @@
-"""Where a module's weight lies in a base checkpoint: which file, which tensor, which rows.
+"""Where a module's parameters lie in a base checkpoint: which file, which tensor, which rows.
 
-Three layouts are known: a diffusers folder (shards too), components of it as a single file, and
-the LDM single file that most tools share. Single files go through the tables of the adapters'
-family; in a folder, and in a single file of another model with diffusers' names, modules are looked
-up in the base's own keys.
-Only headers are read.
+A base is a diffusers folder, a transformers folder (both with shards), or one file: in the names of
+the model's original code, as the families' tables know them, or in the model's own.
+In a folder, and in a single file of a model outside the tables, modules are looked up in the base's
+own keys. Only headers and configurations are read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from merge.errors import BadCheckpoint
 from merge.families import FAMILIES
 from merge.families.checkpoints import DIFFUSERS, Checkpoint, read_checkpoint
-from merge.formats.folders import Folder, is_part, is_weight_index, read_folder
-from merge.formats.header import Header, read_header
+from merge.families.family import TEXT_MODEL
+from merge.families.layers import parameter_key
+from merge.formats.folders import Folder, is_part, is_weight_index, read_component, read_folder
+from merge.formats.header import Header, TensorInfo, read_header
 
 BAKEABLE = {"F16": 2, "BF16": 2, "F32": 4}
+MODEL = "model"  # the component of a base that is one model, and of adapters that name none
 _LDM_PREFIX = "model.diffusion_model."
-# Key beginnings by which a single diffusers file shows which component it is.
+_PIPELINE = "model_index.json"
+_CONFIG = "config.json"
+# Key beginnings by which a single file in a model's own names shows which component it is.
 _COMPONENTS = {
     "unet": ("down_blocks.",),
     "transformer": ("transformer_blocks.", "single_transformer_blocks."),
     "text_encoder": ("text_model.", "encoder.layers."),
 }
+# The wrappers that a language model's layers are found in: with a head or without, in a model that
+# sees too, before and after transformers 4.52.
+_WRAPPERS = frozenset(
+    {"model", "language_model", "transformer", "gpt_neox", "base_model", "diffusion_model"}
+)
+# GPT-2's Conv1D holds its matrix the other way round.
+_CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+_QUANTISED = {
+    "qweight": "GPTQ or AWQ",
+    "absmax": "bitsandbytes",
+    "SCB": "bitsandbytes",
+    "quant_map": "bitsandbytes",
+    "biases": "MLX",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A run of whole rows of a stored tensor, seen as a matrix of (rows, everything else)."""
+    """Rows of a stored tensor, seen as a matrix of (rows, everything else).
+
+    They are the module's rows from `first` on, or its columns if the tensor is transposed.
+    `is_copy` says that the checkpoint holds these rows elsewhere too (a moving average).
+    """
 
     file: str
     key: str
     first_row: int
     rows: int
     columns: int
-    transposed: bool = False
+    first: int = 0
+    is_transposed: bool = False
+    is_copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,40 +75,64 @@ class BaseFile:
     component: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Base:
     """A checkpoint by its headers. `files` and `others` are named relative to a folder's root;
     `others` are copied with it so that the result loads. `single` is set for a single file of a
-    family that we know.
+    family that we know, `config` for a transformers folder.
     """
 
     path: Path
-    layout: str  # folder | diffusers | ldm
+    layout: str  # folder | model, else a single file: diffusers | ldm | original
     files: Mapping[str, BaseFile]
     others: tuple[str, ...] = ()
     single: Checkpoint | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
-    def find(self, component: str, module: str) -> tuple[Slice, ...]:
-        """Every place where this module's weight is stored; empty if the base does not have it."""
+    @property
+    def is_folder(self) -> bool:
+        return self.path.is_dir()
+
+    def find(
+        self, component: str, module: str, parameter: str = "weight", *, kind: str = "linear"
+    ) -> tuple[Slice, ...]:
+        """Every place where rows of this parameter are stored; empty if the base lacks it."""
         if self.single is not None:
-            return self._find_single(self.single, component, module)
-        for key in _spellings(module):
-            for name, file in self.files.items():
-                if file.component == component and key in file.header.tensors:
-                    return (self._whole(name, key),)
-        return ()
+            return self._find_single(self.single, component, module, parameter)
+        found = self._find_key(component, module, parameter, kind)
+        if found is None:
+            return ()
+        whole = self._whole(*found)
+        return (replace(whole, is_transposed=parameter == "weight" and self._is_conv1d(module)),)
 
-    def _find_single(self, held: Checkpoint, component: str, module: str) -> tuple[Slice, ...]:
-        if module not in held.family.components.get(component, {}):
-            return ()
-        places = held.places(component, module)
-        if len(places) != 1:
-            return ()
-        (place,), (name,) = places, self.files
-        whole = self._whole(name, place.key)
-        first, last = place.rows or (0, whole.rows)
-        piece = replace(whole, first_row=first, rows=last - first, transposed=place.is_transposed)
-        return (piece, *self._averaged(piece))
+    def shape(self, component: str, module: str, *, kind: str = "linear") -> tuple[int, ...] | None:
+        """The weight's shape as it is computed with, where one tensor is all of it."""
+        pieces = [p for p in self.find(component, module, kind=kind) if not p.is_copy]
+        if len(pieces) != 1:
+            return None
+        shape = self.info(pieces[0]).shape
+        return shape[::-1] if pieces[0].is_transposed else shape
+
+    def info(self, piece: Slice) -> TensorInfo:
+        return self.files[piece.file].header.tensors[piece.key]
+
+    def _find_single(
+        self, held: Checkpoint, component: str, module: str, parameter: str
+    ) -> tuple[Slice, ...]:
+        (name,) = self.files
+        found = []
+        for place in held.places(component, module, parameter):
+            whole = self._whole(name, place.key)
+            begin, end = place.rows or (0, whole.rows)
+            piece = replace(
+                whole,
+                first_row=begin,
+                rows=end - begin,
+                first=place.first,
+                is_transposed=place.is_transposed and parameter == "weight",
+            )
+            found += [piece, *self._averaged(piece)]
+        return tuple(found)
 
     def _averaged(self, piece: Slice) -> tuple[Slice, ...]:
         """The same rows in the moving average that some files carry and some tools prefer.
@@ -95,7 +144,39 @@ class Base:
         if not piece.key.startswith(_LDM_PREFIX) or key not in tensors:
             return ()
         self._whole(piece.file, key)
-        return (replace(piece, key=key),)
+        return (replace(piece, key=key, is_copy=True),)
+
+    def _find_key(
+        self, component: str, module: str, parameter: str, kind: str
+    ) -> tuple[str, str] | None:
+        """(file, key) of a parameter in the base's own names."""
+        held = self._component(component)
+        for path in _spellings(module):
+            key = parameter_key(path, kind, parameter)
+            for name, file in self.files.items():
+                if file.component == held and key in file.header.tensors:
+                    return name, key
+        places = self._unwrapped.get((held, _unwrap(parameter_key(module, kind, parameter))))
+        return places[0] if places is not None and len(places) == 1 else None
+
+    def _component(self, name: str) -> str | None:
+        """The base's name for a component that an adapter calls by a general one."""
+        held = {file.component for file in self.files.values()}
+        if name in held or len(held) > 1:
+            return name
+        return held.pop() if name == MODEL or MODEL in held else name
+
+    @cached_property
+    def _unwrapped(self) -> Mapping[tuple[str | None, str], list[tuple[str, str]]]:
+        found: dict[tuple[str | None, str], list[tuple[str, str]]] = {}
+        for name, file in self.files.items():
+            for key in file.header.tensors:
+                found.setdefault((file.component, _unwrap(key)), []).append((name, key))
+        return found
+
+    def _is_conv1d(self, module: str) -> bool:
+        last = module.rpartition(".")[2]
+        return self.config.get("model_type") == "gpt2" and last in _CONV1D
 
     def _whole(self, name: str, key: str) -> Slice:
         info = self.files[name].header.tensors[key]
@@ -109,30 +190,47 @@ class Base:
 
 def open_base(path: Path, families: Sequence[str]) -> Base:
     """The base at `path`; `families` are those that the adapters fit, likeliest first."""
+    base = _open(path, families)
+    for file in base.files.values():
+        _check_precision(file.header, file.path.name)
+    return base
+
+
+def _open(path: Path, families: Sequence[str]) -> Base:
     if path.is_dir():
-        return _open_folder(path)
+        is_model = (path / _CONFIG).is_file() and not (path / _PIPELINE).is_file()
+        return _open_model(path) if is_model else _open_folder(path)
     header = read_header(path)
     files = {path.name: BaseFile(path, header, None)}
-    is_ldm = any(key.startswith(_LDM_PREFIX) for key in header.tensors)
     try:
         single = _read_single(header, path.name, families)
     except BadCheckpoint:
-        if is_ldm:
+        if any(key.startswith(_LDM_PREFIX) for key in header.tensors):
             raise
     else:
-        return Base(path, single.layout, files, single=single)
+        if single is not None:
+            return Base(path, single.layout, files, single=single)
     for component, beginnings in _COMPONENTS.items():
         if any(key.startswith(beginnings) for key in header.tensors):
             return Base(path, DIFFUSERS, {path.name: BaseFile(path, header, component)})
-    raise BadCheckpoint(path.name, "is neither an LDM checkpoint nor a diffusers model")
+    if families:
+        titles = " or ".join(FAMILIES[name].title for name in families)
+        detail = f"its keys and shapes are not those of {titles}, in any layout we know"
+        raise BadCheckpoint(path.name, detail)
+    return Base(path, MODEL, {path.name: BaseFile(path, header, MODEL)})
 
 
-def _read_single(header: Header, name: str, families: Sequence[str]) -> Checkpoint:
-    *others, last = families
-    for family in others:
-        with suppress(BadCheckpoint):
+def _read_single(header: Header, name: str, families: Sequence[str]) -> Checkpoint | None:
+    """The file as one of the adapters' families; None if those are outside our tables."""
+    problem = None
+    for family in families:
+        try:
             return read_checkpoint(header, name, family=FAMILIES[family])
-    return read_checkpoint(header, name, family=FAMILIES[last])
+        except BadCheckpoint as error:
+            problem = error
+    if problem is not None:
+        raise problem
+    return None
 
 
 def _open_folder(path: Path) -> Base:
@@ -145,6 +243,23 @@ def _open_folder(path: Path) -> Base:
     indices = {component.index for component in folder.components.values()}
     others = tuple(sorted(_others(path, indices)))
     return Base(path, "folder", files, others)
+
+
+def _open_model(path: Path) -> Base:
+    """A transformers model: its configuration and weights, with whatever lies beside them."""
+    model = read_component(path)
+    files = {file.name: BaseFile(file, read_header(file), MODEL) for file in model.files}
+    others = tuple(
+        sorted(
+            file.name
+            for file in path.iterdir()
+            if file.is_file()
+            and is_part(f"{MODEL}/{file.name}")
+            and file.suffix != ".safetensors"
+            and not (is_weight_index(file.name) and file != model.index)
+        )
+    )
+    return Base(path, MODEL, files, others, config=model.config)
 
 
 def _read_any_variant(path: Path) -> Folder:
@@ -172,7 +287,27 @@ def _others(path: Path, indices: set[Path | None]) -> Iterator[str]:
             yield relative
 
 
+def _check_precision(header: Header, name: str) -> None:
+    """Refuse what a weight cannot be added to: integers with tables beside them."""
+    for key in header.tensors:
+        stem, _, last = key.rpartition(".")
+        if last in _QUANTISED and (last != "biases" or f"{stem}.scales" in header.tensors):
+            detail = (
+                f"it is quantised with {_QUANTISED[last]} ({key}); a bake changes weights in place, "
+                "so take the model in float16, bfloat16 or float32"
+            )
+            raise BadCheckpoint(name, detail)
+
+
 def _spellings(module: str) -> tuple[str, ...]:
-    """Keys of a module's weight; transformers 5.6 and later save CLIP without `text_model.`."""
-    stem = module.removeprefix("text_model.")
-    return (f"{module}.weight", f"{stem}.weight", f"text_model.{stem}.weight")
+    """Paths of a module; transformers 5.6 and later save CLIP without `text_model.`."""
+    stem = module.removeprefix(TEXT_MODEL)
+    return tuple(dict.fromkeys((module, stem, f"{TEXT_MODEL}{stem}")))
+
+
+def _unwrap(key: str) -> str:
+    """A key less the wrappers it begins with."""
+    parts = key.split(".")
+    while len(parts) > 1 and parts[0] in _WRAPPERS:
+        del parts[0]
+    return ".".join(parts)

@@ -1,5 +1,6 @@
-"""The adapters of a plan, open: factors of a module in the dtype they are computed in."""
+"""The files of a plan, open: what adapters do to their layers, and weights of the base."""
 
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from math import isfinite
@@ -8,12 +9,17 @@ from types import TracebackType
 from typing import Self
 
 import torch
+from torch import Tensor
 
-from merge.algorithms import lora
-from merge.errors import BadFile, NotFinite
+from merge.algorithms import lora, read_change
+from merge.algorithms.change import Change
+from merge.bases import Base, Slice
+from merge.errors import BadFile, NotFinite, ShapeMismatch
+from merge.formats.adapters import Entry
 from merge.formats.header import Header
 from merge.formats.reader import TensorFile
-from merge.plan import Adapter, Module, Term
+from merge.plan import Adapter, Module
+from merge.terms import Term
 
 
 def open_as_planned(path: Path, header: Header) -> TensorFile:
@@ -26,7 +32,7 @@ def open_as_planned(path: Path, header: Header) -> TensorFile:
 
 
 class Inputs:
-    """Opens every adapter once; `factors` may be called from several threads."""
+    """Opens every adapter once; may be used from several threads."""
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self._adapters = adapters
@@ -49,31 +55,107 @@ class Inputs:
     ) -> None:
         self._stack.close()
 
+    def change(self, adapter: int, entry: Entry, dtype: torch.dtype) -> Change:
+        """What an entry does at strength 1, computed in `dtype`; refuses NaN and Inf."""
+        name = self._adapters[adapter].name
+        tensors = {role: self._read(adapter, key, dtype) for role, key in entry.keys.items()}
+        try:
+            return read_change(entry.layout, tensors, entry.layer.shape, entry.facts)
+        except ValueError as error:
+            raise ShapeMismatch(name, entry.name, str(error)) from error
+
     def parts(self, module: Module, dtype: torch.dtype) -> tuple[list[lora.Factors], list[float]]:
-        """Factors and strengths of every contribution to a module; refuses NaN and Inf."""
-        return (
-            [self._factors(term, dtype) for term in module.terms],
-            [term.strength for term in module.terms],
-        )
+        """The change of a module by each entry as a product, and the strengths they come with."""
+        products, strengths = [], []
+        for terms in module.entries:
+            first = terms[0]
+            factors = self.change(first.adapter, first.entry, dtype).factors()
+            assert factors is not None, f"{first.entry.name} was planned as a low-rank product"
+            if len(terms) == 1 and first.rows == factors.up.shape[0] == module.shape[0]:
+                products.append(factors)
+                strengths.append(first.strength)
+            else:
+                products.append(_moved(factors, terms, module.shape[0]))
+                strengths.append(1.0)
+        return products, strengths
 
-    def _factors(self, term: Term, dtype: torch.dtype) -> lora.Factors:
-        file, adapter = self._files[term.adapter], self._adapters[term.adapter]
-        tensors = {}
-        for role in ("down", "up"):
-            key = term.entry.keys[role]
-            tensors[role] = file.read_tensor(key).to(dtype)
-            # One NaN or Inf makes the sum NaN or Inf; a finite sum of finite float32 may still
-            # overflow, so only then is every value looked at.
-            if not isfinite(tensors[role].sum().item()) and not tensors[role].isfinite().all():
-                raise NotFinite(adapter.name, key)
-        return lora.parse(tensors["down"], tensors["up"], self._scale(term))
+    def _read(self, adapter: int, key: str, dtype: torch.dtype) -> Tensor:
+        stored = self._files[adapter].read_tensor(key)
+        if not stored.is_floating_point():
+            return stored
+        tensor = stored.to(dtype)
+        # One NaN or Inf makes the sum NaN or Inf; a finite sum of finite float32 may still
+        # overflow, so only then is every value looked at.
+        if not isfinite(tensor.sum().item()) and not tensor.isfinite().all():
+            raise NotFinite(self._adapters[adapter].name, key)
+        return tensor
 
-    def _scale(self, term: Term) -> float:
-        """alpha / rank; 1 without an alpha, as readers of kohya's and diffusers' files have it."""
-        key = term.entry.keys.get("alpha")
-        if key is None:
-            return float(term.entry.facts.get("scale", 1.0))
-        alpha = self._files[term.adapter].read_scalar(key)
-        if not isfinite(alpha):
-            raise NotFinite(self._adapters[term.adapter].name, key)
-        return alpha / term.rank
+
+def _moved(factors: lora.Factors, terms: Sequence[Term], rows: int) -> lora.Factors:
+    """The product with its rows where the terms say, times their strengths, and zeros elsewhere."""
+    up = factors.up.new_zeros(rows, factors.rank)
+    for term in terms:
+        taken = factors.up[term.first : term.first + term.rows]
+        up[term.begin : term.begin + term.rows] = taken * term.strength
+    return lora.Factors(up, factors.down, factors.scale)
+
+
+class OpenBase:
+    """Opens the base's files when they are first asked for; may be used from several threads."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._stack = ExitStack()
+        self._files: dict[str, TensorFile] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def file(self, name: str) -> TensorFile:
+        with self._lock:
+            if name not in self._files:
+                planned = self._base.files[name]
+                opened = open_as_planned(planned.path, planned.header)
+                self._files[name] = self._stack.enter_context(opened)
+            return self._files[name]
+
+    def read(
+        self, entry: Entry, parameter: str, dtype: torch.dtype, *, is_copy: bool = False
+    ) -> Tensor | None:
+        """The weight of an entry's layer as a matrix (out, in), or its bias, from wherever its rows
+        lie; None for a bias that the base lacks.
+        """
+        rows, columns = entry.layer.extent
+        whole = torch.empty(rows, columns if parameter == "weight" else 1, dtype=dtype)
+        for run in entry.layer.runs:
+            pieces = self._base.find(entry.component, run.module, parameter, kind=entry.layer.kind)
+            copies = [piece for piece in pieces if piece.is_copy == is_copy]
+            if not copies:
+                assert parameter == "bias", f"{run.module} was planned to be in the base"
+                return None
+            for piece in copies:
+                held = self._read_slice(piece, dtype)
+                low = max(run.first, piece.first)
+                high = min(run.first + run.rows, piece.first + held.shape[0])
+                begin = run.begin + low - run.first
+                taken = held[max(low - piece.first, 0) : max(high - piece.first, 0)]
+                whole[begin : begin + taken.shape[0]] = taken[:, : whole.shape[1]]
+        return whole if parameter == "weight" else whole.squeeze(1)
+
+    def _read_slice(self, piece: Slice, dtype: torch.dtype) -> Tensor:
+        file = self.file(piece.file)
+        tensor = file.read_tensor(piece.key)
+        matrix = tensor.reshape(tensor.shape[0], -1)
+        matrix = matrix[piece.first_row : piece.first_row + piece.rows].to(dtype)
+        if not matrix.isfinite().all():
+            raise NotFinite(file.name, piece.key)
+        return matrix.mT if piece.is_transposed else matrix

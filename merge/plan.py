@@ -7,21 +7,28 @@ imported, so a web process can answer an impossible recipe at once. `merge.execu
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from merge.bases import Base, Slice, open_base
-from merge.errors import BadRecipe, ShapeMismatch, UnknownModules, Unsupported
-from merge.families import FAMILIES
+from merge.bases import Base, open_base
+from merge.errors import BadRecipe, ShapeMismatch, Unsupported
+from merge.families import FAMILIES, Layer
+from merge.families.layers import ORIGINAL, OWN
 from merge.formats.adapters import AdapterLayout, Entry, read_config, read_layout
 from merge.formats.header import Header, read_header
+from merge.patches import Patch, find_patches
 from merge.recipe import Input, Recipe
+from merge.terms import Name, Source, Term, gather, terms_in
 
-FACTOR_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+FACTOR_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+# What factors may be stored in: floats that torch can widen. Numbers that count or mark may be others.
+_READABLE = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
+_MARKS = {"alpha", "on_input", "ranknum", "scaled_oft", "bias_indices", "bias_size"}
 # A module's stacked factors, their orthogonal parts and the result, for every worker thread.
 _WORKING_COPIES = 6
 _WORKERS = 2
@@ -39,47 +46,46 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
-    """What one adapter contributes to one module: strength * its delta."""
-
-    adapter: int
-    entry: Entry
-    strength: float
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the flattened delta."""
-        assert self.entry.dims.extent is not None
-        return self.entry.dims.extent
-
-    @property
-    def rank(self) -> int:
-        assert self.entry.rank is not None
-        return self.entry.rank
-
-
-@dataclass(frozen=True, slots=True)
 class Module:
-    """All contributions to one module, in canonical order of the inputs; never empty."""
+    """A layer of the merged adapter, as its dialect packs it, and all contributions to it.
+
+    `terms` are never empty, those of one entry stand together, entries in canonical order of the
+    inputs. Rows that no term reaches do not change.
+    """
 
     component: str
-    module: str
-    kernel: tuple[int, ...]
+    layer: Layer
     terms: tuple[Term, ...]
+
+    @property
+    def module(self) -> str:
+        """Our own path, or the layer's where it packs several modules."""
+        return self.layer.module or self.layer.path
 
     @property
     def name(self) -> str:
         return f"{self.component}.{self.module}"
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        return self.layer.shape[2:]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the flattened delta."""
-        return self.terms[0].shape
+        return self.layer.extent
+
+    @property
+    def entries(self) -> tuple[tuple[Term, ...], ...]:
+        """The terms by entry: an entry counts once, however many runs of rows it has here."""
+        return tuple(
+            tuple(its) for _, its in groupby(self.terms, lambda t: (t.adapter, t.entry.name))
+        )
 
     @property
     def rank(self) -> int:
         """The summed ranks: what an exact merge writes."""
-        return sum(term.rank for term in self.terms)
+        return sum(its[0].entry.exact_rank or 0 for its in self.entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +121,8 @@ class MergePlan:
             "family": self.family,
             "dialect": self.dialect,
             "dtype": self.dtype,
-            **_described(self.adapters, self.modules, self.left_out, self.cost),
+            **_described(self.adapters, self.left_out, self.cost),
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """A run of rows of one stored tensor, and the module whose delta is added to it."""
-
-    module: Module
-    slice: Slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,23 +131,24 @@ class BakePlan:
 
     recipe: Recipe
     adapters: tuple[Adapter, ...]
-    modules: tuple[Module, ...]
     left_out: tuple[str, ...]
     base: Base
     patches: Mapping[str, Mapping[str, tuple[Patch, ...]]]
+    notes: tuple[str, ...]
     cost: Cost
 
     @property
     def writes_folder(self) -> bool:
         """The result of a bake has the base's layout."""
-        return self.base.layout == "folder"
+        return self.base.is_folder
 
     def to_json(self) -> dict[str, Any]:
         return {
             "kind": "bake",
             "base": {"layout": self.base.layout, "files": len(self.base.files)},
             "tensors": sum(len(keys) for keys in self.patches.values()),
-            **_described(self.adapters, self.modules, self.left_out, self.cost),
+            "notes": list(self.notes),
+            **_described(self.adapters, self.left_out, self.cost),
         }
 
 
@@ -164,22 +163,29 @@ def plan(recipe: Recipe, files: Mapping[str, Path]) -> Plan:
     inputs = [recipe.inputs[i] for i in recipe.in_canonical_order()]
     _check_selectors(inputs, adapters)
     families = _common_families(adapters)
-    modules, left_out = _modules(inputs, adapters)
+    sources, left_out = gather(inputs, [adapter.layout for adapter in adapters])
     if recipe.kind == "bake":
-        return _plan_bake(recipe, files, adapters, modules, left_out, families)
-    return _plan_merge(recipe, adapters, modules, left_out, families)
+        return _plan_bake(recipe, files, adapters, sources, tuple(sorted(left_out)), families)
+    return _plan_merge(recipe, adapters, sources, tuple(sorted(left_out)), families)
 
 
 def _plan_merge(
     recipe: Recipe,
     adapters: tuple[Adapter, ...],
-    modules: tuple[Module, ...],
+    sources: Mapping[Name, Sequence[Source]],
     left_out: tuple[str, ...],
     families: Sequence[str],
 ) -> MergePlan:
+    dialect = recipe.output.dialect or _common_dialect(adapters)
+    if not families:
+        why = "it is for a model outside our tables, whose adapters can be baked and not merged"
+        raise Unsupported(adapters[0].name, why)
+    for adapter in adapters:
+        for entry in adapter.layout.entries:
+            _check_mergeable(adapter, entry)
+    modules = _modules(sources, adapters, families[0], dialect)
     if not modules:
         raise BadRecipe("inputs", "every module has strength 0, so there is nothing to write")
-    dialect = recipe.output.dialect or _common_dialect(adapters)
     components = sorted({module.component for module in modules})
     if dialect == "peft" and len(components) > 1:
         detail = f"peft holds one model, not {', '.join(components)}; use leave_out or diffusers"
@@ -201,6 +207,65 @@ def _plan_merge(
     return MergePlan(recipe, adapters, modules, left_out, families[0], dialect, dtype, cost)
 
 
+def _check_mergeable(adapter: Adapter, entry: Entry) -> None:
+    if entry.exact_rank is None:
+        why = f"the change of {entry.name} ({entry.algorithm}) is no low-rank product; bake it"
+        raise Unsupported(adapter.name, why)
+    if entry.touches_bias:
+        raise Unsupported(adapter.name, f"it changes the bias of {entry.name}; bake it")
+
+
+def _modules(
+    sources: Mapping[Name, Sequence[Source]],
+    adapters: Sequence[Adapter],
+    family: str,
+    dialect: str,
+) -> tuple[Module, ...]:
+    """The layers of the output with a contribution, by name."""
+    layers: dict[Name, Layer] = {}
+    terms: dict[Name, list[Term]] = defaultdict(list)
+    for name, its in sources.items():
+        _check_shapes(".".join(name), its, adapters)
+        active = [source for source in its if source.strength != 0]
+        for layer, first, rows, begin in _targets(name, active, family, dialect):
+            layers[name[0], layer.path] = layer
+            terms[name[0], layer.path] += terms_in(active, first, rows, begin)
+    return tuple(
+        Module(
+            component,
+            layers[component, path],
+            tuple(sorted(its, key=lambda term: (term.adapter, term.entry.name, term.begin))),
+        )
+        for (component, path), its in sorted(terms.items())
+    )
+
+
+def _targets(
+    name: Name, sources: Sequence[Source], family: str, dialect: str
+) -> list[tuple[Layer, int, int, int]]:
+    """(layer of the output, first row of the module, rows, row of the layer) for a module's rows."""
+    component, module = name
+    if not sources:
+        return []
+    known = FAMILIES[family]
+    namings = {"kohya": known.kohya_naming, "comfy": known.comfy_naming}.get(dialect, {})
+    table = known.tables[component]
+    if namings.get(component, OWN) == ORIGINAL:
+        found = [(layer, run.first, run.rows, run.begin) for layer, run in table.packed[module]]
+    else:
+        layer = table.layers[OWN][module]
+        found = [(layer, 0, layer.shape[0], 0)]
+    inner = sources[0].entry.layer.shape[1:]
+    return [(_with_inputs(layer, inner), first, rows, at) for layer, first, rows, at in found]
+
+
+def _with_inputs(layer: Layer, inner: tuple[int, ...]) -> Layer:
+    """The layer with as many inputs as the adapters have: the first layer of a variant has more."""
+    if prod(layer.shape[1:]) == prod(inner):
+        return layer
+    return replace(layer, shape=(layer.shape[0], *inner))
+
+
 def alpha_bytes(dialect: str) -> int:
     """What a module takes beside its factors: kohya and comfy store alphas, as float32."""
     return 4 if dialect in ("kohya", "comfy") else 0
@@ -217,25 +282,28 @@ def _plan_bake(
     recipe: Recipe,
     files: Mapping[str, Path],
     adapters: tuple[Adapter, ...],
-    modules: tuple[Module, ...],
+    sources: Mapping[Name, Sequence[Source]],
     left_out: tuple[str, ...],
     families: Sequence[str],
 ) -> BakePlan:
     assert recipe.base is not None  # a bake without a base is no recipe
     base = open_base(_file(recipe.base.name, "base", files), families)
-    patches = _patches(base, modules, adapters)
+    found = find_patches(base, sources, [adapter.name for adapter in adapters])
     written = sum(file.header.file_size for file in base.files.values()) + sum(
         (base.path / name).stat().st_size for name in base.others
     )
     working = 8 if recipe.numerics == "reproducible" else 4
-    largest = max((sum(m.shape) * m.rank * working for m in modules), default=0)
-    cost = Cost(len(modules), written, _WORKERS * (3 * largest + TILE_BYTES))
-    return BakePlan(recipe, adapters, modules, left_out, base, patches, cost)
+    patches = [p for keys in found.patches.values() for its in keys.values() for p in its]
+    largest = max((patch.working_elements for patch in patches), default=0) * working
+    changed = {patch.name for patch in patches}
+    cost = Cost(len(changed), written, _WORKERS * (largest + TILE_BYTES) + BLOCKS_BYTES)
+    return BakePlan(recipe, adapters, left_out, base, found.patches, found.notes, cost)
 
 
-# Scratch of one bake thread: a tile as stored, in float64, in float32, as stored again, and a mask.
+# Scratch of one bake thread: a tile as stored, in float64 twice, in float32, as stored again, a mask.
 TILE_ELEMENTS = 256 * 1024
-TILE_BYTES = TILE_ELEMENTS * (4 + 8 + 4 + 4 + 1)
+TILE_BYTES = TILE_ELEMENTS * (4 + 8 + 8 + 4 + 4 + 1)
+BLOCKS_BYTES = 6 * 4 * 2**20  # merge.blocks
 
 
 def _open_adapter(source: Input, param: str, files: Mapping[str, Path]) -> Adapter:
@@ -246,24 +314,15 @@ def _open_adapter(source: Input, param: str, files: Mapping[str, Path]) -> Adapt
     layout = read_layout(header, name=path.name, config=read_config(path))
     adapter = Adapter(param, path.name, path, header, layout)
     for entry in layout.entries:
-        _check_plain(adapter, entry)
         _check_dtypes(adapter, entry)
     return adapter
 
 
-def _check_plain(adapter: Adapter, entry: Entry) -> None:
-    """Only plain LoRA of whole layers is merged and baked so far."""
-    is_plain = entry.layout == "lora" and entry.keys.keys() <= {"down", "up", "alpha"}
-    if not is_plain or entry.layer.module is None or adapter.layout.family is None:
-        why = f"{entry.name} uses {entry.algorithm}; only plain LoRA can be merged or baked so far"
-        raise Unsupported(adapter.name, why)
-
-
 def _check_dtypes(adapter: Adapter, entry: Entry) -> None:
-    for role in ("down", "up"):
-        dtype = adapter.header.tensors[entry.keys[role]].dtype
-        if dtype not in FACTOR_BYTES:
-            raise Unsupported(adapter.name, f"{entry.keys[role]} is stored as {dtype}")
+    for role, key in entry.keys.items():
+        dtype = adapter.header.tensors[key].dtype
+        if dtype not in _READABLE and role not in _MARKS:
+            raise Unsupported(adapter.name, f"{key} is stored as {dtype}")
 
 
 def _file(name: str, param: str, files: Mapping[str, Path]) -> Path:
@@ -278,7 +337,11 @@ def _check_selectors(inputs: Iterable[Input], adapters: Iterable[Adapter]) -> No
     said: dict[tuple[str, str], str] = {}
     matched: set[tuple[str, str]] = set()
     for source, adapter in zip(inputs, adapters, strict=True):
-        names = {entry.name for entry in adapter.layout.entries}
+        names = {
+            f"{entry.component}.{run.module}"
+            for entry in adapter.layout.entries
+            for run in entry.layer.runs
+        }
         for field, globs in (
             ("components", {component: f"{component}.*" for component in source.components}),
             ("blocks", {glob: glob for glob in source.blocks}),
@@ -299,7 +362,12 @@ def _common_families(adapters: Sequence[Adapter]) -> list[str]:
     """
     first, *rest = adapters
     common = [first.layout.family, *first.layout.families]
-    for other in rest:
+    if not first.layout.families:
+        known = [other for other in rest if other.layout.families]
+        for other in known:
+            detail = f"{other.name} is for {_titles(other.layout.families)}, {first.name} is not"
+            raise BadRecipe(other.param, detail)
+    for other in rest if first.layout.families else ():
         common = [name for name in common if name in other.layout.families]
         if not common:
             detail = (
@@ -314,75 +382,19 @@ def _titles(families: Iterable[str]) -> str:
     return " or ".join(FAMILIES[name].title for name in families)
 
 
-def _modules(
-    inputs: Iterable[Input], adapters: tuple[Adapter, ...]
-) -> tuple[tuple[Module, ...], tuple[str, ...]]:
-    """Every module with a contribution, by name, and the names of what was left out."""
-    terms: dict[tuple[str, str], list[Term]] = defaultdict(list)
-    left_out: set[str] = set()
-    for index, source in enumerate(inputs):
-        for entry in adapters[index].layout.entries:
-            name = (entry.component, entry.layer.module or entry.layer.path)
-            if source.leaves_out(*name):
-                left_out.add(".".join(name))
-                continue
-            terms[name].append(Term(index, entry, source.strength_at(*name)))
-    for name, candidates in terms.items():
-        _check_shapes(".".join(name), candidates, adapters)
-    modules = (
-        Module(*name, max(t.entry.layer.shape[2:] for t in candidates), tuple(active))
-        for name, candidates in sorted(terms.items())
-        if (active := [term for term in candidates if term.strength != 0])
-    )
-    return tuple(modules), tuple(sorted(left_out))
-
-
-def _check_shapes(name: str, terms: list[Term], adapters: tuple[Adapter, ...]) -> None:
-    first = terms[0]
-    for other in terms[1:]:
-        if other.shape != first.shape:
-            detail = f"the change is {other.shape}, in {adapters[first.adapter].name} it is {first.shape}"
+def _check_shapes(name: str, sources: Sequence[Source], adapters: Sequence[Adapter]) -> None:
+    first = sources[0]
+    inner = prod(first.entry.layer.shape[1:])
+    for other in sources[1:]:
+        if prod(other.entry.layer.shape[1:]) != inner or (
+            other.entry.layer.path == first.entry.layer.path
+            and other.entry.layer.extent != first.entry.layer.extent
+        ):
+            detail = (
+                f"the change is {other.entry.layer.extent}, in "
+                f"{adapters[first.adapter].name} it is {first.entry.layer.extent}"
+            )
             raise ShapeMismatch(adapters[other.adapter].name, name, detail)
-
-
-def _patches(
-    base: Base, modules: Iterable[Module], adapters: Sequence[Adapter]
-) -> dict[str, dict[str, tuple[Patch, ...]]]:
-    """File -> key -> patches by first row; UnknownModules for what the base does not have."""
-    found: dict[str, dict[str, list[Patch]]] = defaultdict(lambda: defaultdict(list))
-    missing: dict[int, list[str]] = defaultdict(list)
-    for module in modules:
-        slices = base.find(module.component, module.module)
-        if not slices:
-            for term in module.terms:
-                missing[term.adapter].append(module.name)
-        for piece in slices:
-            _check_fits(adapters[module.terms[0].adapter], module, piece, base)
-            found[piece.file][piece.key].append(Patch(module, piece))
-    for index, names in missing.items():
-        raise UnknownModules(adapters[index].name, names, f"the base {base.path.name}")
-    return {
-        file: {key: _in_order(patches) for key, patches in keys.items()}
-        for file, keys in found.items()
-    }
-
-
-def _in_order(patches: Iterable[Patch]) -> tuple[Patch, ...]:
-    ordered = sorted(patches, key=lambda patch: patch.slice.first_row)
-    for one, two in pairwise(ordered):
-        end = one.slice.first_row + one.slice.rows
-        assert end <= two.slice.first_row, f"{one.module.name} and {two.module.name} overlap"
-    return tuple(ordered)
-
-
-def _check_fits(adapter: Adapter, module: Module, piece: Slice, base: Base) -> None:
-    rows, columns = module.shape[::-1] if piece.transposed else module.shape
-    if (rows, columns) != (piece.rows, piece.columns):
-        detail = (
-            f"the change is ({rows}, {columns}), "
-            f"{piece.key} in {base.path.name} takes ({piece.rows}, {piece.columns})"
-        )
-        raise ShapeMismatch(adapter.name, module.name, detail)
 
 
 def _common_dialect(adapters: Iterable[Adapter]) -> str:
@@ -395,17 +407,17 @@ def _common_dialect(adapters: Iterable[Adapter]) -> str:
 def _common_dtype(adapters: Iterable[Adapter]) -> str:
     """The narrowest dtype that holds every input's factors, whatever their order."""
     found = {
-        adapter.header.tensors[entry.keys[role]].dtype
+        adapter.header.tensors[key].dtype
         for adapter in adapters
         for entry in adapter.layout.entries
-        for role in ("down", "up")
+        for role, key in entry.keys.items()
+        if role not in _MARKS
     }
     return found.pop() if found in ({"F16"}, {"BF16"}) else "F32"
 
 
 def _described(
     adapters: tuple[Adapter, ...],
-    modules: tuple[Module, ...],
     left_out: tuple[str, ...],
     cost: Cost,
 ) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Weights are matrices here: (out, in * kernel) for convolutions, (n, 1) for norms
 from abc import ABC, abstractmethod
 from enum import StrEnum
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from merge.algorithms.lora import Factors
@@ -42,6 +42,14 @@ class Change(ABC):
         `base` is None, those rows of W, or all of W, as `needs` says; it is not changed. Nor may the
         caller change the result, which can be the file's own tensor.
         """
+
+    def replaces(self, first: int, rows: int) -> Bool[Tensor, " rows"] | None:
+        """Which of these rows f gives new values whatever W is; None from all but replacements."""
+        return None
+
+    def new_bias(self) -> Float[Tensor, " out"] | None:
+        """The bias that f puts in place of any other; None from all but replacements."""
+        return None
 
     def bias(
         self, bias: Float[Tensor, " out"] | None, base: Float[Tensor, "out in"] | None

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from merge.algorithms.change import Change, Needs
+from merge.algorithms.lora import Factors
 from merge.algorithms.lowrank import low_rank
 from merge.algorithms.scale import scale_of
 
@@ -61,6 +62,10 @@ class Experts(Change):
         self, up: Float[Tensor, "n out rank"], down: Float[Tensor, "n rank in"], scale: float
     ) -> None:
         self._up, self._down, self._scale = up, down, scale
+
+    def expert(self, number: int) -> Factors:
+        """The change of one expert's own matrix."""
+        return Factors(self._up[number], self._down[number], self._scale)
 
     def weight(
         self, first: int, rows: int, base: Float[Tensor, "_ in"] | None

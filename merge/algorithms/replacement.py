@@ -9,7 +9,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from merge.algorithms.change import Change, Needs
@@ -60,6 +61,12 @@ class Replacement(Change):
         assert base is not None
         return self._weight[first : first + rows] - base
 
+    def replaces(self, first: int, rows: int) -> Bool[Tensor, " rows"] | None:
+        return None if self._weight is None else torch.ones(rows, dtype=torch.bool)
+
+    def new_bias(self) -> Float[Tensor, " out"] | None:
+        return self._bias
+
     def bias(
         self, bias: Float[Tensor, " out"] | None, base: Float[Tensor, "out in"] | None
     ) -> Float[Tensor, " out"] | None:
@@ -91,6 +98,11 @@ class Tokens(Change):
 
     def __init__(self, values: Float[Tensor, "n in"], ids: Sequence[int]) -> None:
         self._values, self._ids = values, ids
+
+    def replaces(self, first: int, rows: int) -> Bool[Tensor, " rows"] | None:
+        is_new = torch.zeros(rows, dtype=torch.bool)
+        is_new[[token - first for token in self._ids if first <= token < first + rows]] = True
+        return is_new
 
     def weight(
         self, first: int, rows: int, base: Float[Tensor, "_ in"] | None

@@ -1,0 +1,281 @@
+"""What of a base a bake changes: runs of stored rows, each with its list of contributions.
+
+Overlapping contributions are cut at their boundaries, so that every stored row is in one patch.
+All that can be impossible about a bake is found here, from headers and configurations.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import prod
+from typing import NamedTuple
+
+from merge.bases import Base, Slice
+from merge.errors import ShapeMismatch, UnknownModules, Unsupported
+from merge.families import Run
+from merge.formats.adapters import Entry
+from merge.terms import Name, Source, Term, terms_in
+
+_EXPERTS = "lora-experts"
+# Roles that give a bias to a layer without one; others (IA3, GLoRA's D) scale what is there.
+_ADDS_BIAS = frozenset(
+    {
+        *("up_bias", "diff_b", "b_norm", "bias", "ln_tuning_bias"),
+        *(f"glora_{letter}.{part}" for letter in "CE" for part in ("Xd", "Xu", "X")),
+        *("glora_Cd", "glora_Cu", "glora_E"),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """Rows of a stored matrix and what is added to them: strength * the rows of each term.
+
+    A term whose weight has fewer columns changes the first ones: a base whose first layer has more
+    inputs keeps the rest. For a transposed tensor the terms' rows are its columns. Of packed
+    experts a term's `first` is the expert, whose matrix the patch is.
+    """
+
+    name: str
+    parameter: str
+    first_row: int
+    rows: int
+    columns: int
+    terms: tuple[Term, ...]
+    is_transposed: bool = False
+    is_copy: bool = False
+    is_expert: bool = False
+
+    @property
+    def working_elements(self) -> int:
+        """Elements of what a thread holds to compute it, at most: three copies of low-rank factors,
+        or the adapters' dense changes, beside the whole weights that some of them depend on.
+        """
+        held = 0
+        for term in self.terms:
+            out, inner = term.entry.layer.extent
+            if term.entry.needs == "nothing" and term.entry.exact_rank is not None:
+                held += 3 * (self.rows + self.columns) * term.entry.exact_rank
+            else:
+                held += 3 * out * inner
+        return held
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """`patches`: file of the base -> key -> its patches by first row; `notes` for the certificate."""
+
+    patches: Mapping[str, Mapping[str, tuple[Patch, ...]]]
+    notes: tuple[str, ...]
+
+
+class _Piece(NamedTuple):
+    name: str
+    parameter: str
+    is_copy: bool
+    term: Term  # `begin` counts the stored tensor's rows, or its columns if it is transposed
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """One stored tensor, seen as a matrix, and everything that changes it."""
+
+    rows: int
+    columns: int
+    is_transposed: bool = False
+    pieces: list[_Piece] = field(default_factory=list)
+
+
+def find_patches(
+    base: Base, sources: Mapping[Name, Sequence[Source]], adapters: Sequence[str]
+) -> Found:
+    """Every row of the base that something changes; `adapters` are their names for messages."""
+    finder = _Finder(base, adapters)
+    for (component, module), its in sorted(sources.items()):
+        if active := [source for source in its if source.strength != 0]:
+            finder.add(component, module, active)
+    return finder.finish()
+
+
+class _Finder:
+    def __init__(self, base: Base, adapters: Sequence[str]) -> None:
+        self._base, self._adapters = base, adapters
+        self._targets: dict[tuple[str, str], _Target] = {}
+        self._missing: dict[int, list[str]] = defaultdict(list)
+        self._notes: set[str] = set()
+
+    def add(self, component: str, module: str, sources: Sequence[Source]) -> None:
+        """What `sources` change of one module."""
+        kind = sources[0].entry.layer.kind
+        name = f"{component}.{module}"
+        on_weight = [source for source in sources if source.entry.touches_weight]
+        on_bias = [source for source in sources if source.entry.touches_bias]
+        pieces = self._base.find(component, module, kind=kind)
+        if not pieces:
+            for index in {source.adapter for source in sources}:
+                self._missing[index].append(name)
+            return
+        shape = self._base.shape(component, module, kind=kind)
+        on_weight = [_resolved(source, shape) for source in on_weight]
+        self._check_rows(name, on_weight, pieces)
+        for piece in pieces:
+            self._add_piece(name, "weight", piece, on_weight)
+        if on_bias:
+            self._add_bias(component, module, [_resolved(source, shape) for source in on_bias])
+
+    def finish(self) -> Found:
+        for index, names in self._missing.items():
+            raise UnknownModules(self._adapters[index], names, f"the base {self._base.path.name}")
+        patches: dict[str, dict[str, tuple[Patch, ...]]] = defaultdict(dict)
+        for (file, key), target in self._targets.items():
+            if cut := tuple(_cut(target)):
+                patches[file][key] = cut
+        return Found(patches, tuple(sorted(self._notes)))
+
+    def _add_bias(self, component: str, module: str, sources: Sequence[Source]) -> None:
+        name = f"{component}.{module}"
+        pieces = self._base.find(component, module, "bias")
+        if pieces:
+            self._check_rows(f"{name}.bias", sources, pieces)
+            for piece in pieces:
+                self._add_piece(name, "bias", piece, sources)
+            return
+        for source in sources:
+            if _adds_bias(source.entry):
+                why = (
+                    f"it gives {name} a bias, which that layer does not have in "
+                    f"{self._base.path.name}, and the model's own code would not load one"
+                )
+                raise Unsupported(self._adapters[source.adapter], why)
+
+    def _add_piece(
+        self, name: str, parameter: str, piece: Slice, sources: Sequence[Source]
+    ) -> None:
+        for source in sources:
+            self._check_columns(name, parameter, source, piece)
+        if sources and sources[0].entry.layout == _EXPERTS:
+            self._add_experts(name, piece, sources)
+            return
+        target = self._target(piece, piece.columns, piece.is_transposed)
+        rows, begin = (piece.columns, 0) if piece.is_transposed else (piece.rows, piece.first_row)
+        for term in terms_in(sources, piece.first, rows, begin):
+            target.pieces.append(_Piece(name, parameter, piece.is_copy, term))
+
+    def _add_experts(self, name: str, piece: Slice, sources: Sequence[Source]) -> None:
+        """Expert e is rows e * n to (e + 1) * n of the tensor seen as a matrix of its last dimension."""
+        shape = self._base.info(piece).shape
+        for source in sources:
+            if source.entry.layout != _EXPERTS or len(shape) != 3:
+                why = f"packed experts ({name}) take low-rank factors of every expert and no other"
+                raise Unsupported(self._adapters[source.adapter], why)
+            for expert in range(shape[0]):
+                term = Term(
+                    adapter=source.adapter,
+                    entry=source.entry,
+                    strength=source.strength,
+                    first=expert,
+                    begin=expert * shape[1],
+                    rows=shape[1],
+                )
+                target = self._target(piece, shape[2], False)
+                target.pieces.append(_Piece(name, "weight", False, term))
+
+    def _target(self, piece: Slice, columns: int, is_transposed: bool) -> _Target:
+        rows = prod(self._base.info(piece).shape) // columns
+        new = _Target(rows, columns, is_transposed)
+        return self._targets.setdefault((piece.file, piece.key), new)
+
+    def _check_rows(self, name: str, sources: Sequence[Source], pieces: Sequence[Slice]) -> None:
+        """The rows that the sources change are all there, and a whole layer is a whole layer."""
+        held = sum(
+            piece.columns if piece.is_transposed else piece.rows
+            for piece in pieces
+            if not piece.is_copy
+        )
+        for source in sources:
+            run, layer = source.run, source.entry.layer
+            is_whole = layer.module is not None
+            if run.first + run.rows > held or (is_whole and run.rows != held):
+                self._refuse_shape(name, source, pieces[0])
+
+    def _check_columns(self, name: str, parameter: str, source: Source, piece: Slice) -> None:
+        inner = prod(source.entry.layer.shape[1:]) if parameter == "weight" else 1
+        found = piece.rows if piece.is_transposed else piece.columns
+        if inner == found:
+            return
+        shape, layer = self._base.info(piece).shape, source.entry.layer
+        is_wider = (
+            *(len(shape) == len(layer.shape) > 2, shape[2:] == layer.shape[2:]),
+            *(shape[0] == layer.shape[0], len(shape) > 1 and shape[1] > layer.shape[1]),
+        )
+        if parameter != "weight" or not all(is_wider) or source.entry.needs == "whole":
+            self._refuse_shape(name, source, piece)
+        self._notes.add(
+            f"{name} has {shape[1]} inputs in the base and {layer.shape[1]} in "
+            f"{self._adapters[source.adapter]}: the others stay as they are"
+        )
+
+    def _refuse_shape(self, name: str, source: Source, piece: Slice) -> None:
+        found = (piece.columns, piece.rows) if piece.is_transposed else (piece.rows, piece.columns)
+        detail = (
+            f"the change is {source.entry.layer.extent}, "
+            f"{piece.key} in {self._base.path.name} takes {found}"
+        )
+        raise ShapeMismatch(self._adapters[source.adapter], name, detail)
+
+
+def _adds_bias(entry: Entry) -> bool:
+    return bool(_ADDS_BIAS & entry.keys.keys())
+
+
+def _resolved(source: Source, shape: tuple[int, ...] | None) -> Source:
+    """The source with the base's shape where its factors leave a side open."""
+    layer = source.entry.layer
+    if shape is None or (0 not in layer.shape and source.entry.layout != _EXPERTS):
+        return source
+    run = Run(source.run.module, 0, 0, shape[0])
+    entry = replace(source.entry, layer=replace(layer, shape=shape, runs=(run,)))
+    return replace(source, entry=entry, run=run)
+
+
+def _cut(target: _Target) -> Iterator[Patch]:
+    """Patches in the order of their rows, each with all terms that cover it."""
+    if target.is_transposed:
+        if target.pieces:
+            yield _patch(target, target.pieces, 0, target.rows)
+        return
+    edges = sorted({edge for p in target.pieces for edge in (p.term.begin, _end(p.term))})
+    for low, high in pairwise(edges):
+        covering = [p for p in target.pieces if p.term.begin <= low and high <= _end(p.term)]
+        if covering:
+            yield _patch(target, [_cut_to(piece, low, high) for piece in covering], low, high)
+
+
+def _end(term: Term) -> int:
+    return term.begin + term.rows
+
+
+def _cut_to(piece: _Piece, low: int, high: int) -> _Piece:
+    term = piece.term
+    first = term.first if _is_expert(term) else term.first + low - term.begin
+    return piece._replace(term=replace(term, first=first, begin=0, rows=high - low))
+
+
+def _is_expert(term: Term) -> bool:
+    return term.entry.layout == _EXPERTS
+
+
+def _patch(target: _Target, pieces: Sequence[_Piece], low: int, high: int) -> Patch:
+    first = pieces[0]
+    return Patch(
+        name=first.name,
+        parameter=first.parameter,
+        first_row=low,
+        rows=high - low,
+        columns=target.columns,
+        terms=tuple(piece.term for piece in pieces),
+        is_transposed=target.is_transposed,
+        is_copy=first.is_copy,
+        is_expert=_is_expert(first.term),
+    )
