@@ -28,6 +28,9 @@ class Change(ABC):
     """f(W) - W and f(b) - b of one layer; all tensors are in the dtype of computation."""
 
     needs: Needs
+    # Whether the product of `factors` is also the cheapest way to the change: not for LoKr, nor for
+    # LoHa of large ranks.
+    is_product = False
 
     def factors(self) -> Factors | None:
         """The change of the weight as an exact low-rank product, where it is one without a base."""

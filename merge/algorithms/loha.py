@@ -58,6 +58,8 @@ class LoHa(Change):
     ) -> None:
         self._up1, self._down1, self._up2, self._down2 = up1, down1, up2, down2
         self._scale = scale
+        # Rows of 3072 x 3072 take as long as a product of rank 100 to 200, on one core.
+        self.is_product = up1.shape[1] * up2.shape[1] <= 64
 
     def factors(self) -> Factors:
         """Products of rows and of columns (Khatri-Rao), of rank r1 * r2."""

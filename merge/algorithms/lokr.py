@@ -65,6 +65,8 @@ def _scale(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> float:
 
 
 class LoKr(Change):
+    """Rows cost one multiplication for each entry: a tenth or less of the product of its factors."""
+
     needs = Needs.NOTHING
 
     def __init__(self, left: Side, right: Side, scale: float) -> None:

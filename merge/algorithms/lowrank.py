@@ -13,6 +13,7 @@ class LowRank(Change):
     """f(W) - W = scale * up @ down, and perhaps a vector that is added to the bias."""
 
     needs = Needs.NOTHING
+    is_product = True
 
     def __init__(self, factors: Factors, bias: Float[Tensor, " out"] | None = None) -> None:
         self._factors = factors

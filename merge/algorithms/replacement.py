@@ -43,6 +43,7 @@ class Replacement(Change):
         shape: tuple[int, ...],
     ) -> None:
         self.needs = Needs.NOTHING if weight is None else Needs.ROWS
+        self.is_product = weight is None
         self._weight, self._bias, self._extent = weight, bias, extent(shape)
 
     def factors(self) -> Factors | None:

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from merge.algorithms import read_change
 
@@ -62,6 +63,23 @@ def test_lora(name: str, use_rslora: bool) -> None:
     tensors = {"down": layer.lora_A.default.weight, "up": layer.lora_B.default.weight}
     facts = {"scale": 3 / 5**0.5 if use_rslora else 3 / 5}
     assert _compare(layer, "lora", tensors, facts).abs().max() > 0.1
+
+
+def test_a_transposed_weight_takes_the_transposed_change() -> None:
+    """GPT-2's Conv1D holds (in, out); our change is of (out, in), and the base's place turns it."""
+    model = nn.ModuleDict({"c": Conv1D(8, 12)})
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=3, lora_alpha=3, target_modules=["c"], fan_in_fan_out=True)
+    )
+    layer = adapted.base_model.model["c"]
+    nn.init.normal_(layer.lora_B.default.weight)
+    tensors = {
+        "down": layer.lora_A.default.weight.detach(),
+        "up": layer.lora_B.default.weight.detach(),
+    }
+    facts = {"scale": 1.0, "fan_in_fan_out": True}
+    ours = read_change("lora", tensors, (8, 12), facts).weight(0, 8, None)
+    torch.testing.assert_close(ours.mT, layer.get_delta_weight("default").detach())
 
 
 def test_lora_bias() -> None:
