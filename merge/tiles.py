@@ -139,7 +139,7 @@ def _factors(change: Change, term: Term, patch: Patch) -> Factors | None:
     if patch.is_expert:
         assert isinstance(change, Experts)
         return change.expert(term.first)
-    factors = change.factors()
+    factors = change.factors() if change.is_product else None
     if factors is None:
         return None
     up, down = factors.up, factors.down
