@@ -55,6 +55,49 @@ def methods() -> str:
     return "\n".join([*lines, ""])
 
 
+def dialects() -> str:
+    """What `graft convert` makes of what: the page as it is, with its table written anew."""
+    from merge.formats.dialects import SUFFIXES, WRITABLE_DIALECTS
+
+    layouts = dict.fromkeys(layout for held in SUFFIXES.values() for layout in held)
+    rows = [
+        f"| {_ALGORITHMS[layout]} | "
+        + " | ".join("yes" if layout in SUFFIXES[dialect] else "" for dialect in WRITABLE_DIALECTS)
+        + f" | {_AS_LORA.get(layout, '')} |"
+        for layout in layouts
+    ]
+    table = [
+        _TABLE,
+        f"| algorithm | {' | '.join(WRITABLE_DIALECTS)} | as plain LoRA |",
+        "|---|" + "---|" * (len(WRITABLE_DIALECTS) + 1),
+        *rows,
+    ]
+    before, _, after = (_present("docs/formats/dialects.md") or "").partition(_TABLE)
+    return before + "\n".join(table) + "\n\n" + after.partition("\n\n")[2]
+
+
+_TABLE = "<!-- written by `make docs` -->"
+_ALGORITHMS = {
+    "lora": "LoRA, LoCon; with DoRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "glora": "GLoRA of LyCORIS",
+    "oft": "Diag-OFT",
+    "boft": "BOFT",
+    "oft-legacy": "Diag-OFT before LyCORIS 2",
+    "ia3": "IA3 of LyCORIS",
+    "full": "full differences",
+    "norm": "differences of norms",
+    "replacement": "replaced weights (`set_weight`)",
+}
+_AS_LORA = {
+    "lora": "it is; a Tucker core folds in; DoRA no",
+    "loha": "rank r²",
+    "lokr": "the product of both sides' ranks; two whole sides no",
+    "glora": "rank 2r, given `--base`",
+}
+
+
 def openapi() -> str:
     """Our own HTTP API; the Hugging Face protocol is described by its owners."""
     from hub.app import create_app
@@ -87,6 +130,7 @@ def training_config() -> str:
 
 
 DOCUMENTS: Mapping[str, Callable[[], str]] = {
+    "docs/formats/dialects.md": dialects,
     "docs/methods.md": methods,
     "docs/openapi.json": openapi,
     "docs/settings.md": settings,
