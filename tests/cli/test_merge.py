@@ -187,7 +187,7 @@ def test_a_peft_adapter_of_another_name_needs_its_configuration_too(tmp_path: Pa
         (["merge", "ink.safetensors", "-o", "x", "--block", "*.nope=1"], "matches no module"),
         (["merge", "ink.safetensors", "-o", "no/x"], "the folder no does not exist"),
         (["merge", "ink.safetensors", "-o", "ink.safetensors"], "is an input"),
-        (["bake", "ink.safetensors", "ink.safetensors", "-o", "x"], "neither an LDM checkpoint"),
+        (["bake", "ink.safetensors", "ink.safetensors", "-o", "x"], "in any layout we know"),
         (["bake", "nope", "ink.safetensors", "-o", "x"], "nope: there is no such file"),
         (["recipe", "run", "nope.yaml", "-o", "x"], "cannot read nope.yaml"),
     ],
