@@ -302,7 +302,7 @@ class BaseWeights:
             piece = found[0]
             with TensorFile(self._base.files[piece.file].path) as file:
                 stored = file.read_tensor(piece.key).double().flatten(1)
-            rows = stored.mT if piece.transposed else stored
+            rows = stored.mT if piece.is_transposed else stored
             at = piece.first_row + run.first
             pieces.append(rows[at : at + run.rows])
         weight = torch.cat(pieces)

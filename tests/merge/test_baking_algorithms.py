@@ -1,0 +1,55 @@
+"""Factors of every algorithm in files, baked into files, against each algorithm's own oracle."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.fixtures.engine import run
+from tests.fixtures.factors import Layer, layers, write_base, write_factors
+
+LAYOUTS = [
+    *("lora", "loha", "lokr", "vera", "full", "norm", "replacement", "lora-embedding"),
+    *("glora", "glora-paper", "oft", "oft-legacy", "boft", "boft-legacy"),
+    *("ia3", "ia3-peft", "oft-peft", "boft-peft", "hra", "hira"),
+]
+NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+def _expected(layer: Layer, strength: float) -> tuple[np.ndarray, np.ndarray | None]:
+    weight = layer.weight + strength * (layer.changed - layer.weight)
+    if layer.bias is None or layer.changed_bias is None:
+        return weight, layer.bias
+    return weight, layer.bias + strength * (layer.changed_bias - layer.bias)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layer_becomes_what_the_oracle_says(layout: str, tmp_path: Path) -> None:
+    held = layers(layout)
+    base = write_base(tmp_path / "base.safetensors", held)
+    adapter = write_factors(tmp_path / "adapter.safetensors", layout, held)
+    for strength in (1.0, 0.5, -0.7):
+        out = tmp_path / f"{strength}.safetensors"
+        run(out, [(adapter, strength)], base=base, numerics="reproducible")
+        after = load_file(out)
+        for name, layer in held.items():
+            weight, bias = _expected(layer, strength)
+            # Factors and weights are stored as float32, of which the oracle knows nothing.
+            slack = 4e-6 * max(1.0, float(np.abs(weight).max()))
+            np.testing.assert_allclose(after[f"{name}.weight"], weight, rtol=0, atol=slack)
+            if bias is not None:
+                np.testing.assert_allclose(after[f"{name}.bias"], bias, rtol=0, atol=slack)
+        assert torch.equal(after["untouched.weight"], torch.arange(10.0))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strength_zero_gives_the_base_whatever_the_algorithm(layout: str, tmp_path: Path) -> None:
+    held = layers(layout)
+    base = write_base(tmp_path / "base.safetensors", held, torch.bfloat16)
+    adapter = write_factors(tmp_path / "adapter.safetensors", layout, held)
+    run(tmp_path / "out.safetensors", [(adapter, 0.0)], base=base)
+    before, after = load_file(base), load_file(tmp_path / "out.safetensors")
+    assert list(before) == list(after)
+    assert all(torch.equal(before[key], after[key]) for key in before)
