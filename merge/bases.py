@@ -110,8 +110,10 @@ class Base:
         pieces = [p for p in self.find(component, module, kind=kind) if not p.is_copy]
         if len(pieces) != 1:
             return None
-        shape = self.info(pieces[0]).shape
-        return shape[::-1] if pieces[0].is_transposed else shape
+        (piece,), shape = pieces, self.info(pieces[0]).shape
+        if piece.rows != shape[0]:
+            return None
+        return shape[::-1] if piece.is_transposed else shape
 
     def info(self, piece: Slice) -> TensorInfo:
         return self.files[piece.file].header.tensors[piece.key]

@@ -233,7 +233,9 @@ def _resolved(source: Source, shape: tuple[int, ...] | None) -> Source:
     """The source with the base's shape, which factors show a side of, or all but the kernel."""
     layer = source.entry.layer
     is_open = 0 in layer.shape or source.entry.layout == _EXPERTS
-    if shape is None or not (is_open or prod(shape) == prod(layer.shape)):
+    if shape is None or layer.module is None:
+        return source
+    if not is_open and prod(shape) != prod(layer.shape):
         return source
     run = Run(source.run.module, 0, 0, shape[0])
     entry = replace(source.entry, layer=replace(layer, shape=shape, runs=(run,)))
