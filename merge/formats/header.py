@@ -122,11 +122,14 @@ def header_length(
     if length == 0:
         raise BadFile(name, "st_header_empty", "the header has length 0")
     if length > limits.header_bytes:
+        for magic, what in _MAGIC:
+            if prefix.startswith(magic):
+                raise BadFile(name, "st_other_format", f"it is {what}, not a safetensors file")
         detail = f"the header claims {length} bytes, more than the limit {limits.header_bytes}"
-        raise BadFile(name, "st_header_too_large", detail + _looks_like(prefix))
+        raise BadFile(name, "st_header_too_large", detail)
     if length > file_size - PREFIX_BYTES:
         detail = f"the header claims {length} bytes in a file of {file_size}"
-        raise BadFile(name, "st_header_beyond_file", detail + _looks_like(prefix))
+        raise BadFile(name, "st_header_beyond_file", detail)
     return length
 
 
@@ -377,18 +380,17 @@ def shown(text: str, limit: int = 80) -> str:
     return "'" + "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in cut) + "'"
 
 
+# Read as a length each of them is far above any limit.
 _MAGIC = (
-    (b"PK\x03\x04", "a zip, perhaps a PyTorch pickle"),
-    (b"\x80\x02", "a pickle"),
+    (b"PK\x03\x04", "a zip, perhaps a PyTorch pickle (.ckpt, .pt, .bin)"),
+    *((bytes((0x80, protocol)), "a Python pickle (.ckpt, .pt, .bin)") for protocol in range(2, 6)),
     (b"GGUF", "a GGUF file"),
-    (b"version ", "a Git LFS pointer and not the file itself"),
-    (b"<!DOCTYP", "a web page"),
-    (b"<html", "a web page"),
+    (b"\x89PNG", "a PNG image, perhaps of an embedding"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"version ", "a Git LFS pointer, which stands for the file itself"),
+    (b"<!DOCTYP", "a web page, perhaps of a failed download"),
+    (b"<!doctyp", "a web page, perhaps of a failed download"),
+    (b"<html", "a web page, perhaps of a failed download"),
+    (b'{"', "a JSON document"),
+    (b"{\n", "a JSON document"),
 )
-
-
-def _looks_like(prefix: bytes) -> str:
-    """What a file with an absurd header length probably is, as the end of a sentence."""
-    return next(
-        (f"; it looks like {what}" for magic, what in _MAGIC if prefix.startswith(magic)), ""
-    )
