@@ -1,7 +1,7 @@
 """What is odd about a file that can be read: warnings of `graft inspect`, each with a stable code."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -9,7 +9,13 @@ from merge.errors import BadAdapter
 from merge.formats.hashes import Hashes
 from merge.formats.header import Header
 from merge.formats.keys import Survey
-from merge.formats.metadata import DATA_HASH, NETWORK_DIM
+from merge.formats.metadata import (
+    DATA_HASH,
+    NETWORK_ARGS,
+    NETWORK_DIM,
+    NETWORK_MODULE,
+    read_json,
+)
 
 _MOST_KEYS = 20
 
@@ -58,7 +64,15 @@ def of_adapter(
     ranks: Sequence[int],
 ) -> list[Doubt]:
     """Doubts about an adapter's scales and ranks."""
-    doubts = [*_of_alphas(alphas), *_of_missing_alphas(found)]
+    doubts = [
+        *_of_alphas(alphas),
+        *_of_missing_alphas(found),
+        *_of_unused_alphas(found, alphas),
+        *_of_training(header.metadata),
+        *_of_magnitudes(header, found),
+        *_of_attention(found),
+        *_of_dialects(found),
+    ]
     if any(0 in info.shape for info in header.tensors.values()):
         empty = [key for key, info in header.tensors.items() if 0 in info.shape]
         message = f"{len(empty)} tensors are empty: it was saved without gathering its parts"
@@ -95,6 +109,83 @@ def _of_missing_alphas(found: Survey) -> list[Doubt]:
         )
         return [_doubt("alpha_partial", message, without)]
     return []
+
+
+def _of_unused_alphas(found: Survey, alphas: Mapping[str, float]) -> Iterator[Doubt]:
+    """LyCORIS stores an alpha beside two whole factors of a Kronecker product and ignores it."""
+    whole = [
+        g.keys["alpha"] for g in found.groups if g.keys.keys() >= {"lokr_w1", "lokr_w2", "alpha"}
+    ]
+    if any(alphas.get(key, 1.0) != 1.0 for key in whole):
+        message = (
+            f"{len(whole)} LoKr modules have whole factors, whose alpha counts for nothing here "
+            "and in LyCORIS; a tool that divides it by a rank scales them wrongly"
+        )
+        yield _doubt("alpha_unused", message, whole)
+
+
+_SPLIT_TRAINERS = ("networks.lora_flux", "networks.lora_sd3", "networks.lora_lumina")
+
+
+def _of_training(metadata: Mapping[str, str]) -> Iterator[Doubt]:
+    """What a trainer's settings say about scales that the file's own alphas do not."""
+    arguments = read_json(metadata, NETWORK_ARGS)
+    if not isinstance(arguments, dict):
+        return
+    stated = {name: str(value).strip().lower() for name, value in arguments.items()}
+    if stated.get("split_qkv") == "true" and metadata.get(NETWORK_MODULE) in _SPLIT_TRAINERS:
+        message = (
+            "it was trained with split_qkv, after which sd-scripts stores packed projections with "
+            "the alpha of one part: they act 3 to 4 times too weakly wherever alpha / rank counts"
+        )
+        yield _doubt("split_qkv", message, ())
+    algorithm = stated.get("algo")
+    if algorithm == "dylora" and stated.get("block_size", "1") not in ("1", "0"):
+        message = "DyLoRA was trained with a larger scale than alpha / rank, by its block_size"
+        yield _doubt("dylora_scale", message, ())
+    if algorithm == "glora" and stated.get("rs_lora") == "true":
+        message = "GLoRA was trained with rs_lora, whose factor its alpha leaves out"
+        yield _doubt("rslora_lost", message, ())
+
+
+def _of_magnitudes(header: Header, found: Survey) -> Iterator[Doubt]:
+    """A plain vector of magnitudes on a square layer may be one per output or one per input."""
+    unclear = []
+    for group in found.groups:
+        key = group.keys.get("dora_scale")
+        if key is None or "magnitude_vector" in key or not {"down", "up"} <= group.keys.keys():
+            continue
+        out, inner = (header.tensors[group.keys[r]].shape[n] for r, n in (("up", 0), ("down", 1)))
+        if len(header.tensors[key].shape) == 1 and out == inner:
+            unclear.append(key)
+    if unclear:
+        message = (
+            f"{len(unclear)} square layers have DoRA magnitudes that do not say whether they are "
+            "one per output or one per input; they count per output here"
+        )
+        yield _doubt("dora_axis", message, unclear)
+
+
+def _of_attention(found: Survey) -> Iterator[Doubt]:
+    doubled = [
+        group.keys["up"]
+        for group in found.groups
+        if group.location.wraps and group.location.path.endswith(".out_proj") and "up" in group.keys
+    ]
+    if doubled:
+        message = (
+            f"{len(doubled)} output projections of nn.MultiheadAttention were trained with twice "
+            "their change, as PEFT 0.21 and before apply it; here they count once"
+        )
+        yield _doubt("attention_twice", message, doubled)
+
+
+def _of_dialects(found: Survey) -> Iterator[Doubt]:
+    dialects = {group.location.dialect for group in found.groups}
+    if len(dialects) > 1:
+        names = ", ".join(sorted(dialects))
+        message = f"its keys are spelled in several dialects ({names}); other tools may drop some"
+        yield _doubt("mixed_dialects", message, ())
 
 
 def _range(values: Sequence[int]) -> str:
