@@ -5,6 +5,7 @@ with the keys named. Needs the header alone.
 """
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -62,6 +63,16 @@ class Entry:
         if self.layout == "ia3-peft":
             return not self.facts.get("is_feedforward", False)
         return any(role in _BIAS_ROLES for role in self.keys)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the layer's whole shape is known; where it is not, only a base can say it."""
+        return 0 not in self.layer.shape
+
+    def on(self, shape: tuple[int, ...]) -> "Entry":
+        """The same with the shape that a base has for an open layer, as (out, in, *kernel)."""
+        run = replace(self.layer.runs[0], rows=shape[0])
+        return replace(self, layer=replace(self.layer, shape=shape, runs=(run,)))
 
     @property
     def touches_weight(self) -> bool:
@@ -141,6 +152,7 @@ def resolve(
 
     Unsupported for PEFT keys without alphas and configuration: PEFT's alpha is rarely the rank.
     """
+    _check_whole(name)
     configs = Configs(header, config, name)
     _check_survey(found, name)
     parts = [_Part(group, header, configs.of("")) for group in found.groups]
@@ -166,6 +178,16 @@ def resolve(
         alpha_source=_alpha_source(entries, configs),
         families=choice.families,
     )
+
+
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
+
+
+def _check_whole(name: str) -> None:
+    shard = _SHARD.search(name)
+    if shard is not None and shard[2] != "00001":
+        why = f"it is part {int(shard[1])} of {int(shard[2])} of an adapter; join the parts first"
+        raise Unsupported(name, why)
 
 
 def dialect_of(groups: Iterable[Group]) -> str:

@@ -43,6 +43,8 @@ _FLAT_PREFIXES: tuple[tuple[str, str, str | None], ...] = (
     ("lycoris_", "lycoris", None),
 )
 _OFT_PREFIX = "oft_"
+# Underscores for dots under a prefix we do not know.
+_FLAT = re.compile(r"(lora|lycoris|oft|loha|lokr|locon|glora)_")
 _DOTTED_PREFIXES: tuple[tuple[str, str | None, str], ...] = (
     ("model.diffusion_model.", "comfy", DENOISER),
     ("diffusion_model.", "comfy", DENOISER),
@@ -183,6 +185,8 @@ def locate(split: SplitKey) -> Location:
                 path = split.stem.removeprefix(prefix).strip("_")
                 is_oft = prefix.startswith(_OFT_PREFIX)
                 return Location(dialect, component, path, True, path, is_oft=is_oft)
+        if _FLAT.match(split.stem):
+            return Location("kohya", None, split.stem, True, split.stem)
     return _locate_dotted(split)
 
 
