@@ -65,16 +65,6 @@ class Entry:
         return any(role in _BIAS_ROLES for role in self.keys)
 
     @property
-    def is_settled(self) -> bool:
-        """Whether the layer's whole shape is known; where it is not, only a base can say it."""
-        return 0 not in self.layer.shape
-
-    def on(self, shape: tuple[int, ...]) -> "Entry":
-        """The same with the shape that a base has for an open layer, as (out, in, *kernel)."""
-        run = replace(self.layer.runs[0], rows=shape[0])
-        return replace(self, layer=replace(self.layer, shape=shape, runs=(run,)))
-
-    @property
     def touches_weight(self) -> bool:
         return not self.keys.keys() <= {"diff_b", "b_norm", "bias", "alpha"}
 
