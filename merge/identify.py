@@ -14,7 +14,7 @@ from typing import Any
 from merge import doubts
 from merge.doubts import Doubt
 from merge.errors import BadAdapter, BadCheckpoint
-from merge.families import FAMILIES
+from merge.families import candidates
 from merge.families.checkpoints import Checkpoint, read_checkpoint
 from merge.formats.adapters import AdapterLayout, dialect_of, layout_of, resolve
 from merge.formats.hashes import Hashes, hash_file
@@ -189,9 +189,11 @@ def _adapter_facts(file: TensorFile, found: Survey, config: Mapping[str, Any] | 
         for match, its in zip(matches, shapes, strict=True)
     ]
     extents = [None if its is None else its.extent for its in dims]
-    fits = [fit([g.location for g in groups], dims, family) for family in FAMILIES.values()]
-    best = max(fits, key=lambda fit: (fit.n_fitting, fit.n_named))
-    layers = best.layers if best.n_named else [None] * len(groups)
+    locations = [group.location for group in groups]
+    families = candidates((location.path, location.is_flat) for location in locations)
+    fits = [fit(locations, dims, family) for family in families]
+    best = max(fits, key=lambda fit: (fit.n_fitting, fit.n_named), default=None)
+    layers = best.layers if best is not None and best.n_named else [None] * len(groups)
     layout, refusal = _try_layout(file, found, config)
     alphas = _read_alphas(file, groups)
     ranks = [its.rank for its in dims if its is not None and its.rank is not None]

@@ -17,8 +17,9 @@ from typing import Any
 from merge.bases import Base, open_base
 from merge.errors import BadRecipe, ShapeMismatch, Unsupported
 from merge.families import FAMILIES, Layer
-from merge.families.layers import ORIGINAL, OWN
+from merge.families.layers import OWN
 from merge.formats.adapters import AdapterLayout, Entry, read_config, read_layout
+from merge.formats.dialects import naming_of
 from merge.formats.header import Header, read_header
 from merge.patches import Patch, find_patches
 from merge.recipe import Input, Recipe
@@ -248,10 +249,11 @@ def _targets(
     if not sources:
         return []
     known = FAMILIES[family]
-    namings = {"kohya": known.kohya_naming, "comfy": known.comfy_naming}.get(dialect, {})
+    naming = naming_of(dialect, component, known)
     table = known.tables[component]
-    if namings.get(component, OWN) == ORIGINAL:
-        found = [(layer, run.first, run.rows, run.begin) for layer, run in table.packed[module]]
+    if naming != OWN:
+        packed = table.packed(naming)[module]
+        found = [(layer, run.first, run.rows, run.begin) for layer, run in packed]
     else:
         layer = table.layers[OWN][module]
         found = [(layer, 0, layer.shape[0], 0)]

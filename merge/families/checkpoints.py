@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from merge.errors import BadCheckpoint
 from merge.families import FAMILIES, Family, Place, openclip
 from merge.families.family import OPENCLIP
-from merge.families.layers import CONV, LINEAR, ORIGINAL, OWN, Layer, parameter_key
+from merge.families.layers import CONV, LINEAR, OWN, Layer, parameter_key
 from merge.families.tables import TEXT_MODEL
 from merge.formats.header import Header, TensorInfo
 
@@ -27,7 +27,7 @@ class Component:
     """One model inside a checkpoint file. `prefix` and `naming` lead from a module to its key.
 
     `naming` is "own" (diffusers, transformers), "flat_text" (that without `text_model.`),
-    "original" or "openclip".
+    "openclip" or another naming of the model.
     """
 
     name: str
@@ -37,14 +37,14 @@ class Component:
     def places(self, family: Family, module: str, parameter: str = "weight") -> tuple[Place, ...]:
         """Where the rows of a module's weight or bias lie, by rows of the module."""
         table = family.tables[self.name]
-        if self.naming == ORIGINAL:
+        if self.naming in table.namings:
             return tuple(
                 Place(
                     self.prefix + parameter_key(layer.path, layer.kind, parameter),
                     None if layer.module else (run.begin, run.begin + run.rows),
                     run.first,
                 )
-                for layer, run in table.packed[module]
+                for layer, run in table.packed(self.naming)[module]
             )
         if self.naming == OPENCLIP:
             width = table.modules[f"{TEXT_MODEL}final_layer_norm"].shape[0]
@@ -57,7 +57,7 @@ class Component:
         """(key of the weight, layer as it is stored there) of everything that adapters change."""
         table = family.tables[self.name]
         if self.naming != OPENCLIP:
-            for layer in table.layers[ORIGINAL if self.naming == ORIGINAL else OWN].values():
+            for layer in table.layers[self._names].values():
                 yield self._key(layer), layer
             return
         for module, layer in table.layers[OWN].items():
@@ -74,11 +74,15 @@ class Component:
         """Whether the first layer is there, which costs less than to look at all of them."""
         if self.naming == OPENCLIP:
             return f"{self.prefix}positional_embedding" in header.tensors
-        head = family.tables[self.name].head(ORIGINAL if self.naming == ORIGINAL else OWN)
+        head = family.tables[self.name].head(self._names)
         info = header.tensors.get(self._key(head))
         return family.is_optional(self.name, head) or (
             info is not None and family.accepts(self.name, head, info.shape)
         )
+
+    @property
+    def _names(self) -> str:
+        return OWN if self.naming == FLAT_TEXT else self.naming
 
     def _key(self, layer: Layer) -> str:
         path = layer.path.removeprefix(TEXT_MODEL) if self.naming == FLAT_TEXT else layer.path
@@ -111,19 +115,26 @@ def read_checkpoint(header: Header, name: str, *, family: Family | None = None) 
     if not fits:
         wanted = "any family we know" if family is None else family.title
         raise BadCheckpoint(name, f"its keys and shapes are not those of {wanted}")
-    most = max(len(held) for _, held in fits)
-    best = [(found, held) for found, held in fits if len(held) == most]
+    # Wan's text-to-video model has no layer that its image-to-video model lacks, so the most win.
+    most = max(_size(*fit) for fit in fits)
+    best = [fit for fit in fits if _size(*fit) == most]
     found, held = best[0]
     families = tuple(family for family, _ in best)
     return Checkpoint(found, _layout(found, held), held, families, header.tensors)
 
 
+def _size(family: Family, held: Mapping[str, Component]) -> tuple[int, int]:
+    return len(held), sum(len(family.components[name]) for name in held)
+
+
 def _layout(family: Family, held: Mapping[str, Component]) -> str:
     is_single = any(
-        component.prefix == prefix
+        component.naming not in (OWN, FLAT_TEXT)
+        or (
+            component.prefix
+            and (component.prefix, OWN) in family.single_file.get(component.name, ())
+        )
         for component in held.values()
-        for prefix, naming in family.single_file[component.name]
-        if prefix or naming != OWN
     )
     if not is_single:
         return DIFFUSERS
@@ -142,7 +153,9 @@ def find_components(header: Header, family: Family) -> dict[str, Component]:
 
 
 def _spellings(family: Family, name: str) -> Iterator[Component]:
-    for prefix, naming in (*family.single_file[name], ("", OWN), (f"{name}.", OWN)):
+    # A file without a prefix is the first expert's of two.
+    bare = () if name == "transformer_2" else (("", OWN),)
+    for prefix, naming in (*family.single_file.get(name, ()), *bare, (f"{name}.", OWN)):
         yield Component(name, prefix, naming)
         # Files of the NovelAI era lack text_model., and so do those of transformers 5.6 and later.
         if naming == OWN and TEXT_MODEL.rstrip(".") in family.tables[name].tops:

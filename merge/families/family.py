@@ -18,6 +18,7 @@ from merge.families.layers import (
 from merge.families.tables import TEXT_MODEL, Table, read_table
 
 __all__ = [
+    "COMFY_DENOISER",
     "DENOISER",
     "OPENCLIP",
     "ORIGINAL",
@@ -31,17 +32,24 @@ __all__ = [
     "Place",
     "Run",
     "Table",
+    "comfy_encoder",
     "own_layer",
     "parameter_key",
 ]
 
 # What kohya's lora_unet_ and ComfyUI's diffusion_model. mean: the denoiser, whatever it is called.
 DENOISER = "denoiser"
-_DENOISERS = ("unet", "transformer")
+_DENOISERS = ("unet", "transformer", "transformer_2")  # the last is Wan 2.2's low-noise expert
 _TEXT_ENCODER = "text_encoder"
+COMFY_DENOISER = "diffusion_model."
 OPENCLIP = "openclip"  # a layout of checkpoints alone: no adapter is named so
 # The first convolution takes 4 latent channels; 8 for InstructPix2Pix, 9 for inpainting.
 UNET_WIDTHS = {"conv_in": (4, 8, 9)}
+
+
+def comfy_encoder(name: str) -> str:
+    """ComfyUI's beginning of a text encoder's keys; in the names of transformers."""
+    return f"text_encoders.{name}.transformer."
 
 
 @dataclass(frozen=True)
@@ -50,13 +58,15 @@ class Family:
 
     Module paths are diffusers' and transformers' own, text encoders always with `text_model.`.
     `models` names each component's table; equal encoders share one.
-    `kohya` holds the prefixes of kohya's underscore names per component, the one we write first.
+    `kohya` holds the prefixes of kohya's underscore names per component, the one we write first;
+    `comfy` what stands before the dotted paths of ComfyUI's adapters.
     `kohya_naming` and `comfy_naming` say in which naming those dialects are written, where it is
     not our own.
     `single_file` holds what stands before a component's keys in single files, and the naming there:
     "own", "original" or "openclip".
     `widths` are the inputs that variants of the base give a layer of the denoiser: inpainting, edit
-    and control models have more channels. `optional` are modules that some variants lack.
+    and control models have more channels. `optional` are beginnings of paths in the denoiser that
+    some variants lack. `hints` are beginnings of what trainers call the base, in lower case.
     """
 
     name: str
@@ -66,10 +76,12 @@ class Family:
     models: Mapping[str, str | Table]
     kohya: Mapping[str, tuple[str, ...]]
     single_file: Mapping[str, tuple[tuple[str, str], ...]]
+    comfy: Mapping[str, str] = field(default_factory=dict)
     kohya_naming: Mapping[str, str] = field(default_factory=dict)
     comfy_naming: Mapping[str, str] = field(default_factory=dict)
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    optional: tuple[str, ...] = ()  # beginnings of paths in the denoiser
+    optional: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
 
     @property
     def denoiser(self) -> str:

@@ -3,7 +3,15 @@
 Pony, Illustrious, NoobAI and other descendants have the same keys and shapes.
 """
 
-from merge.families.family import OPENCLIP, ORIGINAL, OWN, UNET_WIDTHS, Family
+from merge.families.family import (
+    COMFY_DENOISER,
+    OPENCLIP,
+    ORIGINAL,
+    OWN,
+    UNET_WIDTHS,
+    Family,
+    comfy_encoder,
+)
 
 SDXL = Family(
     name="sdxl",
@@ -16,6 +24,11 @@ SDXL = Family(
         "text_encoder": ("lora_te1", "lora_te"),
         "text_encoder_2": ("lora_te2",),
     },
+    comfy={
+        "unet": COMFY_DENOISER,
+        "text_encoder": comfy_encoder("clip_l"),
+        "text_encoder_2": comfy_encoder("clip_g"),
+    },
     single_file={
         "unet": (("model.diffusion_model.", ORIGINAL),),
         "text_encoder": (("conditioner.embedders.0.transformer.", OWN),),
@@ -24,4 +37,5 @@ SDXL = Family(
     kohya_naming={"unet": ORIGINAL},
     comfy_naming={"unet": ORIGINAL},
     widths=UNET_WIDTHS,
+    hints=("sdxl", "stable-diffusion-xl"),
 )

@@ -2,8 +2,7 @@
 
 A data file holds a tree whose nodes are the parts of module paths. Equal neighbours are one node
 that is called after its range, "0..18"; a leaf is [kind, shape of the weight, has a bias].
-The tree of the original naming has a fourth item, its runs: [module, first, begin, rows], where
-`{0}` in the module is the first number in the path of the leaf.
+Beside our own names it says which other namings the model has, and by which rules.
 """
 
 import json
@@ -13,40 +12,36 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from merge.families import ldm
-from merge.families.layers import CONV, LINEAR, ORIGINAL, OWN, Layer, Module, Run, own_layer
+from merge.families import packing
+from merge.families.layers import CONV, LINEAR, OWN, Layer, Module, Run, own_layer
+from merge.families.originals import Rules
 
 DATA = Path(__file__).parent / "data"
 TEXT_MODEL = "text_model."
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_LDM = "ldm"  # in place of a tree: the names follow from our own by a rule
 
 Tree = dict[str, Any]
 
 
 class Table:
-    """One model. `modules` are by our own paths, `layers` by naming and path."""
+    """One model. `modules` are by our own paths, `layers` by naming and path.
 
-    def __init__(self, modules: Tree, original: Tree | str | None = None) -> None:
-        self._modules, self._original = modules, original
+    `namings` says by which rules of `merge.families.packing` each other naming follows from ours.
+    """
+
+    def __init__(self, tree: Tree, namings: Mapping[str, str | Rules]) -> None:
+        self._tree, self.namings = tree, namings
+        self._packed: dict[str, Mapping[str, tuple[tuple[Layer, Run], ...]]] = {}
 
     @cached_property
     def modules(self) -> Mapping[str, Module]:
-        return {
-            path: Module(kind, tuple(shape), has_bias)
-            for path, (kind, shape, has_bias) in expand(self._modules)
-        }
+        return dict(_modules(self._tree))
 
     @cached_property
     def layers(self) -> Mapping[str, Mapping[str, Layer]]:
         own = {path: own_layer(path, module) for path, module in self.modules.items()}
-        if self._original is None:
-            return {OWN: own}
-        if self._original == _LDM:
-            return {OWN: own, ORIGINAL: _renamed(ldm.names(own), own)}
-        assert isinstance(self._original, dict)
-        original = {path: _layer(path, leaf) for path, leaf in expand(self._original)}
-        return {OWN: own, ORIGINAL: original}
+        packed = {name: packing.pack(rules, name, own) for name, rules in self.namings.items()}
+        return {OWN: own} | packed
 
     @cached_property
     def by_path(self) -> Mapping[str, Layer]:
@@ -66,54 +61,45 @@ class Table:
             _add(flat, path.replace(".", "_"), layer)
         return flat
 
-    @cached_property
-    def packed(self) -> Mapping[str, tuple[tuple[Layer, Run], ...]]:
-        """Our module path -> where its rows are in the original naming, by rows of the module."""
-        found: dict[str, list[tuple[Layer, Run]]] = {}
-        for layer in self.layers.get(ORIGINAL, {}).values():
-            for run in layer.runs:
-                found.setdefault(run.module, []).append((layer, run))
-        return {
-            module: tuple(sorted(pieces, key=lambda piece: piece[1].first))
-            for module, pieces in found.items()
-        }
+    def packed(self, naming: str) -> Mapping[str, tuple[tuple[Layer, Run], ...]]:
+        """Our module path -> where its rows are in a naming, by rows of the module."""
+        if naming not in self._packed:
+            found: dict[str, list[tuple[Layer, Run]]] = {}
+            for layer in self.layers[naming].values():
+                for run in layer.runs:
+                    found.setdefault(run.module, []).append((layer, run))
+            self._packed[naming] = {
+                module: tuple(sorted(pieces, key=lambda piece: piece[1].first))
+                for module, pieces in found.items()
+            }
+        return self._packed[naming]
 
     @cached_property
     def tops(self) -> frozenset[str]:
         """First parts of all paths in any naming. Expands no tree."""
-        tops = {*self._modules}
-        if self._original == _LDM:
-            tops |= ldm.TOPS
-        elif isinstance(self._original, dict):
-            tops |= {*self._original}
-        text_model = self._modules.get(TEXT_MODEL.rstrip("."), {})
-        return frozenset(tops | {*text_model})
+        tops = {*self._tree, *self._tree.get(TEXT_MODEL.rstrip("."), {})}
+        return frozenset(tops.union(*(packing.tops(rules) for rules in self.namings.values())))
 
     def head(self, naming: str) -> Layer:
         """The first linear layer or convolution of a naming, as a cheap probe: expands no tree."""
-        if naming == ORIGINAL and isinstance(self._original, dict):
-            return next(_layer(*item) for item in expand(self._original) if _takes(item[1]))
-        path, (kind, shape, has_bias) = next(i for i in expand(self._modules) if _takes(i[1]))
-        own = own_layer(path, Module(kind, tuple(shape), has_bias))
+        path, module = next(i for i in _modules(self._tree) if i[1].kind in (LINEAR, CONV))
+        own = {path: own_layer(path, module)}
         if naming == OWN:
-            return own
-        (renamed,) = _renamed(ldm.names([path]), {path: own}).values()
-        return renamed
+            return own[path]
+        (layer,) = packing.pack(self.namings[naming], naming, own).values()
+        return layer
 
 
 @cache
 def read_table(name: str) -> Table:
     """The generated table `data/<name>.json`; families share those of their text encoders."""
     data = json.loads((DATA / f"{name}.json").read_text("utf-8"))
-    return Table(data["modules"], data.get("original"))
+    return Table(data["modules"], data["namings"])
 
 
-def make_table(
-    modules: Mapping[str, Any], original: Mapping[str, Any] | str | None = None
-) -> Table:
+def make_table(modules: Mapping[str, Any], namings: Mapping[str, str | Rules]) -> Table:
     """A table of expanded paths -> leaves, as `merge.families.generate` describes a model."""
-    tree = original if original is None or isinstance(original, str) else as_tree(original)
-    return Table(as_tree(modules), tree)
+    return Table(as_tree(modules), namings)
 
 
 def expand(tree: Tree) -> Iterator[tuple[str, list[Any]]]:
@@ -163,27 +149,9 @@ def _same(one: Any, two: Any) -> bool:
     return json.dumps(one) == json.dumps(two)  # the order of parts counts
 
 
-def _layer(path: str, leaf: list[Any]) -> Layer:
-    kind, shape, has_bias, runs = leaf
-    number = next((part for part in path.split(".") if part.isdecimal()), "")
-    packed = tuple(
-        Run(module.replace("{0}", number), first, begin, rows)
-        for module, first, begin, rows in runs
-    )
-    return Layer(ORIGINAL, path, kind, tuple(shape), has_bias, packed)
-
-
-def _takes(leaf: list[Any]) -> bool:
-    return leaf[0] in (LINEAR, CONV)
-
-
-def _renamed(names: Mapping[str, str], own: Mapping[str, Layer]) -> dict[str, Layer]:
-    return {
-        names[path]: Layer(
-            ORIGINAL, names[path], layer.kind, layer.shape, layer.has_bias, layer.runs
-        )
-        for path, layer in own.items()
-    }
+def _modules(tree: Tree) -> Iterator[tuple[str, Module]]:
+    for path, (kind, shape, has_bias) in expand(tree):
+        yield path, Module(kind, tuple(shape), has_bias)
 
 
 def _add(paths: dict[str, Layer], path: str, layer: Layer) -> None:

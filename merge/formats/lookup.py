@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from merge.errors import ShapeMismatch, UnknownModules
-from merge.families import FAMILIES, Family, Layer, Run
+from merge.families import Family, Layer, Run, candidates
 from merge.families.family import DENOISER, OWN
 from merge.formats.keys import Location
 from merge.formats.metadata import ARCHITECTURE, BASE_VERSION
@@ -111,16 +111,21 @@ def choose(
 
     UnknownModules or ShapeMismatch where a family is meant and does not take them all.
     """
-    fits = [fit(locations, dims, family) for family in FAMILIES.values()]
+    families = candidates((location.path, location.is_flat) for location in locations)
+    fits = [fit(locations, dims, family) for family in families]
     whole = [its for its in fits if its.is_whole]
     if whole:
-        best = min(whole, key=lambda its: not is_hinted(its.family, metadata))
-        layers = [layer for layer in best.layers if layer is not None]
-        return Choice(best.family, tuple(its.family.name for its in whole), layers)
-    best = max(fits, key=lambda its: (its.n_named, its.n_fitting))
-    is_meant = best.n_named == len(locations) or 2 * best.n_fitting >= len(locations)
-    if is_meant or any(location.is_flat for location in locations):
-        _refuse(locations, dims, best, name)
+        likeliest = min(whole, key=lambda its: not is_hinted(its.family, metadata))
+        layers = [layer for layer in likeliest.layers if layer is not None]
+        return Choice(likeliest.family, tuple(its.family.name for its in whole), layers)
+    best = max(fits, key=lambda its: (its.n_named, its.n_fitting), default=None)
+    is_flat = any(location.is_flat for location in locations)
+    if best is not None and best.n_named:
+        is_meant = best.n_named == len(locations) or 2 * best.n_fitting >= len(locations)
+        if is_meant or is_flat:
+            _refuse(locations, dims, best, name)
+    if is_flat:
+        raise UnknownModules(name, [at.path for at in locations], "any family we know")
     return Choice(None, (), [_open_layer(at, its) for at, its in zip(locations, dims, strict=True)])
 
 
@@ -132,8 +137,6 @@ def is_hinted(family: Family, metadata: Mapping[str, str]) -> bool:
 
 
 def _refuse(locations: Sequence[Location], dims: Sequence[Dims], best: Fit, name: str) -> None:
-    if not best.n_named:
-        raise UnknownModules(name, [at.path for at in locations], "any family we know")
     title = best.family.title
     unknown = [at.path for at, layer in zip(locations, best.layers, strict=True) if layer is None]
     if unknown:

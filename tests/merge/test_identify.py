@@ -174,9 +174,9 @@ def test_families_that_fit_alike_share_the_confidence_unless_metadata_decides(
 ) -> None:
     layer = _lora("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 768, 768)
     found = _identify(layer, tmp_path)
-    assert [(f.name, f.confidence) for f in found.families] == [("sd15", 0.5), ("sdxl", 0.5)]
+    assert [(f.name, f.confidence) for f in found.families[:2]] == [("sd15", 0.5), ("sdxl", 0.5)]
     found = _identify(layer, tmp_path, ss_base_model_version="sdxl_base_v1-0")
-    assert [(f.name, f.confidence) for f in found.families] == [("sdxl", 0.9), ("sd15", 0.5)]
+    assert [(f.name, f.confidence) for f in found.families[:2]] == [("sdxl", 0.9), ("sd15", 0.5)]
     assert found.families[0].why.endswith("the metadata names it")
 
 
@@ -184,44 +184,71 @@ def _lora(path: str, n_in: int, n_out: int) -> Shapes:
     return {f"{path}.lora_down.weight": (4, n_in), f"{path}.lora_up.weight": (n_out, 4)}
 
 
-OUTSIDE: list[tuple[str, Shapes]] = [
-    ("flux1", _lora("lora_unet_double_blocks_0_img_attn_qkv", 3072, 9216)),
+QKV = "double_blocks_0_img_attn_qkv"
+WIDE = (3072, 9216)
+# What a file trains, and all families that have such layers, likeliest first.
+FEW_LAYERS: list[tuple[list[str], Shapes]] = [
+    # Chroma is FLUX.1 without modulation; the others are as wide. Blocks tell them apart.
+    (["flux1", "chroma", "hunyuan-video", "flux2-klein-4b"], _lora(f"lora_unet_{QKV}", *WIDE)),
     (
-        "flux1",
-        _lora("transformer.transformer_blocks.0.attn.to_q", 3072, 3072)
-        | _lora("transformer.single_transformer_blocks.0.attn.to_q", 3072, 3072),
+        ["flux1", "chroma", "hunyuan-video"],
+        _lora(f"lora_unet_{QKV}", *WIDE) | _lora("lora_unet_single_blocks_37_linear2", 15360, 3072),
     ),
+    # ComfyUI spells HunyuanVideo as FLUX.1 is spelled.
+    (
+        ["flux1", "hunyuan-video"],
+        _lora("diffusion_model.double_blocks.0.img_mod.lin", 3072, 18432),
+    ),
+    (
+        ["flux1"],
+        _lora("diffusion_model.double_blocks.0.img_mod.lin", 3072, 18432)
+        | _lora("diffusion_model.img_in", 64, 3072),
+    ),
+    (["flux1"], _lora("transformer.x_embedder", 384, 3072)),
+    (["chroma"], _lora("diffusion_model.distilled_guidance_layer.in_proj", 64, 5120)),
+    (["hunyuan-video"], _lora("lora_unet_double_blocks_0_img_mlp_fc1", 3072, 12288)),
+    (["flux2-klein-4b"], _lora("lora_unet_double_blocks_0_img_mlp_0", 3072, 18432)),
+    (["flux2-klein-9b"], _lora(f"lora_unet_{QKV}", 4096, 12288)),
+    (["flux2-dev"], _lora("transformer.transformer_blocks.0.attn.to_q", 6144, 6144)),
+    (
+        ["sd3-medium", "sd35-medium"],
+        _lora("lora_unet_joint_blocks_0_x_block_attn_qkv", 1536, 4608),
+    ),
+    (["sd35-medium"], _lora("lora_unet_joint_blocks_12_x_block_attn2_qkv", 1536, 4608)),
+    (["sd35-large"], _lora("transformer.transformer_blocks.0.attn.to_q", 2432, 2432)),
+    (["qwen-image"], _lora("transformer.transformer_blocks.0.img_mlp.net.0.proj", 3072, 12288)),
+    (["wan-14b", "wan-i2v-14b"], _lora("diffusion_model.blocks.0.self_attn.q", 5120, 5120)),
+    (["wan-i2v-14b"], _lora("diffusion_model.blocks.0.cross_attn.k_img", 5120, 5120)),
+    (["wan-1.3b"], _lora("lora_unet_blocks_29_ffn_0", 1536, 8960)),
+    (["wan-5b"], _lora("diffusion_model.blocks.0.self_attn.q", 3072, 3072)),
+    (["z-image"], _lora("diffusion_model.layers.0.attention.qkv", 3840, 11520)),
+    (["lumina2"], _lora("diffusion_model.layers.0.attention.qkv", 2304, 3840)),
+    (["sd2"], _lora("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k", 1024, 1280)),
+    (["sd15"], _lora("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k", 768, 1280)),
+    (
+        ["sdxl-refiner"],
+        _lora("lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k", 1280, 1536),
+    ),
+    (["pixart"], _lora("transformer.transformer_blocks.0.attn1.to_q", 1152, 1152)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "shapes"), FEW_LAYERS)
+def test_a_few_layers_leave_all_families_that_have_them(
+    names: list[str], shapes: Shapes, tmp_path: Path
+) -> None:
+    found = _identify(shapes, tmp_path)
+    assert [f.name for f in found.families] == names
+    assert {f.confidence for f in found.families} == {0.99 if len(names) == 1 else 0.5}
+
+
+OUTSIDE: list[tuple[str, Shapes]] = [
     (
         "flux2",
         _lora("transformer.transformer_blocks.0.attn.to_q", 6144, 6144)
         | _lora("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", 6144, 9216),
     ),
-    (
-        "flux2",
-        _lora("lora_unet_double_blocks_0_img_attn_qkv", 4096, 12288)
-        | _lora("lora_unet_single_blocks_0_linear1", 4096, 36864),
-    ),
-    (
-        "chroma",
-        _lora("diffusion_model.distilled_guidance_layer.in_proj", 64, 5120)
-        | _lora("diffusion_model.double_blocks.0.img_attn.qkv", 3072, 9216),
-    ),
-    (
-        "hunyuan-video",
-        _lora("lora_unet_double_blocks_0_img_mlp_fc1", 3072, 12288)
-        | _lora("lora_unet_double_blocks_0_img_attn_qkv", 3072, 9216),
-    ),
-    ("sd3", _lora("lora_unet_joint_blocks_0_x_block_attn_qkv", 1536, 4608)),
-    ("qwen-image", _lora("transformer.transformer_blocks.0.img_mlp.net.0.proj", 3072, 12288)),
-    ("wan", _lora("diffusion_model.blocks.0.self_attn.q", 5120, 5120)),
     ("anima", _lora("diffusion_model.blocks.0.self_attn.q_proj", 2048, 2048)),
-    ("z-image", _lora("diffusion_model.layers.0.attention.qkv", 3840, 11520)),
-    ("lumina2", _lora("diffusion_model.layers.0.attention.qkv", 2304, 3840)),
-    ("sd2", _lora("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k", 1024, 1280)),
-    (
-        "sdxl-refiner",
-        _lora("lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k", 1280, 1536),
-    ),
     ("llm", _lora("base_model.model.model.layers.0.self_attn.q_proj", 4096, 4096)),
 ]
 
@@ -237,11 +264,14 @@ def test_families_without_a_table_are_recognised_and_never_claimed(
 
 
 def test_metadata_agrees_or_is_a_second_guess(tmp_path: Path) -> None:
-    shapes = _lora("lora_unet_double_blocks_0_img_attn_qkv", 3072, 9216)
-    agreed = _identify(shapes, tmp_path, ss_base_model_version="flux1")
-    assert [(f.name, f.confidence) for f in agreed.families] == [("flux1", 0.8)]
-    other = _identify(shapes, tmp_path, ss_base_model_version="chroma")
-    assert [f.name for f in other.families] == ["flux1", "chroma"]
+    shapes = _lora(f"lora_unet_{QKV}", *WIDE)
+    for version, first in (
+        ("flux1", "flux1"),
+        ("chroma", "chroma"),
+        ("hunyuan_video", "hunyuan-video"),
+    ):
+        agreed = _identify(shapes, tmp_path, ss_base_model_version=version)
+        assert (agreed.families[0].name, agreed.families[0].confidence) == (first, 0.9)
     nothing = _identify(_lora("lora_unet_what", 8, 8), tmp_path, ss_base_model_version="new_thing")
     assert nothing.families == ()
 
@@ -272,7 +302,8 @@ def test_other_algorithms_are_named_and_measured(
     assert (found.kind, found.algorithms, found.modules) == ("adapter", (algorithm,), 1)
     assert (found.ranks and found.ranks.max) == rank
     # Shapes tell the family where the factors say how large the weight is.
-    names = {"tiny-sd", "sd15", "sdxl"} if algorithm == "ia3" else {"tiny-sd"}
+    unets = {"tiny-sd", "sd15", "sdxl", "sd2", "sdxl-refiner"}
+    names = unets if algorithm == "ia3" else {"tiny-sd"}
     assert {f.name for f in found.families} == names
     assert found.warnings == ()
 
@@ -316,7 +347,7 @@ def test_checkpoints_are_told_by_layout(tmp_path: Path) -> None:
         f"{path}.weight": m.shape for path, m in FAMILIES["sd15"].components["text_encoder"].items()
     }
     found = _identify(clip, tmp_path)
-    assert [(f.name, f.confidence) for f in found.families] == [("sd15", 0.5), ("sdxl", 0.5)]
+    assert [(f.name, f.confidence) for f in found.families[:2]] == [("sd15", 0.5), ("sdxl", 0.5)]
 
 
 def test_a_checkpoint_of_another_family_is_one_without_a_name(tmp_path: Path) -> None:
