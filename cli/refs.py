@@ -30,9 +30,12 @@ from rich.progress import Progress
 
 from cli.connection import Connection, connection, explained
 from cli.console import CommandError, byte_progress
+from cli.ranges import Absent, Blocks, Ranged
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+    from merge.formats.sources import File
 
 MAX_BYTES = 64 * 2**30
 IDLE_S = 30
@@ -129,7 +132,8 @@ def fetch(text: str) -> Path:
     """The file or folder that a REF names, downloaded first if it is not on this machine.
 
     The adapter_config.json beside an adapter in PEFT's keys decides how it is read, and is
-    fetched with it where there is one, from the same folder or URL path. CommandError in one sentence; nothing partial is ever returned.
+    fetched with it where there is one, from the same folder or URL path. CommandError in one
+    sentence; nothing partial is ever returned.
     """
     ref = parse_ref(text)
     match ref:
@@ -153,6 +157,12 @@ def adapter_in(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     return path
+
+
+def open_ref(text: str, blocks: Blocks) -> "File":
+    """The same, but an object in a store is not copied: it is read where it is."""
+    ref = parse_ref(text)
+    return _open_s3(text, ref, blocks) if isinstance(ref, OnS3) else fetch(text)
 
 
 def _local(text: str, path: Path) -> Path:
@@ -238,13 +248,8 @@ def bar_class(progress: Progress) -> Any:
     return Bar
 
 
-class _Absent(CommandError):
-    """What a REF names is not there, or not for us to see."""
-
-
-# S3 answers AccessDenied for a missing object to those who may not list the bucket, and a signed
-# URL is good for one object.
-_ABSENT = {"NoSuchKey", "AccessDenied", 401, 403, 404, 410}
+# A signed URL is good for one object: for another, its server does not say that there is none.
+ABSENT = {401, 403, 404, 410}
 
 
 def _with_config(path: Path, fetch_config: Callable[[Path], Path]) -> Path:
@@ -260,7 +265,7 @@ def _with_config(path: Path, fetch_config: Callable[[Path], Path]) -> Path:
         return path  # whoever reads it says what is wrong with it
     try:
         fetch_config(path)
-    except _Absent:
+    except Absent:
         path.with_name(CONFIG_NAME).unlink(missing_ok=True)
     return path
 
@@ -270,35 +275,36 @@ def _config_of(key: str) -> str:
 
 
 def _from_s3(text: str, ref: OnS3, beside: Path | None = None) -> Path:
+    from merge.errors import BadFile
+
+    with Blocks() as blocks:
+        found = _open_s3(text, ref, blocks)
+        try:
+            return _save(text, ref.key, found.version, found.size, _chunks(found), beside)
+        except BadFile as error:
+            raise CommandError(str(error)) from error
+
+
+def _open_s3(text: str, ref: OnS3, blocks: Blocks) -> Ranged:
+    with needing_boto3(text):
+        from cli.s3 import open_s3
+    return open_s3(ref.bucket, ref.key, blocks)
+
+
+@contextmanager
+def needing_boto3(text: str) -> Iterator[None]:
+    """Say how to get it where it is not installed."""
     try:
-        import boto3
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+        yield
     except ModuleNotFoundError as error:
         raise CommandError(f"{text}: S3 needs boto3: pip install 'grafthub[train]'") from error
-    # The default asks for checksums that servers other than AWS get wrong on reads.
-    config = Config(
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        connect_timeout=10,
-        read_timeout=IDLE_S,
-        retries={"mode": "standard", "max_attempts": 3},
-    )
-    try:
-        client = boto3.Session().client("s3", config=config)
-        answer = client.get_object(Bucket=ref.bucket, Key=ref.key)
-        size = int(answer["ContentLength"])
-        body = answer["Body"].iter_chunks(CHUNK)
-        return _save(text, ref.key, answer["ETag"], size, body, beside)
-    except NoCredentialsError as error:
-        raise CommandError(f"{text}: no S3 credentials (AWS_ACCESS_KEY_ID …)") from error
-    except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "an error")
-        why = {"NoSuchKey": "there is no such object", "NoSuchBucket": "there is no such bucket"}
-        kind = _Absent if code in _ABSENT else CommandError
-        raise kind(f"{text}: {why.get(code, f'the server answers {code}')}") from error
-    except BotoCoreError as error:
-        raise CommandError(f"{text}: {error}") from error
+
+
+def _chunks(found: Ranged) -> Iterator[bytes]:
+    for start in range(0, found.size, CHUNK):
+        chunk = bytearray(min(CHUNK, found.size - start))
+        found.read_at(memoryview(chunk), start)
+        yield bytes(chunk)
 
 
 def _from_web(url: str, beside: Path | None = None) -> Path:
@@ -313,7 +319,7 @@ def _from_web(url: str, beside: Path | None = None) -> Path:
             timeout=httpx2.Timeout(IDLE_S, connect=10),
         ) as answer:
             if answer.status_code != 200:
-                kind = _Absent if answer.status_code in _ABSENT else CommandError
+                kind = Absent if answer.status_code in ABSENT else CommandError
                 raise kind(f"{url}: the server answers {answer.status_code}")
             if answer.url.scheme != "https" and not _is_loopback(str(answer.url)):
                 raise CommandError(f"{url}: it redirects to an address that is not https")

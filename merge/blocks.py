@@ -49,7 +49,7 @@ def write_blocks(
     workers = options.workers + place.waiting_threads
     block, ahead = options.block or place.block_bytes(size), workers + _WAITING
     buffers = [page_aligned(padded(min(block, size))) for _ in range(ahead)]
-    with place.create(size) as output:
+    with place.create(size, block) as output:
 
         def work(offset: int) -> None:
             buffer = buffers[offset // block % ahead]

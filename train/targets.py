@@ -2,7 +2,6 @@
 
 import hashlib
 import mimetypes
-import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
@@ -24,6 +21,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from train.errors import CannotPublish
 from train.manifest import MANIFEST, Entry
+from train.s3 import ERRORS, reason, s3_client
 
 CHUNK = 2**20
 
@@ -106,8 +104,7 @@ class S3Target:
 
     Stores differ in which checksums they verify and keep, so the evidence is the bytes themselves,
     read back and hashed.
-    Credentials, region and endpoint come from the environment (AWS_ACCESS_KEY_ID,
-    AWS_ENDPOINT_URL_S3 …), as boto3 reads them.
+    The client is that of train.s3.
     """
 
     client: Any
@@ -179,19 +176,8 @@ class S3Target:
         """The store's error as one sentence."""
         try:
             yield
-        except ClientError as error:
-            code = error.response.get("Error", {}).get("Code", "an unknown error")
-            raise CannotPublish(self.name, _CODES.get(code, f"the store answers {code}")) from error
-        except BotoCoreError as error:
-            raise CannotPublish(self.name, " ".join(str(error).split())) from error
-
-
-_CODES = {
-    "NoSuchBucket": "there is no such bucket",
-    "AccessDenied": "the store does not let these credentials do this",
-    "InvalidAccessKeyId": "the store does not know this access key",
-    "SignatureDoesNotMatch": "the store does not accept this secret key",
-}
+        except ERRORS as error:
+            raise CannotPublish(self.name, reason(error)) from error
 
 
 def s3_target(url: str, name: str) -> S3Target:
@@ -200,18 +186,8 @@ def s3_target(url: str, name: str) -> S3Target:
     if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
         raise CannotPublish(url, "is not an address like s3://bucket/prefix")
     prefix = "/".join([*parts.path.strip("/").split("/"), name]).lstrip("/")
-    has_own_endpoint = any(os.environ.get(n) for n in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"))
-    config = Config(
-        # Other stores than AWS get the newer default checksums wrong.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        connect_timeout=10,
-        read_timeout=60,
-        retries={"mode": "standard", "max_attempts": 3},
-        s3={"addressing_style": "path" if has_own_endpoint else "auto"},
-    )
     try:
-        client = boto3.Session().client("s3", config=config)
+        client = s3_client()
     except (BotoCoreError, ValueError) as error:
         raise CannotPublish(url, " ".join(str(error).split())) from error
     return S3Target(client, parts.netloc, prefix)

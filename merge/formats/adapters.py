@@ -9,7 +9,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from merge.errors import (
@@ -27,6 +26,7 @@ from merge.formats.keys import Group, Survey, survey
 from merge.formats.lookup import choose, open_layer
 from merge.formats.reader import TensorFile
 from merge.formats.shapes import Dims, is_on_input, measure
+from merge.formats.sources import File, beside, opened, read_bytes
 
 CONFIG_NAME = "adapter_config.json"
 _CONFIGURED = ("peft", "mlx", "torchtune")  # dialects whose files are half of an adapter
@@ -94,10 +94,9 @@ class AdapterLayout:
     families: tuple[str, ...] = ()
 
 
-def config_beside(path: Path) -> Path | None:
-    """The adapter_config.json that `path` is read with; None without one. BadFile as for headers."""
-    beside = path.with_name(CONFIG_NAME)
-    return beside if beside.is_file() and takes_config(read_header(path)) else None
+def config_beside(file: File) -> File | None:
+    """The adapter_config.json that `file` is read with; None without one. BadFile as for headers."""
+    return beside(file, CONFIG_NAME) if takes_config(read_header(file)) else None
 
 
 def takes_config(header: Header) -> bool:
@@ -110,17 +109,18 @@ def takes_config(header: Header) -> bool:
     return bool(groups) and dialect_of(groups) in _CONFIGURED
 
 
-def read_config(path: Path) -> Mapping[str, Any] | None:
+def read_config(file: File) -> Mapping[str, Any] | None:
     """What `config_beside` holds, parsed."""
-    beside = config_beside(path)
-    if beside is None:
+    found = config_beside(file)
+    if found is None:
         return None
     try:
-        config = json.loads(beside.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadAdapter(path.name, f"{beside.name} beside it is not JSON") from error
+        with opened(found) as source:
+            config = json.loads(read_bytes(source, 0, source.size))
+    except (ValueError, RecursionError) as error:
+        raise BadAdapter(file.name, f"{CONFIG_NAME} beside it is not JSON") from error
     if not isinstance(config, dict):
-        raise BadAdapter(path.name, f"{beside.name} beside it is not a JSON object")
+        raise BadAdapter(file.name, f"{CONFIG_NAME} beside it is not a JSON object")
     return config
 
 

@@ -1,6 +1,6 @@
 """Where the bytes of an input come from: a file here, or whatever else can be read at an offset.
 
-This package knows no network; a program that does hands in a Source of its own.
+This package knows no network; a program that does hands in a RemoteFile of its own.
 """
 
 import os
@@ -29,11 +29,15 @@ class Source(Protocol):
     def read_at(self, buffer: memoryview, offset: int) -> int:
         """Fill `buffer` from `offset`; the number of bytes read is smaller only at the end."""
 
-    def beside(self, name: str) -> "Source | None":
+
+class RemoteFile(Source, Protocol):
+    """A file that is not on this machine; it needs no opening."""
+
+    def beside(self, name: str) -> "RemoteFile | None":
         """What lies under `name` in the same folder; None where nothing does."""
 
 
-File = Path | Source
+File = Path | RemoteFile
 
 
 def opened(file: File, *, name: str | None = None) -> AbstractContextManager[Source]:
@@ -46,13 +50,20 @@ def opened(file: File, *, name: str | None = None) -> AbstractContextManager[Sou
     return nullcontext(file)
 
 
+def beside(file: File, name: str) -> File | None:
+    """What lies under `name` in the folder of a file; None where nothing does."""
+    if isinstance(file, Path):
+        path = file.with_name(name)
+        return path if path.is_file() else None
+    return file.beside(name)
+
+
 class OpenFile:
     """A file of this machine, read by offset and never mapped into memory:
     one that is cut off while it is read gives a short read, where a mapping would give SIGBUS.
     """
 
     def __init__(self, path: Path, *, name: str | None = None) -> None:
-        self.path = path
         self.name = path.name if name is None else name
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -65,10 +76,6 @@ class OpenFile:
             return read_at(self._fd, buffer, offset)
         except OSError as error:
             raise self._failure(error) from error
-
-    def beside(self, name: str) -> "OpenFile | None":
-        path = self.path.with_name(name)
-        return OpenFile(path) if path.is_file() else None
 
     def close(self) -> None:
         os.close(self._fd)

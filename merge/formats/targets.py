@@ -38,14 +38,13 @@ class Target(Protocol):
         """Threads beyond the processor's that keep this place busy: so many wait for it."""
 
     def block_bytes(self, size: int) -> int:
-        """Every write of a file of `size` bytes begins at a multiple of this, and ends at the next
-        or at the end of the file.
-        """
+        """How much is best written at a time of a file of `size` bytes."""
 
-    def create(self, size: int) -> AbstractContextManager[Output]:
-        """An output of `size` bytes that appears as a whole when the block ends.
+    def create(self, size: int, block: int) -> AbstractContextManager[Output]:
+        """An output of `size` bytes that appears as a whole when the context ends.
 
-        It replaces what is there; if the block fails, nothing has changed.
+        It replaces what is there; if the context fails, nothing has changed. Every write begins at
+        a multiple of `block`, and ends at the next or at the end of the file.
         """
 
 
@@ -61,7 +60,7 @@ class Disk:
     def block_bytes(self, size: int) -> int:
         return BLOCK_BYTES
 
-    def create(self, size: int) -> AbstractContextManager[Output]:
+    def create(self, size: int, block: int) -> AbstractContextManager[Output]:
         return _DiskOutput(self.path, size)
 
 
