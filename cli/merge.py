@@ -8,15 +8,20 @@ import typer
 from rich.table import Table
 
 from cli.console import CommandError, byte_progress, count_progress, err, out, plain, print_json
-from cli.refs import adapter_in, fetch, parse_weighted
+from cli.ranges import Blocks as RemoteBlocks
+from cli.refs import adapter_in, open_ref, parse_weighted, place_of
 
 if TYPE_CHECKING:
     from merge.execute import Outcome
+    from merge.formats.sources import File
+    from merge.formats.targets import Target
     from merge.plan import Plan
     from merge.recipe import Pinned, Recipe
 
 Inputs = Annotated[list[str], typer.Argument(metavar="REF=STRENGTH…", show_default=False)]
-Out = Annotated[Path, typer.Option("--out", "-o", help="The file or folder to write.")]
+Out = Annotated[
+    str, typer.Option("--out", "-o", help="The file or folder to write, or s3://bucket/key.")
+]
 Blocks = Annotated[
     list[str] | None,
     typer.Option("--block", metavar="GLOB=FACTOR", help="Multiply the strength of some modules."),
@@ -161,25 +166,30 @@ def _factors(texts: list[str] | None, option: str) -> dict[str, float]:
 
 def _run(
     recipe: "Recipe",
-    to: Path,
+    to: str,
     save_recipe: Path | None,
     as_json: bool,
     sources: Iterable[Path] = (),
 ) -> None:
     from merge.plan import plan
 
-    files, pins = _gather(recipe, list(sources))
-    if save_recipe is not None:
-        _require_place(save_recipe, [to, *files.values()])
-    recipe = recipe.pin(pins)
-    planned = plan(recipe, files)
-    outcome = _execute(planned, to)
+    place = place_of(to)
+    if not isinstance(place, Path) and place.name in recipe.refs():
+        raise CommandError(f"{place.name} is an input of the recipe itself; nothing was written")
+    with RemoteBlocks() as blocks:
+        files = _gather(recipe, list(sources), blocks)
+        if save_recipe is not None:
+            _require_place(save_recipe, [place, *files.values()])
+        with err.status("hashing"):
+            recipe = recipe.pin({name: _pin(file) for name, file in files.items()})
+        planned = plan(recipe, files)
+        outcome = _execute(planned, place)
     if save_recipe is not None:
         save_recipe.write_text(recipe.to_yaml(), encoding="utf-8")
     if as_json:
         print_json(
             {
-                "path": str(to),
+                "path": to,
                 "sha256": outcome.sha256,
                 "size": outcome.size,
                 "recipe_digest": outcome.recipe_digest,
@@ -191,25 +201,26 @@ def _run(
         _print(planned, to, outcome)
 
 
-def _require_place(recipe: Path, taken: Iterable[Path]) -> None:
+def _require_place(recipe: Path, taken: Iterable["File | Target"]) -> None:
     """Refuse to save a recipe where something else lies, or where nothing can lie."""
     if not recipe.parent.is_dir():
         raise CommandError(f"{recipe}: there is no folder {recipe.parent}; nothing was written")
-    if any(recipe.resolve() == path.resolve() for path in taken):
+    here = [path.resolve() for path in taken if isinstance(path, Path)]
+    if recipe.resolve() in here:
         raise CommandError(f"{recipe} is an input or the output; save the recipe somewhere else")
     if recipe.exists() and recipe.suffix not in (".yaml", ".yml", ".json"):
         raise CommandError(f"{recipe} exists and is no recipe; save the recipe somewhere else")
 
 
-def _gather(recipe: "Recipe", sources: list[Path]) -> tuple[dict[str, Path], dict[str, "Pinned"]]:
-    """A local file for every source of the recipe, and what its bytes are."""
+def _gather(recipe: "Recipe", sources: list[Path], blocks: RemoteBlocks) -> dict[str, "File"]:
+    """What every source of the recipe names."""
     from merge.formats.hashes import sha256_file
 
     for path in sources:
         if not path.is_file():
             raise CommandError(f"--from {path}: there is no such file")
     by_digest = {f"sha256:{sha256_file(path)}": path for path in sources}
-    files = {}
+    files: dict[str, File] = {}
     for name in recipe.refs():
         if name in by_digest:
             files[name] = by_digest[name]
@@ -217,28 +228,30 @@ def _gather(recipe: "Recipe", sources: list[Path]) -> tuple[dict[str, Path], dic
             given = "none of the files given is it" if sources else "give it with --from PATH"
             raise CommandError(f"the recipe's file {name} has no ref: {given}")
         else:
-            files[name] = adapter_in(fetch(name)) if _is_input(recipe, name) else fetch(name)
-    with err.status("hashing"):
-        return files, {name: _pin(path) for name, path in files.items()}
+            file = open_ref(name, blocks)
+            if isinstance(file, Path) and _is_input(recipe, name):
+                file = adapter_in(file)
+            files[name] = file
+    return files
 
 
 def _is_input(recipe: "Recipe", name: str) -> bool:
     return any(source.name == name for source in recipe.inputs)
 
 
-def _pin(path: Path) -> "Pinned":
+def _pin(file: "File") -> "Pinned":
     from merge.formats.adapters import config_beside
     from merge.formats.folders import folder_digest
     from merge.formats.hashes import sha256_file
     from merge.recipe import Pinned
 
-    if path.is_dir():
-        return Pinned(sha256=folder_digest(path))
-    config = config_beside(path)
-    return Pinned(sha256=sha256_file(path), config_sha256=sha256_file(config) if config else None)
+    if isinstance(file, Path) and file.is_dir():
+        return Pinned(sha256=folder_digest(file))
+    config = config_beside(file)
+    return Pinned(sha256=sha256_file(file), config_sha256=sha256_file(config) if config else None)
 
 
-def _execute(planned: "Plan", to: Path) -> "Outcome":
+def _execute(planned: "Plan", to: "Path | Target") -> "Outcome":
     from merge.execute import execute
     from merge.plan import BakePlan
 
@@ -255,7 +268,7 @@ def _execute(planned: "Plan", to: Path) -> "Outcome":
         )
 
 
-def _print(planned: "Plan", to: Path, outcome: "Outcome") -> None:
+def _print(planned: "Plan", to: str, outcome: "Outcome") -> None:
     certificate = outcome.certificate
     columns = _COLUMNS[certificate["kind"]]
     table = Table(box=None, pad_edge=False)
@@ -271,7 +284,7 @@ def _print(planned: "Plan", to: Path, outcome: "Outcome") -> None:
     out.print(f"recipe  {outcome.recipe_digest}")
     if outcome.sha256 is not None:
         out.print(f"output  sha256:{outcome.sha256}")
-    out.print(f"[bold]{plain(str(to))}[/]  {_size(outcome.size)}")
+    out.print(f"[bold]{plain(to)}[/]  {_size(outcome.size)}")
 
 
 # title, field of a module in the certificate, how a value is shown

@@ -8,7 +8,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
@@ -27,13 +26,12 @@ class Absent(CommandError):
 
 
 class Blocks:
-    """The blocks of remote files that were read last; whatever they need is closed with them."""
+    """The blocks of remote files that were read last."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._pool = ThreadPoolExecutor(_THREADS, "fetch")
-        self.stack = ExitStack()
 
     def __enter__(self) -> Self:
         return self
@@ -45,7 +43,6 @@ class Blocks:
         traceback: TracebackType | None,
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
-        self.stack.close()
 
     def get(self, file: str, index: int, n_blocks: int, fetch: Callable[[int], bytes]) -> bytes:
         """Block `index` of a file of `n_blocks`, which `fetch` gets if nobody has yet."""

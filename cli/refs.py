@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from merge.formats.sources import File
+    from merge.formats.targets import Target
 
 MAX_BYTES = 64 * 2**30
 IDLE_S = 30
@@ -249,7 +250,7 @@ def bar_class(progress: Progress) -> Any:
 
 
 # A signed URL is good for one object: for another, its server does not say that there is none.
-ABSENT = {401, 403, 404, 410}
+_ABSENT = {401, 403, 404, 410}
 
 
 def _with_config(path: Path, fetch_config: Callable[[Path], Path]) -> Path:
@@ -285,14 +286,29 @@ def _from_s3(text: str, ref: OnS3, beside: Path | None = None) -> Path:
             raise CommandError(str(error)) from error
 
 
+def place_of(text: str) -> "Path | Target":
+    """Where `--out` says that a result goes; CannotWrite where a store would not take it."""
+    scheme, colon, rest = text.partition("://")
+    if not colon:
+        return Path(text).expanduser()
+    ref = _of_scheme(text, scheme, rest)
+    if not isinstance(ref, OnS3):
+        raise CommandError(f"{text}: results go to a path or to s3://bucket/key")
+    with _needing_boto3(text):
+        from cli.s3 import S3Target
+    target = S3Target(ref.bucket, ref.key)
+    target.check()
+    return target
+
+
 def _open_s3(text: str, ref: OnS3, blocks: Blocks) -> Ranged:
-    with needing_boto3(text):
+    with _needing_boto3(text):
         from cli.s3 import open_s3
     return open_s3(ref.bucket, ref.key, blocks)
 
 
 @contextmanager
-def needing_boto3(text: str) -> Iterator[None]:
+def _needing_boto3(text: str) -> Iterator[None]:
     """Say how to get it where it is not installed."""
     try:
         yield
@@ -319,7 +335,7 @@ def _from_web(url: str, beside: Path | None = None) -> Path:
             timeout=httpx2.Timeout(IDLE_S, connect=10),
         ) as answer:
             if answer.status_code != 200:
-                kind = Absent if answer.status_code in ABSENT else CommandError
+                kind = Absent if answer.status_code in _ABSENT else CommandError
                 raise kind(f"{url}: the server answers {answer.status_code}")
             if answer.url.scheme != "https" and not _is_loopback(str(answer.url)):
                 raise CommandError(f"{url}: it redirects to an address that is not https")

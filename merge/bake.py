@@ -28,6 +28,7 @@ from merge.errors import NotFinite, Overflow
 from merge.formats.adapters import Entry
 from merge.formats.header import DTYPE_BITS
 from merge.formats.reader import TensorFile
+from merge.formats.targets import Target
 from merge.formats.writer import Layout, layout
 from merge.inputs import Inputs, OpenBase
 from merge.patches import Patch
@@ -40,7 +41,7 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def bake(
-    plan: BakePlan, out: Path, options: Options, *, tile: int = TILE_ELEMENTS
+    plan: BakePlan, out: Path | Target, options: Options, *, tile: int = TILE_ELEMENTS
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Write the baked base to `out`, a file or a new folder, file by file.
 
@@ -51,24 +52,29 @@ def bake(
     digests: dict[str, str] = {}
     with Inputs(plan.adapters) as inputs, OpenBase(plan.base) as base:
         for name, file in plan.base.files.items():
-            target = out / name if plan.writes_folder else out
-            target.parent.mkdir(parents=True, exist_ok=True)
+            target = _place(out, name) if plan.writes_folder else out
             if name in plan.patches:
                 work = _Rewrite(plan, name, inputs, base, tally, tile)
                 digests[name] = work.write(target, options)
             else:
                 digests[name] = copy_file(file.path, target, options)
         for name in plan.base.others:
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            digests[name] = copy_file(plan.base.path / name, out / name, options)
+            digests[name] = copy_file(plan.base.folder / name, _place(out, name), options)
     return (digests if options.digest else {}), tally.certificate(plan)
+
+
+def _place(folder: Path | Target, name: str) -> Path:
+    assert isinstance(folder, Path), "only here are there folders"
+    place = folder / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
 
 
 def output_bytes(plan: BakePlan) -> int:
     """The size of what `bake` writes, all files together."""
     rewritten = {name: _placed(plan, plan.base.files[name]).file_size for name in plan.patches}
     untouched = (f.header.file_size for n, f in plan.base.files.items() if n not in rewritten)
-    others = ((plan.base.path / name).stat().st_size for name in plan.base.others)
+    others = ((plan.base.folder / name).stat().st_size for name in plan.base.others)
     return sum(rewritten.values()) + sum(untouched) + sum(others)
 
 
@@ -187,7 +193,7 @@ class _Rewrite:
         self._begins = [segment.begin for segment in self._segments]
         self._ready = _Shared()
 
-    def write(self, target: Path, options: Options) -> str:
+    def write(self, target: Path | Target, options: Options) -> str:
         """Write to `target`, whole or not at all; the SHA-256 in hex, or "" where none is wanted."""
         passed = 0
 

@@ -20,6 +20,7 @@ from merge.families.family import TEXT_MODEL
 from merge.families.layers import parameter_key
 from merge.formats.folders import Folder, is_part, is_weight_index, read_component, read_folder
 from merge.formats.header import Header, TensorInfo, read_header
+from merge.formats.sources import File, is_folder
 
 BAKEABLE = {"F16": 2, "BF16": 2, "F32": 4}
 MODEL = "model"  # the component of a base that is one model, and of adapters that name none
@@ -70,7 +71,7 @@ class Slice:
 class BaseFile:
     """One safetensors file of the base; `component` is None where a file holds several."""
 
-    path: Path
+    path: File
     header: Header
     component: str | None
 
@@ -82,7 +83,7 @@ class Base:
     family that we know, `config` for a transformers folder.
     """
 
-    path: Path
+    path: File
     layout: str  # folder | model, else a single file: diffusers | ldm | original
     files: Mapping[str, BaseFile]
     others: tuple[str, ...] = ()
@@ -91,7 +92,12 @@ class Base:
 
     @property
     def is_folder(self) -> bool:
-        return self.path.is_dir()
+        return is_folder(self.path)
+
+    @property
+    def folder(self) -> Path:
+        assert isinstance(self.path, Path), "only a folder has other files"
+        return self.path
 
     def find(
         self, component: str, module: str, parameter: str = "weight", *, kind: str = "linear"
@@ -190,36 +196,36 @@ class Base:
         return Slice(name, key, 0, info.shape[0], prod(info.shape[1:]))
 
 
-def open_base(path: Path, families: Sequence[str]) -> Base:
-    """The base at `path`; `families` are those that the adapters fit, likeliest first."""
-    base = _open(path, families)
-    for file in base.files.values():
-        _check_precision(file.header, file.path.name)
+def open_base(file: File, families: Sequence[str]) -> Base:
+    """The base in a file or folder; `families` are those that the adapters fit, likeliest first."""
+    base = _open(file, families)
+    for held in base.files.values():
+        _check_precision(held.header, held.path.name)
     return base
 
 
-def _open(path: Path, families: Sequence[str]) -> Base:
-    if path.is_dir():
-        is_model = (path / _CONFIG).is_file() and not (path / _PIPELINE).is_file()
-        return _open_model(path) if is_model else _open_folder(path)
-    header = read_header(path)
-    files = {path.name: BaseFile(path, header, None)}
+def _open(file: File, families: Sequence[str]) -> Base:
+    if isinstance(file, Path) and file.is_dir():
+        is_model = (file / _CONFIG).is_file() and not (file / _PIPELINE).is_file()
+        return _open_model(file) if is_model else _open_folder(file)
+    header = read_header(file)
+    files = {file.name: BaseFile(file, header, None)}
     try:
-        single = _read_single(header, path.name, families)
+        single = _read_single(header, file.name, families)
     except BadCheckpoint:
         if any(key.startswith(_LDM_PREFIX) for key in header.tensors):
             raise
     else:
         if single is not None:
-            return Base(path, single.layout, files, single=single)
+            return Base(file, single.layout, files, single=single)
     for component, beginnings in _COMPONENTS.items():
         if any(key.startswith(beginnings) for key in header.tensors):
-            return Base(path, DIFFUSERS, {path.name: BaseFile(path, header, component)})
+            return Base(file, DIFFUSERS, {file.name: BaseFile(file, header, component)})
     if families:
         titles = " or ".join(FAMILIES[name].title for name in families)
         detail = f"its keys and shapes are not those of {titles}, in any layout we know"
-        raise BadCheckpoint(path.name, detail)
-    return Base(path, MODEL, {path.name: BaseFile(path, header, MODEL)})
+        raise BadCheckpoint(file.name, detail)
+    return Base(file, MODEL, {file.name: BaseFile(file, header, MODEL)})
 
 
 def _read_single(header: Header, name: str, families: Sequence[str]) -> Checkpoint | None:

@@ -4,7 +4,7 @@ Memory above the imports, with w worker threads:
 a merge holds its output and, per worker, six copies of the largest module's stacked factors;
 a bake holds, per worker, three copies of the largest module's stacked factors, one set of tile
 buffers (21 bytes for each of 256 Ki elements) and a block of 4 MiB, and for all of them three blocks
-more, however large the base is.
+more, however large the base is; blocks for another place may be larger, and more (its Target says).
 `plan.cost.memory_bytes` is this bound for two workers.
 """
 
@@ -15,16 +15,19 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from merge.bake import Options, bake, output_bytes
+from merge.blocks import copy_file
 from merge.combine import combine
 from merge.errors import CannotWrite
 from merge.formats.folders import digest_of_files, folder_digest
 from merge.formats.hashes import sha256_file
 from merge.formats.positioned import sync_folder
-from merge.plan import BakePlan, Plan
+from merge.formats.targets import Target
+from merge.plan import BakePlan, MergePlan, Plan
 from merge.threads import Cancelled, default_workers
 
 __all__ = ["Cancelled", "Outcome", "execute"]
@@ -44,14 +47,14 @@ class Outcome:
 
 def execute(
     plan: Plan,
-    out: Path,
+    out: Path | Target,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     *,
     workers: int | None = None,
     digest: bool = True,
 ) -> Outcome:
-    """Write the result of a plan to `out`: a file, or a folder where `plan.writes_folder`.
+    """Write the result of a plan to `out`: a file, or a folder here where `plan.writes_folder`.
 
     `progress(done, total)` counts the modules of a merge and the bytes of a bake; it is called in
     this thread. `cancelled()` is asked between steps, from any thread; then Cancelled is raised.
@@ -62,15 +65,33 @@ def execute(
     stop = cancelled or (lambda: False)
     threads = workers or default_workers()
     _check_target(plan, out)
-    with new_folder(out) if plan.writes_folder else nullcontext(out) as target:
-        if isinstance(plan, BakePlan):
-            count = _Count(report, output_bytes(plan))
+    if isinstance(plan, BakePlan):
+        with nullcontext(out) if not plan.writes_folder else new_folder(_here(out)) as target:
+            size = output_bytes(plan)
+            count = _Count(report, size)
             digests, certificate = bake(plan, target, Options(threads, digest, count.add, stop))
             sha256 = digest_of_files(digests) if plan.writes_folder else "".join(digests.values())
-        else:
+    else:
+        with _small(plan, out, stop) as target:
             certificate = combine(plan, target, threads, report, stop)
             sha256 = folder_digest(target) if plan.writes_folder else sha256_file(target)
-    return Outcome(sha256 if digest else None, _size(out), certificate, recipe_digest)
+            size = _size(target)
+    return Outcome(sha256 if digest else None, size, certificate, recipe_digest)
+
+
+@contextmanager
+def _small(plan: MergePlan, out: Path | Target, stop: Callable[[], bool]) -> Iterator[Path]:
+    """Where a merged adapter is written; what shall be elsewhere is sent there when it is whole."""
+    if plan.writes_folder:
+        with new_folder(_here(out)) as folder:
+            yield folder
+    elif isinstance(out, Path):
+        yield out
+    else:
+        with TemporaryDirectory() as scratch:
+            made = Path(scratch, PurePosixPath(out.name).name)
+            yield made
+            copy_file(made, out, Options(1, False, lambda size: None, stop))
 
 
 class _Count:
@@ -84,18 +105,32 @@ class _Count:
         self._report(self._done, self._total)
 
 
-def _check_target(plan: Plan, out: Path) -> None:
+def _here(out: Path | Target) -> Path:
+    """A folder is made of many files, which appear as a whole only where they can be renamed."""
+    if isinstance(out, Path):
+        return out
+    raise CannotWrite(out.name, "the result is a folder, which can only be written to a disk here")
+
+
+def _check_target(plan: Plan, out: Path | Target) -> None:
     """What can be known to fail is refused before anything is computed."""
+    sources = [adapter.path for adapter in plan.adapters]
+    if isinstance(plan, BakePlan):
+        sources += [file.path for file in plan.base.files.values()]
+    if plan.writes_folder:
+        out = _here(out)
+    if not isinstance(out, Path):
+        if any(out.name == file.name for file in sources if not isinstance(file, Path)):
+            raise CannotWrite(out.name, "is an input of the recipe itself")
+        return
     if not out.parent.is_dir():
         raise CannotWrite(out.name, f"the folder {out.parent} does not exist")
     if out.is_dir():
         raise CannotWrite(out.name, "a folder of this name exists")
     if out.exists() and plan.writes_folder:
         raise CannotWrite(out.name, "a file of this name exists")
-    sources = [adapter.path for adapter in plan.adapters]
-    if isinstance(plan, BakePlan):
-        sources += [file.path for file in plan.base.files.values()]
-    if out.exists() and any(out.samefile(source) for source in sources):
+    here = [file for file in sources if isinstance(file, Path)]
+    if out.exists() and any(out.samefile(file) for file in here):
         raise CannotWrite(out.name, "is an input of the recipe itself")
     free = shutil.disk_usage(out.parent).free
     if free < plan.cost.bytes_to_write:

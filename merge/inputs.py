@@ -4,7 +4,6 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from math import isfinite
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -18,17 +17,18 @@ from merge.errors import BadFile, NotFinite, ShapeMismatch
 from merge.formats.adapters import Entry
 from merge.formats.header import Header
 from merge.formats.reader import TensorFile
+from merge.formats.sources import File
 from merge.plan import Adapter, Module
 from merge.terms import Term
 
 
-def open_as_planned(path: Path, header: Header) -> TensorFile:
+def open_as_planned(file: File, header: Header) -> TensorFile:
     """The file, if its header is still the one that was planned with."""
-    file = TensorFile(path)
-    if file.header != header:
-        file.close()
-        raise BadFile(path.name, "st_changed", "the file changed after it was planned with")
-    return file
+    opened = TensorFile(file)
+    if opened.header != header:
+        opened.close()
+        raise BadFile(file.name, "st_changed", "the file changed after it was planned with")
+    return opened
 
 
 class Inputs:

@@ -21,6 +21,7 @@ from merge.families.layers import OWN
 from merge.formats.adapters import AdapterLayout, Entry, read_config, read_layout
 from merge.formats.dialects import naming_of
 from merge.formats.header import Header, read_header
+from merge.formats.sources import File, is_folder
 from merge.patches import Patch, find_patches
 from merge.recipe import Input, Recipe
 from merge.terms import Name, Source, Term, gather, terms_in
@@ -37,11 +38,13 @@ _WORKERS = 2
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One input whose header kept every rule; `param` is its place in the recipe."""
+    """One input whose header kept every rule; `param` is its place in the recipe, `path` where it
+    lies, on this machine or not.
+    """
 
     param: str
     name: str
-    path: Path
+    path: File
     header: Header
     layout: AdapterLayout
 
@@ -156,8 +159,8 @@ class BakePlan:
 Plan = MergePlan | BakePlan
 
 
-def plan(recipe: Recipe, files: Mapping[str, Path]) -> Plan:
-    """The checked steps of a recipe; `files` gives a local file or folder for every `recipe.refs()`."""
+def plan(recipe: Recipe, files: Mapping[str, File]) -> Plan:
+    """The checked steps of a recipe; `files` has what every `recipe.refs()` names."""
     adapters = tuple(
         _open_adapter(recipe.inputs[i], f"inputs[{i}]", files) for i in recipe.in_canonical_order()
     )
@@ -282,7 +285,7 @@ def planned_rank(recipe: Recipe, module: Module) -> int:
 
 def _plan_bake(
     recipe: Recipe,
-    files: Mapping[str, Path],
+    files: Mapping[str, File],
     adapters: tuple[Adapter, ...],
     sources: Mapping[Name, Sequence[Source]],
     left_out: tuple[str, ...],
@@ -292,7 +295,7 @@ def _plan_bake(
     base = open_base(_file(recipe.base.name, "base", files), families)
     found = find_patches(base, sources, [adapter.name for adapter in adapters])
     written = sum(file.header.file_size for file in base.files.values()) + sum(
-        (base.path / name).stat().st_size for name in base.others
+        (base.folder / name).stat().st_size for name in base.others
     )
     working = 8 if recipe.numerics == "reproducible" else 4
     patches = [p for keys in found.patches.values() for its in keys.values() for p in its]
@@ -308,13 +311,13 @@ TILE_BYTES = TILE_ELEMENTS * (4 + 8 + 8 + 4 + 4 + 1)
 BLOCKS_BYTES = 6 * 4 * 2**20  # merge.blocks
 
 
-def _open_adapter(source: Input, param: str, files: Mapping[str, Path]) -> Adapter:
-    path = _file(source.name, param, files)
-    if path.is_dir():
-        raise BadRecipe(param, f"{path.name} is a folder, not an adapter file")
-    header = read_header(path)
-    layout = read_layout(header, name=path.name, config=read_config(path))
-    adapter = Adapter(param, path.name, path, header, layout)
+def _open_adapter(source: Input, param: str, files: Mapping[str, File]) -> Adapter:
+    file = _file(source.name, param, files)
+    if is_folder(file):
+        raise BadRecipe(param, f"{file.name} is a folder, not an adapter file")
+    header = read_header(file)
+    layout = read_layout(header, name=file.name, config=read_config(file))
+    adapter = Adapter(param, file.name, file, header, layout)
     for entry in layout.entries:
         _check_dtypes(adapter, entry)
     return adapter
@@ -327,11 +330,11 @@ def _check_dtypes(adapter: Adapter, entry: Entry) -> None:
             raise Unsupported(adapter.name, f"{key} is stored as {dtype}")
 
 
-def _file(name: str, param: str, files: Mapping[str, Path]) -> Path:
-    path = files.get(name)
-    if path is None or not path.exists():
+def _file(name: str, param: str, files: Mapping[str, File]) -> File:
+    file = files.get(name)
+    if file is None or (isinstance(file, Path) and not file.exists()):
         raise BadRecipe(param, f"{name} was not found")
-    return path
+    return file
 
 
 def _check_selectors(inputs: Iterable[Input], adapters: Iterable[Adapter]) -> None:

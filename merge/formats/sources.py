@@ -50,6 +50,11 @@ def opened(file: File, *, name: str | None = None) -> AbstractContextManager[Sou
     return nullcontext(file)
 
 
+def is_folder(file: File) -> bool:
+    """Whether it is a folder and not one file."""
+    return isinstance(file, Path) and file.is_dir()
+
+
 def beside(file: File, name: str) -> File | None:
     """What lies under `name` in the folder of a file; None where nothing does."""
     if isinstance(file, Path):
