@@ -14,12 +14,12 @@ from typing import Any
 from merge import doubts
 from merge.doubts import Doubt
 from merge.errors import BadAdapter, BadCheckpoint
-from merge.families import candidates
+from merge.families import FAMILIES
 from merge.families.checkpoints import Checkpoint, read_checkpoint
 from merge.formats.adapters import AdapterLayout, dialect_of, layout_of, resolve
 from merge.formats.hashes import Hashes, hash_file
 from merge.formats.keys import Group, Survey, survey
-from merge.formats.lookup import Found, fit
+from merge.formats.lookup import Fit, Found, fit_all
 from merge.formats.metadata import trigger_words
 from merge.formats.reader import TensorFile
 from merge.formats.shapes import Dims, measure
@@ -180,39 +180,65 @@ def _checkpoint_facts(checkpoint: Checkpoint) -> _Facts:
 
 
 def _adapter_facts(file: TensorFile, found: Survey, config: Mapping[str, Any] | None) -> _Facts:
-    tensors = file.header.tensors
     groups = found.groups
-    shapes = [{role: tensors[key].shape for role, key in g.keys.items()} for g in groups]
-    matches = [layout_of(group, its) for group, its in zip(groups, shapes, strict=True)]
-    dims = [
-        _measured(match.layout, its) if match.is_whole else None
-        for match, its in zip(matches, shapes, strict=True)
-    ]
-    extents = [None if its is None else its.extent for its in dims]
-    locations = [group.location for group in groups]
-    families = candidates((location.path, location.is_flat) for location in locations)
-    fits = [fit(locations, dims, family) for family in families]
-    best = max(fits, key=lambda fit: (fit.n_fitting, fit.n_named), default=None)
-    layers = best.layers if best is not None and best.n_named else [None] * len(groups)
     layout, refusal = _try_layout(file, found, config)
+    described = _refused_modules(file, found) if layout is None else _modules(layout)
+    dims = [its for its in described.dims if its is not None]
+    extents = [None if its is None else its.extent for its in described.dims]
     alphas = _read_alphas(file, groups)
-    ranks = [its.rank for its in dims if its is not None and its.rank is not None]
+    ranks = [its.rank for its in dims if its.rank is not None]
     return _Facts(
         kind=ADAPTER,
-        algorithms=tuple(name for name, _ in Counter(m.name for m in matches).most_common()),
+        algorithms=tuple(name for name, _ in Counter(described.algorithms).most_common()),
         dialect=dialect_of(groups),
-        families=guess(file.header.metadata, groups, extents, fits),
+        families=guess(file.header.metadata, groups, extents, described.fits),
         modules=len(groups),
-        components=_components(groups, layers),
+        components=_components(groups, described.layers),
         ranks=_span(ranks),
         alphas=_span([a for a in alphas.values() if isfinite(a)] or _config_alphas(layout)),
-        targets=_targets(groups, layers),
+        targets=_targets(groups, described.layers),
         warnings=(
             *([refusal] if refusal else []),
             *([doubts.OPEN_FAMILY] if layout is not None and layout.family is None else []),
             *doubts.of_adapter(file.header, found, alphas, ranks),
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Modules:
+    """What is known of every module of an adapter; the lists are parallel to the survey's groups."""
+
+    algorithms: Sequence[str]
+    dims: Sequence[Dims | None]
+    layers: Sequence[Found | None]
+    fits: Sequence[Fit]
+
+
+def _modules(layout: AdapterLayout) -> _Modules:
+    entries = layout.entries
+    layers = [(entry.component, entry.layer) for entry in entries]
+    n_measured = sum(entry.dims.is_shown for entry in entries)
+    return _Modules(
+        [entry.algorithm for entry in entries],
+        [entry.dims for entry in entries],
+        layers,
+        [Fit(FAMILIES[name], layers, len(layers), 0, n_measured) for name in layout.families],
+    )
+
+
+def _refused_modules(file: TensorFile, found: Survey) -> _Modules:
+    tensors, groups = file.header.tensors, found.groups
+    shapes = [{role: tensors[key].shape for role, key in g.keys.items()} for g in groups]
+    matches = [layout_of(group, its) for group, its in zip(groups, shapes, strict=True)]
+    dims = [
+        _measured(match.layout, its) if match.is_whole else None
+        for match, its in zip(matches, shapes, strict=True)
+    ]
+    fits = fit_all([group.location for group in groups], dims)
+    best = max(fits, key=lambda fit: (fit.n_fitting, fit.n_named), default=None)
+    layers = [None] * len(groups) if best is None else best.layers
+    return _Modules([match.name for match in matches], dims, layers, fits)
 
 
 def _measured(layout: str, shapes: Mapping[str, tuple[int, ...]]) -> Dims | None:

@@ -43,6 +43,12 @@ class Fit:
         return self.n_named - self.n_misfitting
 
     @property
+    def is_meant(self) -> bool:
+        """Whether the file is for this family, even if something in it is not."""
+        n = len(self.layers)
+        return self.n_named == n or 2 * self.n_fitting >= n
+
+    @property
     def is_whole(self) -> bool:
         return self.n_named == len(self.layers) and not self.n_misfitting
 
@@ -95,6 +101,13 @@ def _part(location: Location, family: Family) -> Found | None:
     return packed[0], replace(packed[1], path=location.path, shape=shape, runs=moved)
 
 
+def fit_all(locations: Sequence[Location], dims: Sequence[Dims | None]) -> list[Fit]:
+    """How the modules fit every family that may name most of them, and does name some."""
+    families = candidates((location.path, location.is_flat) for location in locations)
+    fits = (fit(locations, dims, family) for family in families)
+    return [its for its in fits if its.n_named]
+
+
 def fit(locations: Sequence[Location], dims: Sequence[Dims | None], family: Family) -> Fit:
     """Look every module up in one family."""
     layers = [find_layer(at, family, its) for at, its in zip(locations, dims, strict=True)]
@@ -111,8 +124,7 @@ def choose(
 
     UnknownModules or ShapeMismatch where a family is meant and does not take them all.
     """
-    families = candidates((location.path, location.is_flat) for location in locations)
-    fits = [fit(locations, dims, family) for family in families]
+    fits = fit_all(locations, dims)
     whole = [its for its in fits if its.is_whole]
     if whole:
         likeliest = min(whole, key=lambda its: not is_hinted(its.family, metadata))
@@ -120,10 +132,8 @@ def choose(
         return Choice(likeliest.family, tuple(its.family.name for its in whole), layers)
     best = max(fits, key=lambda its: (its.n_named, its.n_fitting), default=None)
     is_flat = any(location.is_flat for location in locations)
-    if best is not None and best.n_named:
-        is_meant = best.n_named == len(locations) or 2 * best.n_fitting >= len(locations)
-        if is_meant or is_flat:
-            _refuse(locations, dims, best, name)
+    if best is not None and (is_flat or best.is_meant):
+        _refuse(locations, dims, best, name)
     if is_flat:
         raise UnknownModules(name, [at.path for at in locations], "any family we know")
     return Choice(None, (), [_open_layer(at, its) for at, its in zip(locations, dims, strict=True)])
