@@ -164,7 +164,7 @@ class Family:
     def _widened(self, component: str, layer: Layer, extent: tuple[int, int] | None) -> Layer:
         """The layer as a variant of the base has it, if that is what the delta fits."""
         widths = self.widths.get(layer.module or "", ())
-        if extent is None or layer.extent == extent or component not in _DENOISERS:
+        if not widths or extent in (None, layer.extent) or component not in _DENOISERS:
             return layer
         out, _, *kernel = layer.shape
         for width in widths:

@@ -68,7 +68,11 @@ _PEFT_PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|module)(?=\.)")
 # PEFT calls a layer that it wraps its base_layer.
 _BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
-_ORIGINAL_BLOCKS = ("double_blocks.", "single_blocks.")
+# First parts of the names of Black Forest Labs' own code, in files without a prefix.
+_BFL = {
+    *("double_blocks", "single_blocks", "img_in", "txt_in", "time_in", "vector_in", "guidance_in"),
+    "final_layer",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +204,7 @@ def _locate_dotted(split: SplitKey) -> Location:
     for _ in range(2):
         path, its_dialect, its_component = _take_prefix(path)
         dialect, component = its_dialect or dialect, its_component or component
-        if path.startswith(_PEFT_PREFIX):  # "unet.base_model.model.": written by some scripts
-            whole = path = path.removeprefix(_PEFT_PREFIX)
-            is_peft = True
+        path = path.removeprefix(_PEFT_PREFIX)  # "unet.base_model.model.": written by some scripts
     if split.spelling == XLABS:
         path = _path_of_xlabs(path)
     elif split.spelling == TORCHTUNE:
@@ -228,7 +230,7 @@ def _dialect(split: SplitKey, dialect: str | None, component: str | None, path: 
         return dialect
     if split.spelling == OLD:
         return "diffusers_old"
-    if component is None and path.startswith(_ORIGINAL_BLOCKS):
+    if component is None and path.partition(".")[0] in _BFL:
         return "bfl"
     return "diffusers"
 
