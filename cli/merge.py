@@ -277,7 +277,10 @@ def _print(planned: "Plan", to: str, outcome: "Outcome") -> None:
     for component, modules in _by_component(certificate["modules"]).items():
         cells = (_range([m[field] for m in modules], form) for _, field, form in columns)
         table.add_row(component, str(len(modules)), *cells)
-    out.print(table)
+    if certificate["modules"]:
+        out.print(table)
+    if certificate.get("summed"):
+        out.print(f"stored whole: {len(certificate['summed'])} sums of norms, biases and weights")
     if certificate["left_out"]:
         out.print(f"left out: {len(certificate['left_out'])} modules, as the recipe allows")
     out.print(_verdict(certificate))

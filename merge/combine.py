@@ -1,7 +1,8 @@
-"""Adapters -> one adapter: the linear merge of every module, in memory, then one file.
+"""Adapters -> one adapter: the linear merge of every layer, in memory, then one file.
 
-The certificate says for every module and in total what truncation and storage rounding changed,
-as a share of the Frobenius norm of the exact result.
+Products add up as `merge.methods.linear` says; differences that are stored whole and changes of
+biases add up as they are. The certificate says for every layer and in total what truncation and
+storage rounding changed, as a share of the Frobenius norm of the exact result.
 """
 
 import json
@@ -17,13 +18,16 @@ from torch import Tensor
 
 from merge import provenance
 from merge.algorithms import lora
-from merge.errors import BadRecipe, Overflow
-from merge.formats.dialects import diffusers_config, peft_config, write_keys
-from merge.formats.metadata import DIFFUSERS_CONFIG
+from merge.encode import encode
+from merge.errors import BadRecipe, Overflow, Unsupported
+from merge.families import FAMILIES
+from merge.formats.adapters import CONFIG_NAME, read_config
 from merge.formats.writer import write_file
 from merge.inputs import Inputs
 from merge.methods import linear
-from merge.plan import FACTOR_BYTES, MergePlan, Module, alpha_bytes, planned_rank
+from merge.modules import Module
+from merge.packing import NotExact, Part
+from merge.plan import FACTOR_BYTES, MergePlan, alpha_bytes, planned_rank
 from merge.threads import run_in_order
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -31,15 +35,25 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
-    """One module's result as it will be stored, and what it lost on the way (Frobenius norms)."""
+class Lost:
+    """Frobenius norms: of an exact result, and of what truncation and rounding changed in it."""
 
-    module: Module
-    rank: int
-    tensors: dict[str, Tensor]
     norm: float
     truncated: float
     rounded: float
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """One layer's result as it will be stored: factors of `rank` (none of rank 0), and what is
+    stored whole, by what it changes: "weight" or "bias".
+    """
+
+    module: Module
+    rank: int
+    factors: dict[str, Tensor]
+    stored: dict[str, Tensor]
+    lost: dict[str, Lost]  # of "product", "weight", "bias"
 
 
 def combine(
@@ -51,22 +65,23 @@ def combine(
 ) -> dict[str, Any]:
     """Write the merged adapter to the file `out` and give its certificate."""
     modules = plan.modules
-    passes = 1 if plan.recipe.rank.budget_bytes is None else 2
-    steps = passes * len(modules)
-    ranks: Sequence[int | None] = [None] * len(modules)
+    products = [module for module in modules if module.terms]
+    budget = plan.recipe.rank.budget_bytes
+    steps = len(modules) + (0 if budget is None else len(products))
+    ranks: dict[str, int] = {}
     with Inputs(plan.adapters) as inputs:
-        if plan.recipe.rank.budget_bytes is not None:
+        if budget is not None:
             spectra = run_in_order(
-                modules,
+                products,
                 lambda module: _decompose(plan, module, inputs).values,
                 workers=workers,
                 finished=lambda index: progress(index + 1, steps),
                 cancelled=cancelled,
             )
-            ranks = _within_budget(plan, spectra, plan.recipe.rank.budget_bytes)
+            ranks = _within_budget(plan, products, spectra, budget)
         results = run_in_order(
-            list(zip(modules, ranks, strict=True)),
-            lambda wanted: _merge_module(plan, *wanted, inputs, out.name),
+            modules,
+            lambda module: _merge_module(plan, module, ranks.get(module.name), inputs, out.name),
             workers=workers,
             finished=lambda index: progress(steps - len(modules) + index + 1, steps),
             cancelled=cancelled,
@@ -84,18 +99,46 @@ def _working_dtype(plan: MergePlan) -> torch.dtype:
     return torch.float64 if plan.recipe.numerics == "reproducible" else torch.float32
 
 
-def _within_budget(plan: MergePlan, spectra: Sequence[Tensor], budget_bytes: int) -> list[int]:
-    per_rank = [sum(module.shape) * FACTOR_BYTES[plan.dtype] for module in plan.modules]
+def _within_budget(
+    plan: MergePlan, modules: Sequence[Module], spectra: Sequence[Tensor], budget_bytes: int
+) -> dict[str, int]:
+    per_rank = [sum(module.shape) * FACTOR_BYTES[plan.dtype] for module in modules]
     ranks = linear.ranks_for_budget(spectra, per_rank, alpha_bytes(plan.dialect), budget_bytes)
     if not any(ranks):
         raise BadRecipe("inputs", "the inputs cancel each other, so there is nothing to write")
-    return ranks
+    return {module.name: rank for module, rank in zip(modules, ranks, strict=True)}
 
 
 def _merge_module(
-    plan: MergePlan, module: Module, rank: int | None, inputs: Inputs, out: str
+    plan: MergePlan, module: Module, wanted_rank: int | None, inputs: Inputs, out: str
 ) -> Merged:
-    """One module at `rank`, or at what the recipe says where that is None; rank 0 drops it."""
+    """One layer; its product at `wanted_rank`, or at what the recipe says where that is None."""
+    rank = 0
+    factors: dict[str, Tensor] = {}
+    lost: dict[str, Lost] = {}
+    if module.terms:
+        rank, factors, lost["product"] = _merge_products(plan, module, wanted_rank, inputs)
+    dtype, storage = _working_dtype(plan), _DTYPES[plan.dtype]
+    exact = {}
+    if module.differences:
+        exact["weight"] = inputs.summed(module.differences, module.shape, dtype)
+    if module.biases:
+        exact["bias"] = inputs.summed_biases(module.biases, module.shape[0], dtype)
+    stored = {kind: tensor.to(storage) for kind, tensor in exact.items()}
+    for kind, tensor in exact.items():
+        lost[kind] = _rounded(tensor, stored[kind])
+    if "weight" in stored:
+        stored["weight"] = stored["weight"].reshape(module.layer.shape)
+    for role, tensor in [*factors.items(), *stored.items()]:
+        if not tensor.isfinite().all():
+            raise Overflow(out, f"{module.name} ({role})", plan.dtype)
+    return Merged(module, rank, factors, stored, lost)
+
+
+def _merge_products(
+    plan: MergePlan, module: Module, rank: int | None, inputs: Inputs
+) -> tuple[int, dict[str, Tensor], Lost]:
+    """(rank, the tensors of plain LoRA, what was lost); rank 0 drops the product."""
     wanted = plan.recipe.rank
     if wanted.exact:
         exact = linear.concatenate(*inputs.parts(module, _working_dtype(plan)))
@@ -112,17 +155,20 @@ def _merge_module(
         role: tensor if role == "alpha" else tensor.to(_DTYPES[plan.dtype])
         for role, tensor in lora.write(exact, module.kernel).items()
     }
-    for role, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise Overflow(out, f"{module.name} ({role})", plan.dtype)
-    return Merged(module, exact.rank, tensors, norm, truncated, lora.distance(exact, tensors))
+    return exact.rank, tensors, Lost(norm, truncated, lora.distance(exact, tensors))
+
+
+def _rounded(exact: Tensor, stored: Tensor) -> Lost:
+    change = torch.linalg.vector_norm(exact.double() - stored.double())
+    return Lost(torch.linalg.vector_norm(exact.double()).item(), 0.0, change.item())
 
 
 def _certificate(plan: MergePlan, results: Sequence[Merged]) -> dict[str, Any]:
-    norm = hypot(*(result.norm for result in results))
-    truncated = hypot(*(result.truncated for result in results))
-    rounded = hypot(*(result.rounded for result in results))
-    return {
+    lost = [its for result in results for its in result.lost.values()]
+    norm = hypot(*(its.norm for its in lost))
+    truncated = hypot(*(its.truncated for its in lost))
+    rounded = hypot(*(its.rounded for its in lost))
+    found = {
         "kind": "merge",
         "numerics": plan.recipe.numerics,
         "dtype": plan.dtype,
@@ -132,14 +178,25 @@ def _certificate(plan: MergePlan, results: Sequence[Merged]) -> dict[str, Any]:
         "error": _share(hypot(truncated, rounded), norm),
         "left_out": list(plan.left_out),
         "modules": {
-            result.module.name: {
-                "rank": result.rank,
-                "norm": _digits(result.norm),
-                "truncation": _share(result.truncated, result.norm),
-                "rounding": _share(result.rounded, result.norm),
-            }
+            result.module.name: {"rank": result.rank} | _described(result.lost["product"])
             for result in results
+            if "product" in result.lost
         },
+    }
+    summed = {
+        f"{result.module.name}.{kind}": _described(its)
+        for result in results
+        for kind, its in result.lost.items()
+        if kind != "product"
+    }
+    return found | ({"summed": summed} if summed else {})
+
+
+def _described(lost: Lost) -> dict[str, float]:
+    return {
+        "norm": _digits(lost.norm),
+        "truncation": _share(lost.truncated, lost.norm),
+        "rounding": _share(lost.rounded, lost.norm),
     }
 
 
@@ -156,29 +213,52 @@ def write_adapter(
     plan: MergePlan, out: Path, results: Sequence[Merged], certificate: Mapping[str, Any]
 ) -> None:
     """The adapter in the plan's dialect: a file, or for PEFT the two files of a folder `out`."""
-    kept = {(r.module.component, r.module.module): r for r in results if r.rank > 0}
-    keys = write_keys(kept, plan.dialect, plan.family)
-    ranks = {name: result.rank for name, result in kept.items()}
-    # A file without alphas is read with scale 1 by every tool. Alphas that differ between modules
-    # are not: diffusers 0.42 gives attention layers in kohya's names the most common one.
-    left_out = {"alpha"} if plan.dialect == "kohya" and len(set(ranks.values())) > 1 else set()
-    tensors = {
-        key: result.tensors[role]
-        for name, result in kept.items()
-        for role, key in keys[name].items()
-        if role not in left_out
-    }
-    metadata = provenance.of_merge(plan, list(ranks.values()), certificate)
-    # Every alpha equals its rank, so that the scale is 1 wherever it is read from.
-    alphas = {name: float(rank) for name, rank in ranks.items()}
-    if plan.dialect == "peft":
-        by_module = {module: rank for (_, module), rank in ranks.items()}
-        config = peft_config(by_module, {m: float(rank) for m, rank in by_module.items()})
-        write_text(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    family = None if plan.family is None else FAMILIES[plan.family]
+    parts = [part for result in results for part in _parts(result, plan.dialect)]
+    try:
+        encoded = encode(parts, plan.dialect, family, _peft_options(plan))
+    except NotExact as error:
+        raise Unsupported(out.name, str(error)) from error
+    ranks = [result.rank for result in results if result.rank > 0]
+    metadata = provenance.of_merge(plan, ranks, certificate) | dict(encoded.metadata)
+    tensors = dict(encoded.tensors)
+    if plan.dialect == "kohya" and len(set(ranks)) > 1:
+        # A file without alphas is read with scale 1 by every tool. Alphas that differ between modules
+        # are not: diffusers 0.42 gives attention layers in kohya's names the most common one.
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
+    if encoded.config is not None:
+        write_text(out / CONFIG_NAME, json.dumps(encoded.config, indent=2) + "\n")
         out = out / PEFT_WEIGHTS
-    elif plan.dialect == "diffusers":
-        metadata[DIFFUSERS_CONFIG] = diffusers_config(ranks, alphas)
     write_file(out, tensors, metadata)
+
+
+def _parts(result: Merged, dialect: str) -> list[Part]:
+    """The layer's factors, of scale 1 wherever that is read from, and what is stored whole."""
+    component, layer = result.module.component, result.module.layer
+    parts = []
+    stored = {_STORED_ROLES[kind]: tensor for kind, tensor in result.stored.items()}
+    if result.rank > 0:
+        factors = dict(result.factors)
+        if dialect in ("diffusers", "peft") and "diff_b" in stored:
+            factors["up_bias"] = stored.pop("diff_b")
+        parts.append(Part(component, layer, "lora", factors, float(result.rank)))
+    if stored:
+        parts.append(Part(component, layer, "full", stored))
+    return parts
+
+
+_STORED_ROLES = {"weight": "diff", "bias": "diff_b"}
+
+
+def _peft_options(plan: MergePlan) -> dict[str, Any]:
+    """What the inputs' configurations agree on about the base."""
+    configs = [read_config(adapter.path) or {} for adapter in plan.adapters]
+    found = {}
+    for field in ("base_model_name_or_path", "task_type", "fan_in_fan_out"):
+        values = [config.get(field) for config in configs]
+        if all(value == values[0] for value in values) and values[0]:
+            found[field] = values[0]
+    return found
 
 
 def write_text(path: Path, text: str) -> None:

@@ -31,6 +31,7 @@ from merge.formats.adapters import CONFIG_NAME, AdapterLayout, Entry, read_confi
 from merge.formats.hashes import sha256_file
 from merge.formats.reader import TensorFile
 from merge.formats.writer import write_file
+from merge.inputs import OpenBase
 from merge.packing import Note, Notes, NotExact, Part, repack
 
 PLAIN = "lora"
@@ -164,8 +165,10 @@ def _read_parts(
 ) -> list[Part]:
     if algorithm is None:
         return [read_part(entry, file) for entry in layout.entries]
-    weights = None if base is None else BaseWeights(base, layout)
-    return [_plain_part(entry, file, weights) for entry in layout.entries]
+    if base is None:
+        return [_plain_part(entry, file, None) for entry in layout.entries]
+    with OpenBase(open_base(base, layout.families)) as opened:
+        return [_plain_part(entry, file, opened) for entry in layout.entries]
 
 
 _SCALED = frozenset({"lora", "loha", "lokr"})
@@ -249,7 +252,7 @@ _NOT_LORA = {
 }
 
 
-def _plain_part(entry: Entry, file: TensorFile, base: "BaseWeights | None") -> Part:
+def _plain_part(entry: Entry, file: TensorFile, base: OpenBase | None) -> Part:
     """The same change as plain LoRA of its exact rank; NotExact where it is none."""
     is_plain = not entry.keys.keys() & {"mid", "dora_scale", "bias_values"}
     if (entry.layout == "lora" and is_plain) or entry.layout == "norm":
@@ -264,7 +267,7 @@ def _plain_part(entry: Entry, file: TensorFile, base: "BaseWeights | None") -> P
     change = read_change(entry.layout, wide, entry.layer.shape, entry.facts)
     factors = change.factors()
     if factors is None and isinstance(change, glora.GLoRA) and base is not None:
-        factors = glora.to_lora_given(change, base.matrix(entry))
+        factors = glora.to_lora_given(change, _weight(base, entry))
     if factors is None:
         why = _NOT_LORA.get(entry.layout, f"{entry.algorithm} is no product of low rank")
         instead = (
@@ -286,29 +289,20 @@ def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return (own if torch.equal(own.double(), tensor) else tensor.float()).contiguous()
 
 
-class BaseWeights:
-    """Weights of a checkpoint as matrices, for the change that needs them."""
-
-    def __init__(self, path: Path, layout: AdapterLayout) -> None:
-        self._base = open_base(path, layout.families)
-
-    def matrix(self, entry: Entry) -> Tensor:
-        """(out, in * kernel) of the layer's weight, in float64."""
-        pieces = []
-        for run in entry.layer.runs:
-            found = self._base.find(entry.component, run.module)
-            if not found:
-                raise NotExact(f"{entry.name} is not in the base {self._base.path.name}")
-            piece = found[0]
-            with TensorFile(self._base.files[piece.file].path) as file:
-                stored = file.read_tensor(piece.key).double().flatten(1)
-            rows = stored.mT if piece.is_transposed else stored
-            at = piece.first_row + run.first
-            pieces.append(rows[at : at + run.rows])
-        weight = torch.cat(pieces)
-        if weight.shape != (entry.layer.shape[0], prod(entry.layer.shape[1:])):
-            raise NotExact(f"{entry.name}: the base has it in another shape, {tuple(weight.shape)}")
-        return weight
+def _weight(base: OpenBase, entry: Entry) -> Tensor:
+    """(out, in * kernel) of the layer's weight, in float64."""
+    kind = entry.layer.kind
+    for run in entry.layer.runs:
+        pieces = base.base.find(entry.component, run.module, "weight", kind=kind)
+        if not pieces:
+            raise NotExact(f"{entry.name} is not in the base {base.base.path.name}")
+        if any(
+            piece.columns != entry.layer.extent[1] for piece in pieces if not piece.is_transposed
+        ):
+            raise NotExact(f"{entry.name} has another shape in the base {base.base.path.name}")
+    weight = base.read(entry, "weight", torch.float64)
+    assert weight is not None
+    return weight
 
 
 def read_notes(metadata: Mapping[str, str]) -> Notes:

@@ -18,7 +18,8 @@ from merge.formats.adapters import Entry
 from merge.formats.header import Header
 from merge.formats.reader import TensorFile
 from merge.formats.sources import File
-from merge.plan import Adapter, Module
+from merge.modules import Module
+from merge.plan import Adapter
 from merge.terms import Term
 
 
@@ -79,6 +80,25 @@ class Inputs:
                 strengths.append(1.0)
         return products, strengths
 
+    def summed(self, terms: Sequence[Term], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The weighted sum of changes that are stored whole, as a matrix of `shape`."""
+        total = torch.zeros(shape, dtype=dtype)
+        for term in terms:
+            change = self.change(term.adapter, term.entry, dtype)
+            rows = change.weight(term.first, term.rows, None)
+            total[term.begin : term.begin + term.rows] += term.strength * rows
+        return total
+
+    def summed_biases(self, terms: Sequence[Term], rows: int, dtype: torch.dtype) -> Tensor:
+        """The weighted sum of changes of a bias."""
+        total = torch.zeros(rows, dtype=dtype)
+        for term in terms:
+            bias = self.change(term.adapter, term.entry, dtype).bias(None, None)
+            assert bias is not None, f"{term.entry.name} was planned to change the bias"
+            taken = bias[term.first : term.first + term.rows]
+            total[term.begin : term.begin + term.rows] += term.strength * taken
+        return total
+
     def _read(self, adapter: int, key: str, dtype: torch.dtype) -> Tensor:
         stored = self._files[adapter].read_tensor(key)
         if not stored.is_floating_point():
@@ -104,7 +124,7 @@ class OpenBase:
     """Opens the base's files when they are first asked for; may be used from several threads."""
 
     def __init__(self, base: Base) -> None:
-        self._base = base
+        self.base = base
         self._stack = ExitStack()
         self._files: dict[str, TensorFile] = {}
         self._lock = threading.Lock()
@@ -123,7 +143,7 @@ class OpenBase:
     def file(self, name: str) -> TensorFile:
         with self._lock:
             if name not in self._files:
-                planned = self._base.files[name]
+                planned = self.base.files[name]
                 opened = open_as_planned(planned.path, planned.header)
                 self._files[name] = self._stack.enter_context(opened)
             return self._files[name]
@@ -137,7 +157,7 @@ class OpenBase:
         rows, columns = entry.layer.extent
         whole = torch.empty(rows, columns if parameter == "weight" else 1, dtype=dtype)
         for run in entry.layer.runs:
-            pieces = self._base.find(entry.component, run.module, parameter, kind=entry.layer.kind)
+            pieces = self.base.find(entry.component, run.module, parameter, kind=entry.layer.kind)
             copies = [piece for piece in pieces if piece.is_copy == is_copy]
             if not copies:
                 assert parameter == "bias", f"{run.module} was planned to be in the base"

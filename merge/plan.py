@@ -5,26 +5,22 @@ the output is laid out and priced. Only headers and PEFT configs are read and no
 imported, so a web process can answer an impossible recipe at once. `merge.execute` decides nothing.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import groupby
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from merge.bases import Base, open_base
-from merge.errors import BadRecipe, ShapeMismatch, Unsupported
-from merge.families import FAMILIES, Layer
-from merge.families.layers import OWN
+from merge.errors import BadRecipe, Unsupported
+from merge.families import FAMILIES
 from merge.formats.adapters import AdapterLayout, Entry, read_config, read_layout
-from merge.formats.dialects import naming_of
 from merge.formats.header import Header, read_header
 from merge.formats.sources import File, is_folder
+from merge.modules import Module, lay_out
 from merge.patches import Patch, find_patches
 from merge.recipe import Input, Recipe
-from merge.terms import Name, Source, Term, gather, terms_in
+from merge.terms import Name, Source, gather
 
 FACTOR_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -50,49 +46,6 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
-    """A layer of the merged adapter, as its dialect packs it, and all contributions to it.
-
-    `terms` are never empty, those of one entry stand together, entries in canonical order of the
-    inputs. Rows that no term reaches do not change.
-    """
-
-    component: str
-    layer: Layer
-    terms: tuple[Term, ...]
-
-    @property
-    def module(self) -> str:
-        """Our own path, or the layer's where it packs several modules."""
-        return self.layer.module or self.layer.path
-
-    @property
-    def name(self) -> str:
-        return f"{self.component}.{self.module}"
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        return self.layer.shape[2:]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the flattened delta."""
-        return self.layer.extent
-
-    @property
-    def entries(self) -> tuple[tuple[Term, ...], ...]:
-        """The terms by entry: an entry counts once, however many runs of rows it has here."""
-        return tuple(
-            tuple(its) for _, its in groupby(self.terms, lambda t: (t.adapter, t.entry.name))
-        )
-
-    @property
-    def rank(self) -> int:
-        """The summed ranks: what an exact merge writes."""
-        return sum(its[0].entry.exact_rank or 0 for its in self.entries)
-
-
-@dataclass(frozen=True, slots=True)
 class Cost:
     """What the plan will take: tensor bytes on disk, working memory, modules to compute."""
 
@@ -109,7 +62,7 @@ class MergePlan:
     adapters: tuple[Adapter, ...]
     modules: tuple[Module, ...]
     left_out: tuple[str, ...]
-    family: str
+    family: str | None
     dialect: str
     dtype: str
     cost: Cost
@@ -181,13 +134,8 @@ def _plan_merge(
     families: Sequence[str],
 ) -> MergePlan:
     dialect = recipe.output.dialect or _common_dialect(adapters)
-    if not families:
-        why = "it is for a model outside our tables, whose adapters can be baked and not merged"
-        raise Unsupported(adapters[0].name, why)
-    for adapter in adapters:
-        for entry in adapter.layout.entries:
-            _check_mergeable(adapter, entry)
-    modules = _modules(sources, adapters, families[0], dialect)
+    family = families[0] if families else None
+    modules = lay_out(sources, [adapter.name for adapter in adapters], family, dialect)
     if not modules:
         raise BadRecipe("inputs", "every module has strength 0, so there is nothing to write")
     components = sorted({module.component for module in modules})
@@ -197,78 +145,30 @@ def _plan_merge(
     dtype = _DTYPES.get(recipe.output.dtype) or _common_dtype(adapters)
     item, alpha = FACTOR_BYTES[dtype], alpha_bytes(dialect)
     written = sum(
-        planned_rank(recipe, module) * sum(module.shape) * item + alpha for module in modules
+        planned_rank(recipe, module) * sum(module.shape) * item + module.n_stored * item + alpha
+        for module in modules
     )
     if recipe.rank.budget_bytes is not None:
-        least = min(sum(module.shape) for module in modules) * item + alpha
+        _check_budget(modules, dialect)
+        least = min(sum(module.shape) for module in modules if module.terms) * item + alpha
         if recipe.rank.budget_bytes < least:
             detail = f"the smallest module needs {least} bytes at rank 1"
             raise BadRecipe("rank.budget_bytes", detail)
-        written = min(written, recipe.rank.budget_bytes)
+        stored = sum(module.n_stored for module in modules) * item
+        written = min(written, recipe.rank.budget_bytes + stored)
     working = 8 if recipe.numerics == "reproducible" else 4
-    largest = max(sum(module.shape) * module.rank * working for module in modules)
+    largest = max(sum(m.shape) * m.rank + m.n_stored for m in modules) * working
     cost = Cost(len(modules), written, written + _WORKERS * _WORKING_COPIES * largest)
-    return MergePlan(recipe, adapters, modules, left_out, families[0], dialect, dtype, cost)
+    return MergePlan(recipe, adapters, modules, left_out, family, dialect, dtype, cost)
 
 
-def _check_mergeable(adapter: Adapter, entry: Entry) -> None:
-    if entry.exact_rank is None:
-        why = f"the change of {entry.name} ({entry.algorithm}) is no low-rank product; bake it"
-        raise Unsupported(adapter.name, why)
-    if entry.touches_bias:
-        raise Unsupported(adapter.name, f"it changes the bias of {entry.name}; bake it")
-
-
-def _modules(
-    sources: Mapping[Name, Sequence[Source]],
-    adapters: Sequence[Adapter],
-    family: str,
-    dialect: str,
-) -> tuple[Module, ...]:
-    """The layers of the output with a contribution, by name."""
-    layers: dict[Name, Layer] = {}
-    terms: dict[Name, list[Term]] = defaultdict(list)
-    for name, its in sources.items():
-        _check_shapes(".".join(name), its, adapters)
-        active = [source for source in its if source.strength != 0]
-        for layer, first, rows, begin in _targets(name, active, family, dialect):
-            layers[name[0], layer.path] = layer
-            terms[name[0], layer.path] += terms_in(active, first, rows, begin)
-    return tuple(
-        Module(
-            component,
-            layers[component, path],
-            tuple(sorted(its, key=lambda term: (term.adapter, term.entry.name, term.begin))),
-        )
-        for (component, path), its in sorted(terms.items())
-    )
-
-
-def _targets(
-    name: Name, sources: Sequence[Source], family: str, dialect: str
-) -> list[tuple[Layer, int, int, int]]:
-    """(layer of the output, first row of the module, rows, row of the layer) for a module's rows."""
-    component, module = name
-    if not sources:
-        return []
-    known = FAMILIES[family]
-    naming = naming_of(dialect, component, known)
-    table = known.tables[component]
-    if naming != OWN:
-        packed = table.packed(naming)[module]
-        found = [(layer, run.first, run.rows, run.begin) for layer, run in packed]
-    else:
-        layer = table.layers[OWN][module]
-        found = [(layer, 0, layer.shape[0], 0)]
-    inner = sources[0].entry.layer.shape[1:]
-    return [(_with_inputs(layer, inner), first, rows, at) for layer, first, rows, at in found]
-
-
-def _with_inputs(layer: Layer, inner: tuple[int, ...]) -> Layer:
-    """The layer with as many inputs as the adapters have: the first layer of a variant has more."""
-    if prod(layer.shape[1:]) == prod(inner):
-        return layer
-    return replace(layer, shape=(layer.shape[0], *inner))
+def _check_budget(modules: Sequence[Module], dialect: str) -> None:
+    """A budget is for factors, and may drop those of a layer."""
+    if not any(module.terms for module in modules):
+        raise BadRecipe("rank.budget_bytes", "the inputs have no factors that could be smaller")
+    if dialect in ("diffusers", "peft") and any(module.biases for module in modules):
+        detail = f"{dialect} keeps biases beside factors, which a budget may drop; say a rank"
+        raise BadRecipe("rank.budget_bytes", detail)
 
 
 def alpha_bytes(dialect: str) -> int:
@@ -387,24 +287,11 @@ def _titles(families: Iterable[str]) -> str:
     return " or ".join(FAMILIES[name].title for name in families)
 
 
-def _check_shapes(name: str, sources: Sequence[Source], adapters: Sequence[Adapter]) -> None:
-    first = sources[0]
-    inner = prod(first.entry.layer.shape[1:])
-    for other in sources[1:]:
-        if prod(other.entry.layer.shape[1:]) != inner or (
-            other.entry.layer.path == first.entry.layer.path
-            and other.entry.layer.extent != first.entry.layer.extent
-        ):
-            detail = (
-                f"the change is {other.entry.layer.extent}, in "
-                f"{adapters[first.adapter].name} it is {first.entry.layer.extent}"
-            )
-            raise ShapeMismatch(adapters[other.adapter].name, name, detail)
-
-
 def _common_dialect(adapters: Iterable[Adapter]) -> str:
     """The inputs' own dialect where they agree and we write it, else kohya, which most tools read."""
     dialects = {adapter.layout.dialect for adapter in adapters}
+    if not any(adapter.layout.families for adapter in adapters):
+        return "peft"
     only = dialects.pop() if len(dialects) == 1 else "kohya"
     return only if only in {"kohya", "diffusers", "comfy"} else "kohya"
 

@@ -43,7 +43,9 @@ def of_merge(
     base_version = _shared(plan.adapters, names.BASE_VERSION)
     if base_version is not None:
         found[names.BASE_VERSION] = base_version
-    return found | {names.ARCHITECTURE: f"{FAMILIES[plan.family].architecture}/lora"}
+    if plan.family is not None:
+        found[names.ARCHITECTURE] = f"{FAMILIES[plan.family].architecture}/lora"
+    return found
 
 
 def of_bake(plan: BakePlan, base: Mapping[str, str]) -> dict[str, str]:

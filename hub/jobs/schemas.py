@@ -99,6 +99,7 @@ class JobPublic(BaseModel):
         whole = cls.of(job)
         if whole.result is not None:
             whole.result.certificate.pop("modules", None)
+            whole.result.certificate.pop("summed", None)
         return whole
 
 
