@@ -335,7 +335,9 @@ def _notices(parts: Sequence[Part], dialect: str, family: Family | None) -> Iter
     t5 = {
         part.component
         for part in parts
-        if family is not None and dialect == "diffusers" and dialects.is_t5(part.component, family)
+        if family is not None
+        and dialect == "diffusers"
+        and "t5xxl" in family.comfy.get(part.component, "")
     }
     for component in sorted(t5):
         yield f"diffusers 0.42 loads no adapter of {component}, which is a T5"

@@ -46,6 +46,9 @@ def encode(
         why = f"it is for a model of no family we know, which {_TITLES[dialect]} cannot name"
         raise NotExact(f"{why}; peft can")
     components = sorted({part.component for part in parts})
+    for component in components:
+        if family is not None and not dialects.is_named(component, dialect, family):
+            raise NotExact(f"{_TITLES[dialect]} has no name for {component}; diffusers has")
     if dialect == "peft" and len(components) > 1:
         why = f"a PEFT adapter is of one model, and this one is of {', '.join(components)}"
         raise NotExact(f"{why}; diffusers, kohya and comfy hold them all")

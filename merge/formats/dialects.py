@@ -14,7 +14,6 @@ from merge.families.family import OWN, TEXT_MODEL, Layer
 
 WRITABLE_DIALECTS = ("kohya", "diffusers", "peft", "comfy")
 
-_T5 = "encoder.block."
 # Component of an adapter for a model that no family describes.
 MODEL = "model"
 
@@ -141,22 +140,12 @@ def stem(component: str, path: str, dialect: str, family: Family | None) -> str:
     assert family is not None, "a model of no family has no names in this dialect"
     if dialect == "kohya":
         return f"{family.kohya[component][0]}_{path.replace('.', '_')}"
-    if component == family.denoiser:
-        return f"diffusion_model.{path}"
-    return f"text_encoders.{comfy_encoder(component, family)}.transformer.{path}"
+    return f"{family.comfy[component]}{path}"
 
 
-def comfy_encoder(component: str, family: Family) -> str:
-    """What ComfyUI calls a text encoder."""
-    if is_t5(component, family):
-        return "t5xxl"
-    if component == "text_encoder_2":
-        return "clip_g"
-    return "clip_h" if family.models[component] == "clip-h" else "clip_l"
-
-
-def is_t5(component: str, family: Family) -> bool:
-    return any(path.startswith(_T5) for path in family.components[component])
+def is_named(component: str, dialect: str, family: Family) -> bool:
+    """Whether a dialect has a name for a component."""
+    return component in {"kohya": family.kohya, "comfy": family.comfy}.get(dialect, [component])
 
 
 def peft_config(
