@@ -191,7 +191,7 @@ def _adapter_facts(file: TensorFile, found: Survey, config: Mapping[str, Any] | 
         kind=ADAPTER,
         algorithms=tuple(name for name, _ in Counter(described.algorithms).most_common()),
         dialect=dialect_of(groups),
-        families=guess(file.header.metadata, groups, extents, described.fits),
+        families=guess(file.header.metadata, groups, extents, described.fits, config),
         modules=len(groups),
         components=_components(groups, described.layers),
         ranks=_span(ranks),

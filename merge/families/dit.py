@@ -35,6 +35,7 @@ def dit(
     widths: Mapping[str, tuple[int, ...]] | None = None,
     optional: tuple[str, ...] = (),
     hints: tuple[str, ...] = (),
+    alike: str = "",
 ) -> Family:
     """A family whose denoiser is a transformer, in files and adapters named `naming`.
 
@@ -63,4 +64,5 @@ def dit(
         widths=widths or {},
         optional=optional,
         hints=hints,
+        alike=alike,
     )

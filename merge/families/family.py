@@ -66,7 +66,8 @@ class Family:
     "own", "original" or "openclip".
     `widths` are the inputs that variants of the base give a layer of the denoiser: inpainting, edit
     and control models have more channels. `optional` are beginnings of paths in the denoiser that
-    some variants lack. `hints` are beginnings of what trainers call the base, in lower case.
+    some variants lack. `hints` are beginnings of what trainers call the base, in lower case, and
+    `alike` names models that keys and shapes cannot tell from it.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Family:
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
+    alike: str = ""
 
     @property
     def denoiser(self) -> str:

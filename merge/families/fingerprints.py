@@ -57,10 +57,20 @@ FINGERPRINTS = (
     Fingerprint("sd2", "Stable Diffusion 2", (_UNET,), (), (r"attn2_to_k$", (1024,))),
     Fingerprint("sd15", "Stable Diffusion 1.5", (_UNET,), (), (r"attn2_to_k$", (768,))),
     Fingerprint("sdxl", "Stable Diffusion XL", (_UNET,), (), (r"attn2_to_k$", (2048,))),
+    Fingerprint("llm", "a mixture of experts", (r"(^|_)(block_sparse_moe|mlp)_experts",)),
     Fingerprint(
-        "llm", "a language model", (r"(^|_)layers_\d+_(self_attn_[qkvo]_proj|mlp_(gate|up|down)_)",),
-        (r"^encoder_layers", r"^text_model"),
+        "llm", "a Llama-like language model",
+        (r"(^|_)layers_\d+_(self_attn_[qkvo]_proj|mlp_(gate|up|down)_)",),
+        (r"^encoder_layers", r"^text_model", r"encoder_attn"),
     ),
+    Fingerprint("llm", "Phi-3", (r"layers_\d+_(self_attn_qkv_proj|mlp_gate_up_proj)$",)),
+    Fingerprint("llm", "GPT-2", (r"(^|_)h_\d+_(attn_c_attn|attn_c_proj|mlp_c_fc|mlp_c_proj)$",)),
+    Fingerprint("llm", "GPT-NeoX", (r"layers_\d+_attention_query_key_value$",)),
+    Fingerprint("llm", "Falcon or BLOOM", (r"h_\d+_self_attention_query_key_value$",)),
+    Fingerprint("t5", "T5", (r"block_\d+_layer_\d+_(SelfAttention|EncDecAttention|Dense)",)),
+    Fingerprint("bert", "BERT", (r"encoder_layer_\d+_attention_self_(query|key|value)$",)),
+    Fingerprint("whisper", "Whisper", (r"decoder_layers_\d+_encoder_attn_",)),
+    Fingerprint("clip-vision", "a CLIP vision encoder", (r"^vision_model_encoder_layers_\d",)),
 )  # fmt: skip
 
 
@@ -87,46 +97,3 @@ def _fits(fingerprint: Fingerprint, extents: Mapping[str, Extent | None]) -> boo
 def _any(expression: str, paths: Mapping[str, Extent | None]) -> bool:
     pattern = re.compile(expression)
     return any(pattern.search(path) for path in paths)
-
-
-# ss_base_model_version and modelspec.architecture, lower case; the longest prefix counts.
-_STATED = {
-    "sd_v1": "sd15",
-    "sd_1.5": "sd15",
-    "sd1": "sd15",
-    "stable-diffusion-v1": "sd15",
-    "sd_v2": "sd2",
-    "sd_2.1": "sd2",
-    "stable-diffusion-v2": "sd2",
-    "sdxl": "sdxl",
-    "stable-diffusion-xl": "sdxl",
-    "sd3": "sd3",
-    "stable-diffusion-3": "sd3",
-    "flux1": "flux1",
-    "flux.1": "flux1",
-    "flux-1": "flux1",
-    "flux_kontext": "flux1",
-    "flux2": "flux2",
-    "flux_2": "flux2",
-    "flux.2": "flux2",
-    "chroma": "chroma",
-    "lumina": "lumina2",
-    "hunyuan": "hunyuan-video",
-    "framepack": "hunyuan-video",
-    "wan": "wan",
-    "qwen": "qwen-image",
-    "zimage": "z-image",
-    "z_image": "z-image",
-    "z-image": "z-image",
-    "hidream": "hidream",
-    "anima": "anima",
-    "graft_tiny_sd": "tiny-sd",
-    "graft-tiny-sd": "tiny-sd",
-}
-
-
-def stated_family(value: str) -> str | None:
-    """The family a trainer's metadata names, or None for a value we do not know."""
-    value = value.strip().lower()
-    prefixes = [prefix for prefix in _STATED if value.startswith(prefix)]
-    return _STATED[max(prefixes, key=len)] if prefixes else None

@@ -20,6 +20,7 @@ FLUX1 = dit(
     widths={"x_embedder": (64, 128, 384)},  # control; Fill
     optional=("time_text_embed.guidance_embedder.",),
     hints=("flux1", "flux.1", "flux-1", "flux_1", "flux_kontext"),
+    alike="dev, schnell, Kontext and Krea",
 )
 CHROMA = dit(
     "chroma",

@@ -19,6 +19,7 @@ QWEN_IMAGE = dit(
     ("qwen_image", "qwen_image_edit", "qwen_image_layered"),
     naming=OWN,
     hints=("qwen",),
+    alike="Qwen-Image-Edit",
 )
 AURAFLOW = dit("auraflow", "AuraFlow", "auraflow", hints=("auraflow",))
 SANA = dit("sana", "Sana", "sana", hints=("sana",))

@@ -22,5 +22,5 @@ SD2 = Family(
     },
     comfy_naming={"unet": ORIGINAL},
     widths={"conv_in": (4, 5, 8, 9)},  # 5 with a depth map
-    hints=("sd_v2", "sd_2", "sd2", "stable-diffusion-v2"),
+    hints=("sd_v2", "sd_2", "sd2", "stable-diffusion-v2", "stable-diffusion-2"),
 )

@@ -38,4 +38,5 @@ SDXL = Family(
     comfy_naming={"unet": ORIGINAL},
     widths=UNET_WIDTHS,
     hints=("sdxl", "stable-diffusion-xl"),
+    alike="Pony, Illustrious, NoobAI and other descendants",
 )

@@ -17,6 +17,7 @@ WAN_14B = dit(
     experts=2,
     widths=_CHANNELS,
     hints=(*_HINTS, "wan_2.2_14b"),
+    alike="2.1 and both experts of 2.2",
 )
 WAN_I2V_14B = dit(
     "wan-i2v-14b",

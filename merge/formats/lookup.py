@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from merge.errors import ShapeMismatch, UnknownModules
 from merge.families import Family, Layer, Run, candidates
 from merge.families.family import DENOISER, OWN
+from merge.families.stated import statements
 from merge.formats.keys import Location
-from merge.formats.metadata import ARCHITECTURE, BASE_VERSION
 from merge.formats.shapes import Dims
 
 Found = tuple[str, Layer]
@@ -127,7 +127,8 @@ def choose(
     fits = fit_all(locations, dims)
     whole = [its for its in fits if its.is_whole]
     if whole:
-        likeliest = min(whole, key=lambda its: not is_hinted(its.family, metadata))
+        stated = {family for said in statements(metadata) for family in said.families}
+        likeliest = min(whole, key=lambda its: its.family.name not in stated)
         layers = [layer for layer in likeliest.layers if layer is not None]
         return Choice(likeliest.family, tuple(its.family.name for its in whole), layers)
     best = max(fits, key=lambda its: (its.n_named, its.n_fitting), default=None)
@@ -137,13 +138,6 @@ def choose(
     if is_flat:
         raise UnknownModules(name, [at.path for at in locations], "any family we know")
     return Choice(None, (), [_open_layer(at, its) for at, its in zip(locations, dims, strict=True)])
-
-
-def is_hinted(family: Family, metadata: Mapping[str, str]) -> bool:
-    """Whether the trainer says that the adapter is for `family`: it breaks ties."""
-    version = metadata.get(BASE_VERSION, "").strip().lower()
-    architecture = metadata.get(ARCHITECTURE, "").strip().lower().partition("/")[0]
-    return version in family.base_versions or architecture == family.architecture
 
 
 def _refuse(locations: Sequence[Location], dims: Sequence[Dims], best: Fit, name: str) -> None:

@@ -177,7 +177,7 @@ def test_families_that_fit_alike_share_the_confidence_unless_metadata_decides(
     assert [(f.name, f.confidence) for f in found.families[:2]] == [("sd15", 0.5), ("sdxl", 0.5)]
     found = _identify(layer, tmp_path, ss_base_model_version="sdxl_base_v1-0")
     assert [(f.name, f.confidence) for f in found.families[:2]] == [("sdxl", 0.9), ("sd15", 0.5)]
-    assert found.families[0].why.endswith("the metadata names it")
+    assert found.families[0].why.endswith("; ss_base_model_version says sdxl_base_v1-0")
 
 
 def _lora(path: str, n_in: int, n_out: int) -> Shapes:
@@ -263,6 +263,69 @@ def test_families_without_a_table_are_recognised_and_never_claimed(
     assert _codes(found)[0] in {"unknown_modules", "shape_mismatch", "open_family", "unsupported"}
 
 
+def test_several_families_name_each_other(tmp_path: Path) -> None:
+    found = _identify(_lora("diffusion_model.blocks.0.self_attn.q", 5120, 5120), tmp_path)
+    assert [f.why for f in found.families] == [
+        (
+            "its only module has its names and shapes, and those of Wan 2.1 image-to-video 14B; "
+            "2.1 and both experts of 2.2 have the same"
+        ),
+        "its only module has its names and shapes, and those of Wan 14B",
+    ]
+
+
+def test_words_about_a_file_that_fits_no_table_are_hints_with_their_source(tmp_path: Path) -> None:
+    wan = _lora("diffusion_model.blocks.0.self_attn.q", 999, 999)
+    found = _identify(wan, tmp_path, ss_base_model_version="wan_2.2_5b")
+    assert [(f.name, f.confidence) for f in found.families] == [("wan-5b", 0.8)]
+    assert found.families[0].why == (
+        "its module names look like Wan; ss_base_model_version says wan_2.2_5b"
+    )
+    found = _identify(
+        wan, tmp_path, ss_base_model_version="wan", **{"modelspec.architecture": "chroma/lora"}
+    )
+    assert [(f.name, f.confidence) for f in found.families] == [
+        *((name, 0.8) for name in ("wan-14b", "wan-i2v-14b", "wan-1.3b", "wan-5b")),
+        ("chroma", 0.4),
+    ]
+    unknown = _lora("diffusion_model.what.0.q", 64, 64)
+    found = _identify(unknown, tmp_path, ss_base_model_version="krea2")
+    assert [(f.name, f.confidence, f.why) for f in found.families] == [
+        ("krea2", 0.4, "ss_base_model_version says krea2")
+    ]
+
+
+def test_a_language_model_is_told_by_widths_and_the_configuration_s_words(tmp_path: Path) -> None:
+    layer = "base_model.model.model.layers.0."
+    shapes: Shapes = {}
+    for path, n_in, n_out in (("self_attn.q_proj", 4096, 4096), ("self_attn.v_proj", 4096, 1024)):
+        shapes |= {
+            f"{layer}{path}.lora_A.weight": (4, n_in),
+            f"{layer}{path}.lora_B.weight": (n_out, 4),
+        }
+    save_file(
+        {k: torch.zeros(v, dtype=torch.float16) for k, v in shapes.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "base_model_name_or_path": "acme/Tuned-8B",
+    }
+    found = identify(tmp_path / "adapter_model.safetensors", hashes=False, config=config)
+    assert [(f.name, f.confidence, f.why) for f in found.families] == [
+        (
+            "llm",
+            0.6,
+            (
+                "its module names look like a Llama-like language model as wide as Llama 3 8B, "
+                "Mistral 7B or Qwen3 8B; base_model_name_or_path says acme/Tuned-8B"
+            ),
+        )
+    ]
+
+
 def test_metadata_agrees_or_is_a_second_guess(tmp_path: Path) -> None:
     shapes = _lora(f"lora_unet_{QKV}", *WIDE)
     for version, first in (
@@ -272,6 +335,18 @@ def test_metadata_agrees_or_is_a_second_guess(tmp_path: Path) -> None:
     ):
         agreed = _identify(shapes, tmp_path, ss_base_model_version=version)
         assert (agreed.families[0].name, agreed.families[0].confidence) == (first, 0.9)
+    conflict = _identify(
+        _lora("lora_unet_double_blocks_0_img_mlp_fc1", 3072, 12288),
+        tmp_path,
+        ss_base_model_version="flux1",
+    )
+    assert [(f.name, f.confidence, f.why) for f in conflict.families] == [
+        (
+            "hunyuan-video",
+            0.99,
+            "its only module has its names and shapes, though ss_base_model_version says flux1",
+        )
+    ]
     nothing = _identify(_lora("lora_unet_what", 8, 8), tmp_path, ss_base_model_version="new_thing")
     assert nothing.families == ()
 
