@@ -4,6 +4,7 @@ FAMILIES is the explicit table; a family reads its generated list of modules whe
 Where a file fits several, the one that stands first here is taken.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 
 from merge.families.family import Family, Layer, Module, Place, Run
@@ -11,6 +12,7 @@ from merge.families.flux import CHROMA, FLUX1, FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_
 from merge.families.hunyuan_video import HUNYUAN_VIDEO
 from merge.families.images import AURAFLOW, PIXART, QWEN_IMAGE, SANA
 from merge.families.lumina import LUMINA2, Z_IMAGE
+from merge.families.packing import without_numbers
 from merge.families.sd2 import SD2
 from merge.families.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from merge.families.sd15 import SD15
@@ -59,31 +61,33 @@ FAMILIES: dict[str, Family] = {
 
 
 def candidates(paths: Iterable[tuple[str, bool]]) -> tuple[Family, ...]:
-    """Families that may name most of `paths`, each with whether its dots are underscores.
+    """Families that may name all of `paths`, each with whether its dots are underscores.
 
-    By the first parts of the paths alone, so that the tables of the others need not be unfolded;
-    those families that name the most are always among them.
+    By the beginnings of the paths alone, so that the tables of the others need not be unfolded.
+    Where no family names all, those that name most or at least half.
     """
-    counts = dict.fromkeys(FAMILIES, 0)
     owners: dict[str, list[str]] = {}
     for name, family in FAMILIES.items():
-        for top in frozenset[str]().union(*(table.tops for table in family.tables.values())):
-            owners.setdefault(top, []).append(name)
-    n_paths = 0
-    for path, is_flat in paths:
-        n_paths += 1
-        for name in {n for top in _tops(path, is_flat) for n in owners.get(top, ())}:
-            counts[name] += 1
-    least = min(max(counts.values()), n_paths / 2)
-    return tuple(FAMILIES[name] for name, n in counts.items() if n and n >= least)
+        known = (table.beginnings for table in family.tables.values())
+        for beginning in frozenset[str]().union(*known):
+            owners.setdefault(beginning, []).append(name)
+    kinds = Counter(
+        without_numbers(path if is_flat else path.replace(".", "_")) for path, is_flat in paths
+    )
+    counts: Counter[str] = Counter()
+    for kind, n in kinds.items():
+        for name in {name for start in _starts(kind) for name in owners.get(start, ())}:
+            counts[name] += n
+    if not counts:
+        return ()
+    most, all_of = max(counts.values()), kinds.total()
+    least = most if most == all_of else min(most, all_of / 2)
+    return tuple(family for name, family in FAMILIES.items() if counts[name] >= least)
 
 
-def _tops(path: str, is_flat: bool) -> list[str]:
-    """What may be the first part of a path: a part may hold underscores of its own."""
-    if not is_flat:
-        return [path.partition(".")[0]]
-    ends = [index for index, letter in enumerate(path) if letter == "_"]
-    return [path[:end] for end in ends[:_LONGEST_TOP]] + [path]
+_LONGEST_START = 10  # underscores; a part may hold some of its own
 
 
-_LONGEST_TOP = 6
+def _starts(kind: str) -> list[str]:
+    ends = [index for index, letter in enumerate(kind) if letter == "_"]
+    return [kind[:end] for end in ends[:_LONGEST_START]] + [kind]

@@ -158,7 +158,7 @@ def _spellings(family: Family, name: str) -> Iterator[Component]:
     for prefix, naming in (*family.single_file.get(name, ()), *bare, (f"{name}.", OWN)):
         yield Component(name, prefix, naming)
         # Files of the NovelAI era lack text_model., and so do those of transformers 5.6 and later.
-        if naming == OWN and TEXT_MODEL.rstrip(".") in family.tables[name].tops:
+        if naming == OWN and family.tables[name].has_text_model:
             yield Component(name, prefix, FLAT_TEXT)
 
 

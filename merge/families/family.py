@@ -85,7 +85,7 @@ class Family:
     hints: tuple[str, ...] = ()
     alike: str = ""
 
-    @property
+    @cached_property
     def denoiser(self) -> str:
         """The component that makes the image: "unet" or "transformer"."""
         return next(name for name in _DENOISERS if name in self.models)
@@ -141,7 +141,7 @@ class Family:
         first = None
         for name in self._reachable(component):
             table = self.tables[name]
-            layer = (table.by_flat_path if is_flat else table.by_path).get(path)
+            layer = table.by_flat_path.get(path) if is_flat else table.by_path.get(path)
             if layer is None:
                 continue
             layer = self._widened(name, layer, extent)

@@ -12,6 +12,7 @@ from merge.families.originals import ORIGINALS, Rules
 
 LDM = "ldm"  # names that no list of rules can say: the blocks are numbered anew
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_FLAT_NUMBER = re.compile(r"_\d+(?=_|$)")
 _BRACES = re.compile(r"(.*)\{(.*)\}")
 _SWAPPED = "~"
 
@@ -36,12 +37,28 @@ def pack(rules: str | Rules, naming: str, own: Mapping[str, Layer]) -> dict[str,
     return {path: _packed(naming, path, parts) for path, parts in groups.items()}
 
 
-def tops(rules: str | Rules) -> frozenset[str]:
-    """First parts of the paths that the rules name."""
+def beginnings(rules: str | Rules) -> frozenset[str]:
+    """`beginning_of` all paths that the rules name."""
     if rules == LDM:
         return ldm.TOPS
     paths = ORIGINALS[rules] if isinstance(rules, str) else rules
-    return frozenset(path.partition(".")[0] for path in paths)
+    return frozenset(map(beginning_of, paths))
+
+
+def without_numbers(flat_path: str) -> str:
+    """Numbers between underscores as #, those at the ends of names too."""
+    return _FLAT_NUMBER.sub("_#", flat_path)
+
+
+def beginning_of(path: str) -> str:
+    """Flattened, and cut after the second part that is no number; numbers are #."""
+    first, *parts = path.split(".")
+    for part in parts:
+        is_number = part.isdecimal() or part in ("#", "$")
+        first += "_#" if is_number else f"_{part}"
+        if not is_number:
+            break
+    return first
 
 
 def _placed(

@@ -18,6 +18,7 @@ from merge.families.originals import Rules
 
 DATA = Path(__file__).parent / "data"
 TEXT_MODEL = "text_model."
+_NUMBERS = re.compile(r"\d+(\.\.\d+)?")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 Tree = dict[str, Any]
@@ -75,10 +76,16 @@ class Table:
         return self._packed[naming]
 
     @cached_property
-    def tops(self) -> frozenset[str]:
-        """First parts of all paths in any naming. Expands no tree."""
-        tops = {*self._tree, *self._tree.get(TEXT_MODEL.rstrip("."), {})}
-        return frozenset(tops.union(*(packing.tops(rules) for rules in self.namings.values())))
+    def beginnings(self) -> frozenset[str]:
+        """`packing.beginning_of` all paths in any naming, without numbers; expands no tree."""
+        text_model = self._tree.get(TEXT_MODEL.rstrip("."), {})
+        own = {*_beginnings(self._tree), *_beginnings(text_model)}
+        all_of = own.union(*(packing.beginnings(rules) for rules in self.namings.values()))
+        return frozenset(map(packing.without_numbers, all_of))
+
+    @property
+    def has_text_model(self) -> bool:
+        return TEXT_MODEL.rstrip(".") in self._tree
 
     def head(self, naming: str) -> Layer:
         """The first linear layer or convolution of a naming, as a cheap probe: expands no tree."""
@@ -113,6 +120,16 @@ def expand(tree: Tree) -> Iterator[tuple[str, list[Any]]]:
         inner = list(expand(node))
         for name in names:
             yield from ((f"{name}.{path}", leaf) for path, leaf in inner)
+
+
+def _beginnings(tree: Tree, parts: tuple[str, ...] = ()) -> Iterator[str]:
+    """`packing.beginning_of` every path, from the upper nodes alone."""
+    for name, node in tree.items():
+        here = (*parts, "#" if _NUMBERS.fullmatch(name) else name)
+        if isinstance(node, list) or (parts and here[-1] != "#"):
+            yield "_".join(here)
+        else:
+            yield from _beginnings(node, here)
 
 
 def as_tree(leaves: Mapping[str, Any]) -> Tree:

@@ -1,6 +1,7 @@
 """Generated tables against the model classes and the published counts."""
 
 import json
+import re
 from math import prod
 from pathlib import Path
 
@@ -165,15 +166,18 @@ def test_adapters_of_transformer_blocks_are_counted_packed_and_split(
     assert sum(layer.kind == "linear" and "blocks." in layer.path for layer in layers) == n
 
 
+UNETS = {"sd15", "sd2", "sdxl", "sdxl-refiner", "tiny-sd"}
+
+
 @pytest.mark.parametrize(
     ("paths", "names"),
     [
-        (
-            ["down_blocks_0_attentions_0_proj_in"],
-            {"sd15", "sd2", "sdxl", "sdxl-refiner", "tiny-sd"},
-        ),
+        (["down_blocks_0_attentions_0_proj_in"], UNETS),
+        (["input_blocks_4_1_proj_in", "time_embed_0"], UNETS),
         (["joint_blocks_3_x_block_attn_qkv"], {"sd3-medium", "sd35-medium", "sd35-large"}),
+        (["transformer_blocks_3_img_mod_1"], {"qwen-image"}),
         (["layers.0.attention.qkv"], {"z-image", "lumina2"}),
+        (["all_x_embedder.2-1"], {"z-image"}),
         (["head_head", "head_modulation"], {"wan-14b", "wan-i2v-14b", "wan-1.3b", "wan-5b"}),
         (["model.layers.0.self_attn.q_proj"], set()),
         ([], set()),
@@ -184,9 +188,21 @@ def test_candidates_are_told_by_the_beginnings_of_paths(paths: list[str], names:
     assert {family.name for family in found} == names
 
 
-def test_candidates_name_most_of_the_paths_or_more_than_others_do() -> None:
+def test_candidates_name_all_paths_if_any_family_does() -> None:
     """A text encoder beside a UNet: every family with a CLIP names some, those are not meant."""
-    paths = [("input_blocks_4_1_proj_in", True)] * 3 + [("text_model_encoder_layers_0", True)] * 2
-    names = [family.name for family in candidates(paths)]
-    assert names[:2] == ["sd15", "sdxl"]
-    assert "flux1" not in names
+    unet, text = ("input_blocks_4_1_proj_in", True), ("text_model_encoder_layers_0_mlp_fc1", True)
+    other = ("other_blocks_0_attn", True)
+    assert {family.name for family in candidates([unet, text, text])} == UNETS
+    assert {family.name for family in candidates([unet, unet, text, other])} == UNETS
+    assert "flux1" in {family.name for family in candidates([unet, text, text, other])}
+    assert candidates([other]) == ()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_a_candidate_for_each_of_its_paths(name: str) -> None:
+    family = FAMILIES[name]
+    for namings in family.layers.values():
+        for layers in namings.values():
+            for path in {re.sub(r"\d+", "0", path): path for path in layers}.values():
+                for spelled, is_flat in ((path, False), (path.replace(".", "_"), True)):
+                    assert family in candidates([(spelled, is_flat)]), path
