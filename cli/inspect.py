@@ -1,5 +1,6 @@
 """`graft inspect`: what a file is, from its header."""
 
+import gc
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,12 +33,26 @@ def inspect(
     ] = True,
 ) -> None:
     """What a file is: algorithm, family, ranks, alphas, targets, hashes, metadata, warnings."""
+    path = _file(fetch(file), file)
+    # Thousands of small objects that all live until the answer: looking for garbage among them
+    # would take a tenth of the command.
+    gc.disable()
+    try:
+        found = _identify(path, hashes=hashes)
+    finally:
+        gc.enable()
+    if as_json:
+        print_json(found.to_json())
+        return
+    _print(path.name, found)
+
+
+def _identify(path: Path, *, hashes: bool) -> "Identification":
     from merge.formats.adapters import read_config
     from merge.formats.hashes import hash_file
     from merge.formats.reader import TensorFile
     from merge.identify import identify_file
 
-    path = _file(fetch(file), file)
     with TensorFile(path) as opened:
         computed = None
         if hashes:
@@ -47,11 +62,7 @@ def inspect(
                     opened.header.data_offset,
                     progress=lambda n: progress.advance(progress.task_ids[0], n),
                 )
-        found = identify_file(opened, hashes=computed, config=read_config(path))
-    if as_json:
-        print_json(found.to_json())
-        return
-    _print(path.name, found)
+        return identify_file(opened, hashes=computed, config=read_config(path))
 
 
 def _file(path: Path, ref: str) -> Path:

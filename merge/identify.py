@@ -103,10 +103,12 @@ def identify_file(
 ) -> Identification:
     """The same for a file that is open, with hashes that are known."""
     found = survey(file.header.tensors)
-    checkpoint = _read_checkpoint(file)
+    n_adapted = sum(group.is_adapted for group in found.groups)
+    # Nothing that holds mostly factors is a checkpoint, and looking for one takes time.
+    checkpoint = _read_checkpoint(file) if 2 * n_adapted <= len(found.groups) else None
     if checkpoint is not None:
         facts = _checkpoint_facts(checkpoint)
-    elif any(group.is_adapted for group in found.groups):
+    elif n_adapted:
         facts = _adapter_facts(file, found, config)
     elif is_embedding(file):
         facts = _embedding_facts(file)

@@ -4,6 +4,7 @@ The keys are written out from the tools' own files; what each must mean is in ou
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from merge.formats.header import read_header
 from merge.formats.writer import layout as place
 from merge.identify import identify
 
-Shapes = dict[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...]]
 H = 3072  # the width of FLUX.1
 
 Rows = tuple[str, str, tuple[tuple[str, int, int], ...]]  # layout, component, (module, first, rows)
@@ -29,7 +30,9 @@ def _file_of(shapes: Shapes, folder: Path, metadata: dict[str, str] | None = Non
     return path
 
 
-def _lora(stem: str, out: int, inner: int, style: str = "kohya", rank: int = 4) -> Shapes:
+def _lora(
+    stem: str, out: int, inner: int, style: str = "kohya", rank: int = 4
+) -> dict[str, tuple[int, ...]]:
     down, up = {
         "kohya": (".lora_down.weight", ".lora_up.weight"),
         "peft": (".lora_A.weight", ".lora_B.weight"),
@@ -508,7 +511,7 @@ def test_an_adapter_of_sd_1_is_refused_whole_by_sdxl(tmp_path: Path) -> None:
         _read(shapes, tmp_path)
 
 
-MLX = {"model.layers.0.self_attn.q_proj.lora_a": (64, 8),
+MLX: dict[str, tuple[int, ...]] = {"model.layers.0.self_attn.q_proj.lora_a": (64, 8),
        "model.layers.0.self_attn.q_proj.lora_b": (8, 32)}  # fmt: skip
 
 
@@ -526,7 +529,7 @@ def test_mlx_states_the_scale_itself(tmp_path: Path) -> None:
 
 
 def test_torchtune_names_layers_its_own_way_and_orders_rows_by_head(tmp_path: Path) -> None:
-    shapes: Shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, out in (("attn.v_proj", 16), ("attn.output_proj", 64), ("mlp.w1", 128)):
         shapes |= {
             f"layers.3.{name}.lora_a.weight": (8, 64),
