@@ -99,6 +99,9 @@ def bake(
     component: Components = None,
     leave_out: LeaveOut = None,
     dtype: Annotated[str, typer.Option(help="Only keep: every tensor keeps its own.")] = "keep",
+    allow_loss: Annotated[
+        bool, typer.Option("--allow-loss", help="Bake into fp8 even if most of the change is lost.")
+    ] = False,
     reproducible: Reproducible = False,
     save_recipe: SaveRecipe = None,
     as_json: AsJSON = False,
@@ -111,7 +114,7 @@ def bake(
             "kind": "bake",
             "base": {"ref": base},
             "inputs": _inputs(inputs, block, component, leave_out),
-            "output": {"dtype": dtype},
+            "output": {"dtype": dtype} | ({"allow_loss": True} if allow_loss else {}),
             "numerics": "reproducible" if reproducible else "fast",
         }
     )

@@ -15,29 +15,34 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from merge import provenance
-from merge.bases import BaseFile
+from merge.bases import BaseFile, Scale
 from merge.blocks import Options, copy_file, write_blocks
-from merge.errors import NotFinite, Overflow
+from merge.errors import BadRecipe, NotFinite, Overflow
 from merge.formats.adapters import Entry
 from merge.formats.header import DTYPE_BITS
 from merge.formats.reader import TensorFile
 from merge.formats.targets import Target
-from merge.formats.writer import Layout, layout
+from merge.formats.writer import Layout, layout, raw_bytes
 from merge.inputs import Inputs, OpenBase
 from merge.patches import Patch
 from merge.plan import TILE_ELEMENTS, BakePlan
+from merge.quantised import FP8, TOO_LARGE, Scales, as_groups, new_scales
 from merge.tiles import Ready, prepare
 
 __all__ = ["Options", "bake"]
 
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, **FP8}
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
+# Below this share of the change an fp8 output is refused unless the recipe allows it.
+_LEAST_GAIN = 0.9
 
 
 def bake(
@@ -60,6 +65,7 @@ def bake(
                 digests[name] = copy_file(file.path, target, options)
         for name in plan.base.others:
             digests[name] = copy_file(plan.base.folder / name, _place(out, name), options)
+    tally.check(plan)
     return (digests if options.digest else {}), tally.certificate(plan)
 
 
@@ -90,13 +96,27 @@ class _Tally:
         self._lock = threading.Lock()
         self._found: dict[str, _Touched] = defaultdict(_Touched)
 
-    def add(self, name: str, elements: int, unchanged: int, squared: float) -> None:
-        """`squared` is a sum over these elements, of the change itself."""
+    def add(self, name: str, found: "_Touched") -> None:
         with self._lock:
-            touched = self._found[name]
-            touched.elements += elements
-            touched.unchanged += unchanged
-            touched.squared += squared
+            self._found[name].add(found)
+
+    @property
+    def gain(self) -> float | None:
+        """The share of the change that 8-bit weights keep; None where there are none."""
+        wanted = sum(touched.wanted for touched in self._found.values())
+        if not any(touched.is_fp8 for touched in self._found.values()):
+            return None
+        return sum(touched.kept for touched in self._found.values()) / wanted if wanted else 1.0
+
+    def check(self, plan: BakePlan) -> None:
+        """Refuse an output that has lost most of what it was made for."""
+        gain = self.gain
+        if gain is not None and gain < _LEAST_GAIN and not plan.recipe.output.allow_loss:
+            detail = (
+                f"{gain:.0%} of the change survives rounding to the base's 8-bit weights; take the "
+                "base in float16 or bfloat16, or say true to write it all the same"
+            )
+            raise BadRecipe("output.allow_loss", detail)
 
     def certificate(self, plan: BakePlan) -> dict[str, Any]:
         elements = sum(touched.elements for touched in self._found.values())
@@ -106,23 +126,42 @@ class _Tally:
             "numerics": plan.recipe.numerics,
             "elements": elements,
             "unchanged": unchanged / elements if elements else 0.0,
+            **({} if self.gain is None else {"gain": _digits(self.gain)}),
             "left_out": list(plan.left_out),
             "notes": list(plan.notes),
-            "modules": {
-                name: {
-                    "norm": _digits(sqrt(touched.squared)),
-                    "unchanged": _digits(touched.unchanged / touched.elements),
-                }
-                for name, touched in sorted(self._found.items())
-            },
+            "modules": {name: touched.described() for name, touched in sorted(self._found.items())},
         }
 
 
 @dataclass(slots=True)
 class _Touched:
+    """Elements of one parameter; `squared` is the change's squared norm. For fp8 also sums over
+    them of the change squared (`wanted`), and of the change times what became of it (`kept`).
+    """
+
     elements: int = 0
     unchanged: int = 0
     squared: float = 0.0
+    is_fp8: bool = False
+    wanted: float = 0.0
+    kept: float = 0.0
+
+    def add(self, other: "_Touched") -> None:
+        self.elements += other.elements
+        self.unchanged += other.unchanged
+        self.squared += other.squared
+        self.is_fp8 |= other.is_fp8
+        self.wanted += other.wanted
+        self.kept += other.kept
+
+    def described(self) -> dict[str, float]:
+        found = {
+            "norm": _digits(sqrt(self.squared)),
+            "unchanged": _digits(self.unchanged / self.elements),
+        }
+        if self.is_fp8:
+            found["gain"] = _digits(self.kept / self.wanted if self.wanted else 1.0)
+        return found
 
 
 def _digits(value: float) -> float:
@@ -132,7 +171,7 @@ def _digits(value: float) -> float:
 @dataclass(frozen=True, slots=True)
 class _Segment:
     """Bytes `begin` to `end` of the output: those of `key` from its byte `start` on, as they are in
-    the base or changed by a patch.
+    the base or changed by a patch. `scales` is the key of the fp8 weight whose scale they are.
     """
 
     begin: int
@@ -140,13 +179,18 @@ class _Segment:
     key: str
     start: int
     patch: Patch | None
+    scales: str | None = None
 
 
 def _segments(placed: Layout, patches: Mapping[str, tuple[Patch, ...]]) -> Iterator[_Segment]:
     """Everything behind the header in the order of its bytes, every byte in one segment."""
+    scales = {its[0].scale.key: key for key, its in patches.items() if its[0].scale is not None}
     for key, info in placed.tensors.items():
         begin = len(placed.head) + info.begin
         at = 0
+        if key in scales:
+            yield _Segment(begin, begin + info.size_bytes, key, 0, None, scales[key])
+            continue
         for patch in patches.get(key, ()):
             row_bytes = patch.columns * (DTYPE_BITS[info.dtype] // 8)
             first = patch.first_row * row_bytes
@@ -191,7 +235,8 @@ class _Rewrite:
         self._layout = _placed(plan, plan.base.files[name])
         self._segments = list(_segments(self._layout, patches))
         self._begins = [segment.begin for segment in self._segments]
-        self._ready = _Shared()
+        self._ready: _Shared[int, Ready] = _Shared()
+        self._new_scales: _Shared[str, Scales] = _Shared()
 
     def write(self, target: Path | Target, options: Options) -> str:
         """Write to `target`, whole or not at all; the SHA-256 in hex, or "" where none is wanted."""
@@ -202,6 +247,8 @@ class _Rewrite:
             while passed < len(self._segments) and self._segments[passed].end <= end:
                 self._ready.forget(passed)
                 passed += 1
+            if end == self._layout.file_size and not self._plan.writes_folder:
+                self._tally.check(self._plan)
 
         source = self._base.file(self._name)
         return write_blocks(
@@ -221,7 +268,9 @@ class _Rewrite:
             segment = self._segments[index]
             stop = min(end, segment.end)
             part = buffer[at - offset : stop - offset]
-            if segment.patch is None:
+            if segment.scales is not None:
+                part[:] = self._scale_bytes(segment)[at - segment.begin : stop - segment.begin]
+            elif segment.patch is None:
                 source.read_into(segment.key, part, segment.start + at - segment.begin)
             else:
                 self._compute(index, part, at - segment.begin, source)
@@ -236,12 +285,12 @@ class _Rewrite:
         segment = self._segments[index]
         patch = segment.patch
         assert patch is not None
-        ready = self._ready.get(index, lambda: self._prepare(patch))
+        ready = self._prepared(index, patch)
         row_bytes = (segment.end - segment.begin) // patch.rows
         item = row_bytes // patch.columns
         stop = start + len(out)
         last, step = -(-stop // row_bytes), max(1, self._tile // patch.columns)
-        touched, unchanged, squared = 0, 0, 0.0
+        found = _Touched()
         for row in range(start // row_bytes, last, step):
             at = row * row_bytes
             rows = min(step, last - row)
@@ -250,15 +299,12 @@ class _Rewrite:
             out[low - start : high - start] = _bytes(tile.stored[low - at : high - at])
             # Every element is counted once, in the block in which it begins.
             counted = slice(-(-(low - at) // item), -(-(high - at) // item))
-            touched += counted.stop - counted.start
-            unchanged += int(np.count_nonzero(tile.same[counted]))
-            if tile.delta is not None and not patch.is_copy:
-                squared += tile.delta.view(-1)[counted].square().sum(dtype=torch.float64).item()
+            found.add(tile.counted(counted, has_norm=ready.norm is None and not patch.is_copy))
         if ready.norm is not None and start == 0 and not patch.is_copy:
-            squared = ready.norm**2
-        is_bias = patch.parameter == "bias"
-        name = f"{patch.name}.bias" if is_bias else patch.name
-        self._tally.add(name, touched, unchanged, squared)
+            found.squared = ready.norm**2
+        if patch.terms:
+            is_bias = patch.parameter == "bias"
+            self._tally.add(f"{patch.name}.bias" if is_bias else patch.name, found)
 
     def _prepare(self, patch: Patch) -> Ready:
         def read_base(entry: Entry, parameter: str, is_copy: bool) -> torch.Tensor | None:
@@ -277,50 +323,124 @@ class _Rewrite:
     ) -> "_Tile":
         """`rows` rows of a patch from its row `row` on, as they will be stored."""
         stored_as = source.header.tensors[segment.key].dtype
-        dtype = _DTYPES[stored_as]
-        shape, elements = (rows, patch.columns), rows * patch.columns
-        scratch = self._scratch
-        raw = scratch.raw[: elements * dtype.itemsize]
-        rounded = scratch.rounded[: elements * dtype.itemsize]
-        start = segment.start + row * patch.columns * dtype.itemsize
-        source.read_into(segment.key, _bytes(raw.numpy()), start)
-        total = scratch.sum[:elements].view(shape)
-        total.copy_(raw.view(dtype).view(shape))
-        before = None if ready.norm is not None else total.clone()
+        dtype, is_fp8 = _DTYPES[stored_as], stored_as in FP8
+        scales = self._scales(segment.key, patch.scale, source) if patch.scale else None
+        total, raw = self._widened(segment, patch, row, rows, source)
+        if scales is not None:
+            scales.widen(total, patch.first_row + row)
+        before = None if ready.norm is not None and not is_fp8 else total.clone()
         ready.add(total, row)
         delta = None if before is None else total - before
         if self._working is torch.float64:
             # By way of float32, as torch itself casts float64 to a half; the recipe's promise is
             # about bytes, so the path is said here and not left to a library.
-            single = scratch.single[:elements].view(shape)
+            single = self._scratch.single[: total.numel()].view(total.shape)
             total = single.copy_(total)
-        rounded.view(dtype).view(shape).copy_(total)
-        stored = rounded.numpy()
-        if _holds_inf_or_nan(stored, stored_as):
+        if scales is not None:
+            scales.narrow(total, patch.first_row + row)
+        rounded = self._scratch.rounded[: len(raw)].view(dtype).view(total.shape)
+        rounded.copy_(total)
+        stored = self._scratch.rounded[: len(raw)].numpy()
+        # Casting to E4M3 gives NaN or the largest number, as the library pleases.
+        is_clipped = is_fp8 and bool(total.abs().max() >= TOO_LARGE[stored_as])
+        if is_clipped or _holds_inf_or_nan(stored, stored_as):
             self._refuse(segment.key, raw.view(dtype), source)
-        same = scratch.same[:elements]
+        if is_fp8:
+            assert before is not None
+            after = rounded.to(before.dtype)
+            if scales is not None:
+                after = scales.restore(after, patch.first_row + row)
+            return _Tile(stored, (after == before).view(-1).numpy(), delta, after.sub_(before))
+        same = self._scratch.same[: total.numel()]
         bits = _UNSIGNED[dtype.itemsize]
         np.equal(raw.numpy().view(bits), stored.view(bits), out=same)
-        return _Tile(stored, same, delta)
+        return _Tile(stored, same, delta, None)
+
+    def _widened(
+        self, segment: _Segment, patch: Patch, row: int, rows: int, source: TensorFile
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of a patch in the working dtype, and the bytes they are stored as."""
+        dtype = _DTYPES[source.header.tensors[segment.key].dtype]
+        elements = rows * patch.columns
+        raw = self._scratch.raw[: elements * dtype.itemsize]
+        start = segment.start + row * patch.columns * dtype.itemsize
+        source.read_into(segment.key, _bytes(raw.numpy()), start)
+        total = self._scratch.sum[:elements].view(rows, patch.columns)
+        return total.copy_(raw.view(dtype).view(total.shape)), raw
+
+    def _scales(self, key: str, scale: Scale, source: TensorFile) -> Scales:
+        """The scales of an fp8 weight: all of its new values are looked at before the first is
+        rounded.
+        """
+        return self._new_scales.get(key, lambda: self._find_scales(key, scale, source))
+
+    def _scale_bytes(self, segment: _Segment) -> bytes:
+        assert segment.scales is not None
+        source = self._base.file(self._name)
+        patch = self._plan.patches[self._name][segment.scales][0]
+        assert patch.scale is not None
+        scales = self._scales(segment.scales, patch.scale, source)
+        stored = source.read_tensor(segment.key)
+        return bytes(raw_bytes(scales.new.to(stored.dtype).reshape(stored.shape)))
+
+    def _find_scales(self, key: str, scale: Scale, source: TensorFile) -> Scales:
+        stored = source.read_tensor(scale.key)
+        old = Scales(scale, as_groups(stored, scale), as_groups(stored, scale))
+
+        def values() -> Iterator[tuple[int, torch.Tensor]]:
+            for index, segment in enumerate(self._segments):
+                patch = segment.patch
+                if segment.key != key or patch is None:
+                    continue
+                ready = self._prepared(index, patch)
+                step = max(1, self._tile // patch.columns)
+                for row in range(0, patch.rows, step):
+                    rows = min(step, patch.rows - row)
+                    total, _ = self._widened(segment, patch, row, rows, source)
+                    old.widen(total, patch.first_row + row)
+                    ready.add(total, row)
+                    yield patch.first_row + row, total
+
+        return new_scales(scale, stored, source.header.tensors[key].dtype, values())
+
+    def _prepared(self, index: int, patch: Patch) -> Ready:
+        return self._ready.get(index, lambda: self._prepare(patch))
 
     def _refuse(self, key: str, before: torch.Tensor, source: TensorFile) -> None:
-        if not before.isfinite().all():
+        if not before.float().isfinite().all():  # isfinite itself knows no fp8
             raise NotFinite(source.name, key)
         raise Overflow(source.name, key, source.header.tensors[key].dtype)
 
 
 class _Tile(NamedTuple):
-    """Valid until the thread's next tile. `delta` is None where its norm is known otherwise."""
+    """Valid until the thread's next tile. `delta` is the change where somebody asks for it, `kept`
+    what became of it in fp8.
+    """
 
     stored: NDArray[np.uint8]
     same: NDArray[np.bool_]
     delta: torch.Tensor | None
+    kept: torch.Tensor | None
+
+    def counted(self, elements: slice, *, has_norm: bool) -> _Touched:
+        """What happened to some of its elements."""
+        found = _Touched(elements.stop - elements.start, int(np.count_nonzero(self.same[elements])))
+        if self.delta is None:
+            return found
+        delta = self.delta.view(-1)[elements].double()
+        squared = delta.square().sum().item()
+        if has_norm:
+            found.squared = squared
+        if self.kept is not None:
+            found.is_fp8, found.wanted = True, squared
+            found.kept = (self.kept.view(-1)[elements].double() * delta).sum().item()
+        return found
 
 
-_UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {2: np.uint16, 4: np.uint32}
-_SIGNED: dict[int, type[np.signedinteger[Any]]] = {2: np.int16, 4: np.int32}
-# Bits of +Inf: those of NaN are above it, of every finite number below it.
-_INF = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000}
+_UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+_SIGNED: dict[int, type[np.signedinteger[Any]]] = {1: np.int8, 2: np.int16, 4: np.int32}
+# Bits of +Inf: those of NaN are above it, of every finite number below it. E4M3 has NaN alone.
+_INF = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F8_E5M2": 0x7C, "F8_E4M3": 0x7F}
 
 
 def _holds_inf_or_nan(stored: NDArray[np.uint8], dtype: str) -> bool:
@@ -338,18 +458,18 @@ def _bytes(array: NDArray[np.uint8]) -> memoryview:
     return memoryview(view)
 
 
-class _Shared:
-    """What several threads need of a segment, computed by the first of them and then shared."""
+class _Shared(Generic[KeyT, ValueT]):
+    """What several threads need, computed by the first of them and then shared."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: dict[int, Future[Ready]] = {}
+        self._held: dict[KeyT, Future[ValueT]] = {}
 
-    def get(self, index: int, compute: Callable[[], Ready]) -> Ready:
+    def get(self, key: KeyT, compute: Callable[[], ValueT]) -> ValueT:
         with self._lock:
-            future = self._held.get(index)
+            future = self._held.get(key)
             if is_first := future is None:
-                future = self._held[index] = Future()
+                future = self._held[key] = Future()
         if is_first:
             try:
                 future.set_result(compute())
@@ -358,5 +478,5 @@ class _Shared:
                 raise
         return future.result()
 
-    def forget(self, index: int) -> None:
-        self._held.pop(index, None)
+    def forget(self, key: KeyT) -> None:
+        self._held.pop(key, None)

@@ -6,6 +6,7 @@ In a folder, and in a single file of a model outside the tables, modules are loo
 own keys. Only headers and configurations are read.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,9 +21,16 @@ from merge.families.family import TEXT_MODEL
 from merge.families.layers import parameter_key
 from merge.formats.folders import Folder, is_part, is_weight_index, read_component, read_folder
 from merge.formats.header import Header, TensorInfo, read_header
+from merge.formats.reader import TensorFile
 from merge.formats.sources import File, is_folder
 
-BAKEABLE = {"F16": 2, "BF16": 2, "F32": 4}
+BAKEABLE = {"F16": 2, "BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1}
+FP8 = ("F8_E4M3", "F8_E5M2")
+# Names of the scales of an fp8 weight, all of which multiply: ComfyUI's older and newer, that of
+# compressed-tensors and diffusers, and DeepSeek's, one for each block of 128 x 128.
+_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
+_SCALE_BLOCK = 128
+_COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 MODEL = "model"  # the component of a base that is one model, and of adapters that name none
 _LDM_PREFIX = "model.diffusion_model."
 _PIPELINE = "model_index.json"
@@ -65,6 +73,16 @@ class Slice:
     first: int = 0
     is_transposed: bool = False
     is_copy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The scales of a stored matrix: one for every `rows` x `columns` of its entries."""
+
+    key: str
+    rows: int
+    columns: int
+    groups: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +141,53 @@ class Base:
 
     def info(self, piece: Slice) -> TensorInfo:
         return self.files[piece.file].header.tensors[piece.key]
+
+    def scale(self, piece: Slice) -> Scale | None:
+        """What the stored values of an fp8 weight are multiplied with; None where nothing is said."""
+        info, stem = self.info(piece), piece.key.removesuffix(".weight")
+        if info.dtype not in FP8 or stem == piece.key:
+            return None
+        self._check_format(piece.file, f"{stem}.comfy_quant")
+        rows, columns = info.shape[0], prod(info.shape[1:])
+        for name in _SCALES:
+            key = f"{stem}.{name}"
+            if key in self.files[piece.file].header.tensors:
+                return self._scale(piece.file, key, rows, columns)
+            if any(key in file.header.tensors for file in self.files.values()):
+                detail = f"{key} lies in another shard than the weight that it scales"
+                raise BadCheckpoint(self.path.name, detail)
+        return None
+
+    def _scale(self, name: str, key: str, rows: int, columns: int) -> Scale:
+        file = self.files[name]
+        info = file.header.tensors[key]
+        blocks = -(-rows // _SCALE_BLOCK), -(-columns // _SCALE_BLOCK)
+        if info.dtype in ("F16", "BF16", "F32"):
+            if info.n_elements == 1:
+                return Scale(key, rows, columns, (1, 1))
+            if info.n_elements == rows and info.shape[0] == rows:
+                return Scale(key, 1, columns, (rows, 1))
+            if info.shape == blocks:
+                return Scale(key, _SCALE_BLOCK, _SCALE_BLOCK, blocks)
+        detail = f"{key} is {info.dtype}{list(info.shape)}, which scales no ({rows}, {columns})"
+        raise BadCheckpoint(file.path.name, detail)
+
+    def _check_format(self, name: str, key: str) -> None:
+        """ComfyUI writes beside a quantised weight how it is, as JSON in bytes."""
+        file = self.files[name]
+        if key not in file.header.tensors:
+            return
+        with TensorFile(file.path) as opened:
+            text = bytes(opened.read(key))
+        try:
+            said = json.loads(text).get("format")
+        except (ValueError, AttributeError) as error:
+            raise BadCheckpoint(file.path.name, f"{key} is no JSON object") from error
+        if said not in _COMFY_FORMATS:
+            detail = (
+                f"{key} says {said}; of ComfyUI's formats only {', '.join(_COMFY_FORMATS)} bake"
+            )
+            raise BadCheckpoint(file.path.name, detail)
 
     def _find_single(
         self, held: Checkpoint, component: str, module: str, parameter: str
@@ -189,7 +254,7 @@ class Base:
     def _whole(self, name: str, key: str) -> Slice:
         info = self.files[name].header.tensors[key]
         if info.dtype not in BAKEABLE:
-            detail = f"{key} is stored as {info.dtype}; a bake needs F16, BF16 or F32"
+            detail = f"{key} is stored as {info.dtype}; a bake needs F16, BF16, F32 or fp8"
             raise BadCheckpoint(self.files[name].path.name, detail)
         if not info.shape:
             raise BadCheckpoint(self.files[name].path.name, f"{key} is a scalar, not a weight")

@@ -20,6 +20,7 @@ from merge.formats.reader import TensorFile
 from merge.formats.sources import File
 from merge.modules import Module
 from merge.plan import Adapter
+from merge.quantised import as_groups, spread
 from merge.terms import Term
 
 
@@ -176,6 +177,9 @@ class OpenBase:
         tensor = file.read_tensor(piece.key)
         matrix = tensor.reshape(tensor.shape[0], -1)
         matrix = matrix[piece.first_row : piece.first_row + piece.rows].to(dtype)
+        if (scale := self.base.scale(piece)) is not None:
+            groups = as_groups(file.read_tensor(scale.key), scale)
+            matrix = matrix * spread(groups, scale, piece.first_row, matrix)
         if not matrix.isfinite().all():
             raise NotFinite(file.name, piece.key)
         return matrix.mT if piece.is_transposed else matrix

@@ -11,7 +11,7 @@ from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
-from merge.bases import Base, Slice
+from merge.bases import Base, Scale, Slice
 from merge.errors import ShapeMismatch, UnknownModules, Unsupported
 from merge.families import Run
 from merge.formats.adapters import Entry
@@ -34,7 +34,8 @@ class Patch:
 
     A term whose weight has fewer columns changes the first ones: a base whose first layer has more
     inputs keeps the rest. For a transposed tensor the terms' rows are its columns. Of packed
-    experts a term's `first` is the expert, whose matrix the patch is.
+    experts a term's `first` is the expert, whose matrix the patch is. Rows that share an fp8 `scale`
+    with changed ones are patches without terms.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Patch:
     is_transposed: bool = False
     is_copy: bool = False
     is_expert: bool = False
+    scale: Scale | None = None
 
     @property
     def working_elements(self) -> int:
@@ -84,6 +86,7 @@ class _Target:
     rows: int
     columns: int
     is_transposed: bool = False
+    scale: Scale | None = None
     pieces: list[_Piece] = field(default_factory=list)
 
 
@@ -130,7 +133,7 @@ class _Finder:
         patches: dict[str, dict[str, tuple[Patch, ...]]] = defaultdict(dict)
         for (file, key), target in self._targets.items():
             if cut := tuple(_cut(target)):
-                patches[file][key] = cut
+                patches[file][key] = cut if target.scale is None else _without_gaps(cut, target)
         return Found(patches, tuple(sorted(self._notes)))
 
     def _add_bias(self, component: str, module: str, sources: Sequence[Source]) -> None:
@@ -183,7 +186,7 @@ class _Finder:
 
     def _target(self, piece: Slice, columns: int, is_transposed: bool) -> _Target:
         rows = prod(self._base.info(piece).shape) // columns
-        new = _Target(rows, columns, is_transposed)
+        new = _Target(rows, columns, is_transposed, self._base.scale(piece))
         return self._targets.setdefault((piece.file, piece.key), new)
 
     def _check_rows(self, name: str, sources: Sequence[Source], pieces: Sequence[Slice]) -> None:
@@ -255,6 +258,23 @@ def _cut(target: _Target) -> Iterator[Patch]:
             yield _patch(target, [_cut_to(piece, low, high) for piece in covering], low, high)
 
 
+def _without_gaps(patches: Sequence[Patch], target: _Target) -> tuple[Patch, ...]:
+    """All rows of the tensor, because a new scale is also that of rows that do not change."""
+    found: list[Patch] = []
+    edges = [
+        0,
+        *(edge for p in patches for edge in (p.first_row, p.first_row + p.rows)),
+        target.rows,
+    ]
+    for low, high in zip(edges[::2], edges[1::2], strict=True):
+        found.append(replace(patches[0], first_row=low, rows=high - low, terms=()))
+    return tuple(
+        sorted(
+            (patch for patch in (*patches, *found) if patch.rows), key=lambda patch: patch.first_row
+        )
+    )
+
+
 def _end(term: Term) -> int:
     return term.begin + term.rows
 
@@ -281,4 +301,5 @@ def _patch(target: _Target, pieces: Sequence[_Piece], low: int, high: int) -> Pa
         is_transposed=target.is_transposed,
         is_copy=first.is_copy,
         is_expert=_is_expert(first.term),
+        scale=target.scale,
     )

@@ -124,6 +124,9 @@ class Output(Part):
     dtype: Literal["keep", "float16", "bfloat16", "float32"] = Field(
         "keep", description="keep: a bake keeps each tensor's, a merge takes what holds all inputs"
     )
+    allow_loss: Literal[True] | None = Field(
+        None, description="of a bake into 8-bit weights, which may lose most of the change"
+    )
 
 
 class Recipe(Part):
@@ -146,8 +149,11 @@ class Recipe(Part):
         if self.kind == "bake":
             _refuse(self.base is None, "base", "a bake needs the checkpoint it changes")
             _refuse(self.rank != Rank(exact=True), "rank", "a bake writes no factors")
-            _refuse(self.output != Output(), "output", "a bake keeps the base's layout and dtypes")
+            is_kept = self.output.model_copy(update={"allow_loss": None}) == Output()
+            _refuse(not is_kept, "output", "a bake keeps the base's layout and dtypes")
         else:
+            is_said = self.output.allow_loss is not None
+            _refuse(is_said, "output.allow_loss", "a merge writes no 8-bit weights")
             _refuse(self.base is not None, "base", "a linear merge uses no base")
         return self
 

@@ -38,6 +38,8 @@ class Ready(ABC):
 
 def prepare(patch: Patch, inputs: Inputs, read_base: ReadBase, dtype: torch.dtype) -> Ready:
     """Everything that is computed once for a patch, in `dtype`."""
+    if not patch.terms:
+        return Sum([])
     changes = [inputs.change(term.adapter, term.entry, dtype) for term in patch.terms]
     if patch.parameter == "bias":
         return _bias(patch, changes, read_base)

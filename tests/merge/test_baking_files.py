@@ -749,7 +749,7 @@ def test_a_base_with_fewer_inputs_than_the_adapter_is_refused(sd15: Family, tmp_
         plan(*make_recipe([(made.path, 1.0)], base=edited))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64])
 def test_a_base_in_another_dtype_is_refused(
     sd15: Family, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -758,7 +758,7 @@ def test_a_base_in_another_dtype_is_refused(
     shape = sd15.components["unet"][name[1]].shape
     edited = _edited(base, {f"{name[1]}.weight": torch.zeros(shape).to(dtype)})
     made = make_adapter(tmp_path / "a.safetensors", sd15, [name])
-    with pytest.raises(BadCheckpoint, match="a bake needs F16, BF16 or F32"):
+    with pytest.raises(BadCheckpoint, match="a bake needs F16, BF16, F32 or fp8"):
         plan(*make_recipe([(made.path, 1.0)], base=edited))
 
 
