@@ -76,6 +76,8 @@ class Component:
             return f"{self.prefix}positional_embedding" in header.tensors
         head = family.tables[self.name].head(self._names)
         info = header.tensors.get(self._key(head))
+        if self._names != OWN:  # the probe is one part of what may be a packed layer
+            return info is not None or family.is_optional(self.name, head)
         return family.is_optional(self.name, head) or (
             info is not None and family.accepts(self.name, head, info.shape)
         )
