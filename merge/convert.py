@@ -262,6 +262,7 @@ def _plain_part(entry: Entry, file: TensorFile, base: OpenBase | None) -> Part:
     if "dora_scale" in entry.keys:
         why = "DoRA rescales the sum with the base, which no product of low rank does"
         raise NotExact(f"{entry.name}: {why}; bake it into its base instead")
+    entry = _settled(entry, base)
     stored = {role: file.read_tensor(key) for role, key in entry.keys.items()}
     wide = {r: t.double() if t.is_floating_point() else t for r, t in stored.items()}
     change = read_change(entry.layout, wide, entry.layer.shape, entry.facts)
@@ -287,6 +288,21 @@ def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In the file's dtype where that holds every value, else in float32."""
     own = tensor.to(dtype)
     return (own if torch.equal(own.double(), tensor) else tensor.float()).contiguous()
+
+
+def _settled(entry: Entry, base: OpenBase | None) -> Entry:
+    """The entry with the whole shape of its layer, which some factors do not show."""
+    if 0 not in entry.layer.shape:
+        return entry
+    if base is None:
+        why = "its factors do not show the whole shape of the layer"
+        raise NotExact(f"{entry.name}: {why}; name its base with --base instead")
+    (run,) = entry.layer.runs
+    shape = base.base.shape(entry.component, run.module, kind=entry.layer.kind)
+    if shape is None:
+        raise NotExact(f"{entry.name} is not in the base {base.base.path.name}")
+    layer = replace(entry.layer, shape=shape, runs=(replace(run, rows=shape[0]),))
+    return replace(entry, layer=layer)
 
 
 def _weight(base: OpenBase, entry: Entry) -> Tensor:

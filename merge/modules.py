@@ -135,6 +135,11 @@ def _check_mergeable(entry: Entry, name: str) -> None:
         raise Unsupported(name, why)
     if entry.layout in _ELSEWHERE:
         raise Unsupported(name, f"{entry.name} is {_ELSEWHERE[entry.layout]}; bake it")
+    if 0 in entry.layer.shape:
+        why = (
+            f"the factors of {entry.name} ({entry.algorithm}) do not show its whole shape; bake it"
+        )
+        raise Unsupported(name, why)
     is_product = entry.exact_rank is not None or not entry.touches_weight
     if not is_product and entry.layout not in _STORED:
         why = f"the change of {entry.name} ({entry.algorithm}) is no low-rank product; bake it"
