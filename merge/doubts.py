@@ -62,9 +62,11 @@ def of_adapter(
     found: Survey,
     alphas: Mapping[str, float],
     ranks: Sequence[int],
+    refusal: Doubt | None,
 ) -> list[Doubt]:
-    """Doubts about an adapter's scales and ranks."""
+    """Doubts about an adapter's keys, scales and ranks, beside the reason it is refused for."""
     doubts = [
+        *_of_unknown(found, refusal),
         *_of_alphas(alphas),
         *_of_missing_alphas(found),
         *_of_unused_alphas(found, alphas),
@@ -82,6 +84,12 @@ def of_adapter(
         message = f"{NETWORK_DIM} says rank {stated}, its tensors have {_range(ranks)}"
         doubts.append(_doubt("rank_differs", message, ()))
     return doubts
+
+
+def _of_unknown(found: Survey, refusal: Doubt | None) -> Iterator[Doubt]:
+    if found.unknown and (refusal is None or refusal.code != "unknown_keys"):
+        message = f"{len(found.unknown)} keys belong to no known algorithm"
+        yield _doubt("unknown_keys", message, found.unknown)
 
 
 def _of_alphas(alphas: Mapping[str, float]) -> list[Doubt]:

@@ -202,7 +202,7 @@ def _adapter_facts(file: TensorFile, found: Survey, config: Mapping[str, Any] | 
         warnings=(
             *([refusal] if refusal else []),
             *([doubts.OPEN_FAMILY] if layout is not None and layout.family is None else []),
-            *doubts.of_adapter(file.header, found, alphas, ranks),
+            *doubts.of_adapter(file.header, found, alphas, ranks, refusal),
         ),
     )
 
@@ -313,6 +313,8 @@ def is_embedding(file: TensorFile) -> bool:
     """Whether the file holds word vectors (textual inversion) and nothing else."""
     tensors = file.header.tensors
     names = set(tensors)
+    if all(name.startswith("string_to_param.") for name in names):
+        return True
     if names <= _EMBEDDING_KEYS or names == {"text_encoders_0", "text_encoders_1"}:
         return True
     # diffusers: the token's own text is the key, and a long one has token_1, token_2, …

@@ -6,19 +6,18 @@ with the keys named. Needs the header alone.
 
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge.errors import (
     BadAdapter,
-    MissingKeys,
     ShapeMismatch,
-    UnknownKeys,
     Unsupported,
 )
 from merge.families import Layer
+from merge.formats.claims import check_survey, check_unique
 from merge.formats.configs import NEEDS_CONFIG, Config, Configs
 from merge.formats.grammar import ROWS, SAME, WHOLE, Match
 from merge.formats.header import Header, read_header
@@ -144,7 +143,7 @@ def resolve(
     """
     _check_whole(name)
     configs = Configs(header, config, name)
-    _check_survey(found, name)
+    check_survey(found, name)
     parts = [_Part(group, header, configs.of("")) for group in found.groups]
     _mark_attention(parts)
     for part in parts:
@@ -155,7 +154,9 @@ def resolve(
     entries = tuple(
         _entry(part, *layer, configs) for part, layer in zip(parts, choice.layers, strict=True)
     )
-    _check_unique(entries, name)
+    for entry in entries:
+        _check_stated(entry, name)
+    check_unique(entries, name)
     dialect = dialect_of(found.groups)
     for entry in entries:
         is_stated = configs.of(entry.component) is not None or "alpha" in entry.keys
@@ -170,6 +171,18 @@ def resolve(
     )
 
 
+def _check_stated(entry: Entry, name: str) -> None:
+    """Refuse what can only be read with more than the file says."""
+    is_fork = entry.layout == "glora-paper" and not all("." in role for role in entry.keys)
+    if is_fork and "eval_config" not in entry.facts:
+        why = "it holds a GLoRA supernet, and its eval_config, which says what counts, is missing"
+        raise Unsupported(name, why)
+    if entry.layout == "lora-mlx" and entry.layer.path.endswith(_EMBEDDINGS):
+        why = f"{entry.name} is an embedding, whose factors MLX stores the other way round"
+        raise Unsupported(name, why)
+
+
+_EMBEDDINGS = (".embed_tokens", ".wte", ".tok_embeddings")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 
 
@@ -215,12 +228,16 @@ class _Part:
         target = config.experts(self.group.location)
         if target is not None:
             self.layout = "lora-experts"
-            self.parameter, rank = target
-            self.experts = self.shapes["down"][0] // rank
+            self.parameter, self.rank = target
+            self.experts = self.shapes["down"][0] // self.rank
 
     def measure(self, name: str) -> None:
         try:
             self.dims = measure(self.layout, self.shapes)
+            if self.experts and self.shapes["down"][0] != self.experts * self.rank:
+                raise ValueError(
+                    f"down is {self.shapes['down']}, which is no list of ranks {self.rank}"
+                )
         except ValueError as error:
             raise ShapeMismatch(name, self.group.location.path, str(error)) from error
 
@@ -266,6 +283,8 @@ def _entry(part: _Part, component: str, layer: Layer, configs: Configs) -> Entry
         facts.setdefault("is_feedforward", part.shapes["ia3_l"][0] == 1)
     if part.dora_axis is not None:
         facts["dora_axis"] = part.dora_axis
+    if "dora_scale" in keys and configs.dora_eps:
+        facts["dora_eps"] = configs.dora_eps
     if part.parameter:
         layer = open_layer(f"{layer.path}.{part.parameter}", dims, "parameter")
     if part.experts:
@@ -285,63 +304,6 @@ def _entry(part: _Part, component: str, layer: Layer, configs: Configs) -> Entry
         dims=dims,
         facts=facts,
     )
-
-
-def _check_survey(found: Survey, name: str) -> None:
-    if found.unknown:
-        raise UnknownKeys(name, found.unknown)
-    if found.bundled:
-        why = f"{len(found.bundled)} word vectors are packed with it ({found.bundled[0]})"
-        raise Unsupported(name, f"{why}; they are no change of weights, so take them out first")
-    if len(found.adapter_names) > 1:
-        names = ", ".join(found.adapter_names)
-        raise Unsupported(name, f"it holds several adapters ({names}); split it first")
-    for group in found.groups:
-        for key in group.repeated:
-            others = ", ".join(sorted(group.keys.values()))
-            raise BadAdapter(name, f"{group.location.path} is there twice: {key} beside {others}")
-    matches = [(group, group.match) for group in found.groups]
-    refused = Counter((match.name, match.why) for _, match in matches if match.why)
-    if refused:
-        (what, why), n = refused.most_common(1)[0]
-        raise Unsupported(name, f"it uses {what} ({n} modules): {why}")
-    missing = [
-        f"{group.location.path} ({', '.join(sorted(match.missing))})"
-        for group, match in matches
-        if match.missing
-    ]
-    if missing:
-        raise MissingKeys(name, missing)
-    extra = [group.keys[role] for group, match in matches for role in sorted(match.extra)]
-    if extra:
-        raise UnknownKeys(name, extra)
-
-
-def _check_unique(entries: Iterable[Entry], name: str) -> None:
-    """No row of a weight and no bias is changed twice, in whatever naming."""
-    seen: dict[tuple[str, str, str], list[tuple[int, float, Entry]]] = defaultdict(list)
-    for entry in entries:
-        for parameter in _parameters(entry):
-            for run in entry.layer.runs:
-                place = seen[entry.component, run.module, parameter]
-                end = run.first + run.rows if run.rows else float("inf")
-                for first, last, other in place:
-                    if first < end and run.first < last:
-                        _refuse_twice(other, entry, name)
-                place.append((run.first, end, entry))
-
-
-def _parameters(entry: Entry) -> Iterable[str]:
-    if entry.touches_weight:
-        # Embeddings of a resized vocabulary are saved whole beside factors that change them.
-        yield "replaced" if entry.layout == "replacement" else "weight"
-    if entry.touches_bias:
-        yield "bias"
-
-
-def _refuse_twice(one: Entry, two: Entry, name: str) -> None:
-    keys = f"{min(one.keys.values())} and {min(two.keys.values())}"
-    raise BadAdapter(name, f"{two.name} is there twice: {keys}")
 
 
 def _alpha_source(entries: Iterable[Entry], configs: Configs) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from merge.errors import Unsupported
 from merge.formats.header import Header
 from merge.formats.keys import Location
-from merge.formats.metadata import DIFFUSERS_CONFIG
+from merge.formats.metadata import DIFFUSERS_CONFIG, ONETRAINER_CONFIG, read_json
 from merge.formats.patterns import Patterns
 from merge.formats.shapes import Dims
 
@@ -29,6 +29,8 @@ _ADALORA_RANK = 12  # PEFT's default of init_r
 
 # The order in which transformers' mixtures of experts define their packed parameters.
 _DEFINED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj")
+# Models of transformers whose packed experts are (n, in, out) and not (n, out, in).
+_TRANSPOSED = ("GptOss", "OpenAIPrivacyFilter", "Aria")
 
 
 class Configs:
@@ -37,6 +39,7 @@ class Configs:
     def __init__(self, header: Header, config: Mapping[str, Any] | None, name: str) -> None:
         self._name = name
         self.source = "assumed"
+        self.dora_eps = _dora_eps(header.metadata)
         self._configs: Mapping[str | None, Config] = {}
         if config is not None:
             self._configs = {None: Config(config, name)}
@@ -84,9 +87,17 @@ class Config:
             found |= self._ia3_options(location)
         elif layout == "tokens":
             found["token_ids"] = self._token_ids(location)
+        elif layout == "lora-experts" and (name := self._model()):
+            found["experts_transposed"] = name.startswith(_TRANSPOSED)
+        elif layout == "glora-paper" and "eval_config" in self._config:
+            found["eval_config"] = self._config["eval_config"]
         if self._config.get("fan_in_fan_out"):
             found["fan_in_fan_out"] = True
         return found
+
+    def _model(self) -> str:
+        """The class of the base, which PEFT states for models that it has no type for."""
+        return str(_mapping(self._config.get("auto_mapping")).get("base_model_class") or "")
 
     def _scale(self, layout: str, location: Location, dims: Dims) -> float | None:
         if layout in _LORA_LAYOUTS:
@@ -194,6 +205,17 @@ class Config:
         if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
             raise Unsupported(self._name, "its configuration does not say which tokens it replaces")
         return ids
+
+
+# What OneTrainer adds to the norms of DoRA, if told to: the step of its factors' dtype at 1.
+_STEPS = {"FLOAT_32": 2**-23, "FLOAT_16": 2**-10, "BFLOAT_16": 2**-7}
+
+
+def _dora_eps(metadata: Mapping[str, str]) -> float:
+    settings = _mapping(read_json(metadata, ONETRAINER_CONFIG))
+    if not settings.get("lora_decompose_norm_epsilon"):
+        return 0.0
+    return _STEPS.get(str(settings.get("lora_weight_dtype")), _STEPS["FLOAT_32"])
 
 
 def _by_component(text: str, name: str) -> dict[str | None, Mapping[str, Any]]:

@@ -38,6 +38,7 @@ ARCHITECTURE = "modelspec.architecture"
 TITLE = "modelspec.title"
 TRIGGER_PHRASE = "modelspec.trigger_phrase"
 USAGE_HINT = "modelspec.usage_hint"
+ONETRAINER_CONFIG = "ot_config"  # JSON: its training settings
 DIFFUSERS_CONFIG = "lora_adapter_metadata"  # JSON: "<component>.r", "<component>.lora_alpha", …
 
 

@@ -353,6 +353,10 @@ def _replacement(shapes: Shapes) -> Dims:
 
 def _stored(shapes: Shapes, weight: str, bias: str) -> Dims:
     """Tensors in the shape of the parameters that they change."""
+    if len(shapes.get(bias, ())) > 1:
+        raise ValueError(
+            f"{bias} is {shapes[bias]}: old extractions store a residual so, unread here"
+        )
     if weight in shapes and bias in shapes and shapes[bias] != shapes[weight][:1]:
         raise ValueError(f"{weight} is {shapes[weight]} and {bias} is {shapes[bias]}")
     if weight not in shapes:

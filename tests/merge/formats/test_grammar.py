@@ -86,7 +86,7 @@ def _entry_of(case: Any, folder: Path) -> Entry:
         STEM + OF_ROLES[role]: tensor.contiguous().clone() for role, tensor in case.tensors.items()
     }
     save_file(tensors, folder / "adapter.safetensors")
-    config: dict[str, Any] = {"lora_parameters": {}, "token_indices": [0]}
+    config: dict[str, Any] = {"lora_parameters": {}, "token_indices": [0], **case.facts}
     layout = read_layout(read_header(folder / "adapter.safetensors"), name="adapter", config=config)
     (entry,) = layout.entries
     return entry
