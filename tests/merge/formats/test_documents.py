@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from merge import errors
+from merge.doubts import of_refusal
 from merge.families import FAMILIES
 from merge.formats.dialects import write_keys
+from merge.formats.grammar import ALGORITHMS
 
 ROOT = Path(__file__).parents[3]
 FORMATS = ROOT / "docs" / "formats"
@@ -17,6 +20,22 @@ def test_every_reason_is_in_the_specification_and_the_other_way_round() -> None:
     code = "".join(p.read_text() for p in (ROOT / "merge" / "formats").glob("*.py"))
     documented = re.findall(r"`(st_\w+)`", (FORMATS / "safetensors.md").read_text())
     assert set(re.findall(r'"(st_\w+)"', code)) == set(documented)
+
+
+def test_every_warning_is_documented_and_the_other_way_round() -> None:
+    code = "".join((ROOT / "merge" / name).read_text() for name in ("doubts.py", "identify.py"))
+    codes = set(re.findall(r'[dD]oubt\(\s*"(\w+)"', code))
+    codes |= set(re.findall(r'^ +\(?\("(alpha_\w+)"', code, re.MULTILINE))
+    refusals = [errors.BadAdapter, *errors.BadAdapter.__subclasses__()]
+    codes |= {of_refusal(error.__new__(error), "f").code for error in refusals}
+    table = (FORMATS / "identify.md").read_text().partition("## Warnings")[2]
+    rows = "".join(line for line in table.splitlines(keepends=True) if line.startswith("| `"))
+    assert set(re.findall(r"`(\w+)`", rows)) == codes
+
+
+def test_every_algorithm_is_named_on_the_page() -> None:
+    page = (FORMATS / "identify.md").read_text()
+    assert {row.name for row in ALGORITHMS} - set(re.findall(r"`([\w-]+)`", page)) == set()
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FORMATS.glob("*.md")))
