@@ -348,6 +348,9 @@ def _notices(parts: Sequence[Part], dialect: str, family: Family | None) -> Iter
     large = [p for p in parts if p.layout == PLAIN and (p.rank or 0) > min(lora_extent(p.layer))]
     if large:
         yield f"{len(large)} layers have a rank above their own size: exact, and larger than need be"
+    alphas = {part.alpha for part in parts if part.layout == PLAIN and part.component == "unet"}
+    if dialect == "kohya" and len(alphas) > 1:
+        yield "diffusers 0.42 takes the most common alpha of a kohya file for all of its attention"
     t5 = {
         part.component
         for part in parts

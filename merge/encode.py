@@ -80,6 +80,9 @@ def _keys(part: Part, dialect: str, family: Family | None) -> dict[str, str]:
 
 def _why_not(part: Part, dialect: str) -> str:
     title = _TITLES[dialect]
+    if not any(part.layout in held for held in dialects.SUFFIXES.values()):
+        way = "--algorithm lora writes plain LoRA" if part.layout in _BECOME_LORA else "bake it"
+        return f"{part.layout} factors are read and not written; {way}"
     holders = [
         other
         for other in dialects.WRITABLE_DIALECTS

@@ -130,8 +130,15 @@ def _network(made: Conversion) -> dict[str, str]:
     return found | {names.NETWORK_MODULE: "lycoris.kohya", names.NETWORK_ARGS: json.dumps(args)}
 
 
-# sd-scripts has a module for each kind of denoiser.
-_LORA_MODULES = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}
+# sd-scripts and musubi-tuner have a module for each kind of denoiser.
+_LORA_MODULES = {
+    "flux1": "networks.lora_flux",
+    "chroma": "networks.lora_flux",
+    "lumina2": "networks.lora_lumina",
+    "sd3-medium": "networks.lora_sd3",
+    "sd35-medium": "networks.lora_sd3",
+    "sd35-large": "networks.lora_sd3",
+}
 
 
 def _most_common(values: Sequence[Any]) -> Any:

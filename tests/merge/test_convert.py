@@ -15,7 +15,7 @@ from merge.convert import Converted, convert
 from merge.families import FAMILIES
 from merge.formats.hashes import sha256_file
 from tests.fixtures import adapters, packed
-from tests.fixtures.families import tiny_family
+from tests.fixtures.families import registered, tiny_family, tiny_flux
 from tests.fixtures.packed import HIDDEN, WIDTH, assert_same, lora, random, write
 
 Q, K, V, MLP = (
@@ -564,6 +564,43 @@ def test_the_report_counts_layers_and_ranks(tmp_path: Path) -> None:
         "ranks": {"min": 2, "max": 3},
         "notices": [],
     }
+
+
+def test_notices_say_what_is_exact_and_yet_surprises(tmp_path: Path) -> None:
+    tensors = loha(LINEAR, WIDTH, HIDDEN, 3, seed=1)
+    path = write(tmp_path / "f.safetensors", tensors)
+    done = convert(path, tmp_path / "out", "kohya", algorithm="lora")
+    assert done.notices == (
+        "1 layers have a rank above their own size: exact, and larger than need be",
+    )
+    made = adapters.make_adapter(path, family="sd15-tiny", ranks=[4, 2], alphas=[1.0, 2.0])
+    done = convert(made.path, tmp_path / "out.safetensors", "kohya")
+    assert done.notices == (
+        "diffusers 0.42 takes the most common alpha of a kohya file for all of its attention",
+    )
+
+
+def test_xlabs_rows_of_a_packed_layer_find_their_place(tmp_path: Path) -> None:
+    """Their qkv of a single block is the first three parts of linear1, and names no alpha."""
+    with registered(tiny_flux().family):
+        double, single = "double_blocks.0.processor", "single_blocks.1.processor"
+        tensors = {
+            f"{double}.qkv_lora1.down.weight": random(2, 32, seed=1),
+            f"{double}.qkv_lora1.up.weight": random(96, 2, seed=2),
+            f"{double}.proj_lora2.down.weight": random(2, 32, seed=3),
+            f"{double}.proj_lora2.up.weight": random(32, 2, seed=4),
+            f"{single}.qkv_lora.down.weight": random(2, 32, seed=5),
+            f"{single}.qkv_lora.up.weight": random(96, 2, seed=6),
+        }
+        path = write(tmp_path / "f.safetensors", tensors)
+        split = there(path, "diffusers")
+        assert_same(path, split)
+        assert sum(key.endswith("lora_A.weight") for key in weights(split)) == 7
+        packed_again = there(path, "kohya")
+        assert_same(path, packed_again)
+        up = weights(packed_again)["lora_unet_single_blocks_1_linear1.lora_up.weight"]
+        assert up.shape == (96 + 128, 2)
+        assert not up[96:].any()
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "peft"])
