@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from merge.families import FAMILIES
+from merge.families.layers import OWN
 from merge.formats.hashes import sha256_file
 from merge.formats.writer import FileWriter, write_file
 
@@ -146,13 +147,14 @@ def unet_config(family: str) -> dict[str, Any]:
 def make_adapter(folder: Path, family: str, *, rank: int = RANK, seed: int = 1) -> Path:
     """A kohya adapter of every attention and feed-forward layer: 722 modules for SDXL, 192 for SD 1.5."""
     known = FAMILIES[family]
-    names = known.original["unet"] if known.kohya_names == "ldm" else None
+    naming = known.kohya_naming.get("unet", OWN)
+    names = {layer.module: path for path, layer in known.layers["unet"][naming].items()}
     random = np.random.default_rng(seed)
     tensors: dict[str, Any] = {}
     for path, module in known.components["unet"].items():
         if not module.takes_adapters or ".attentions." not in path:
             continue
-        stem = "lora_unet_" + (names[path] if names else path).replace(".", "_")
+        stem = "lora_unet_" + names[path].replace(".", "_")
         ones = [1] * len(module.kernel)
         down = random.standard_normal((rank, module.in_features, *module.kernel), np.float32)
         up = random.standard_normal((module.out_features, rank, *ones), np.float32)

@@ -23,6 +23,7 @@ import numpy as np
 from bake import make_adapter
 
 from merge.families import FAMILIES
+from merge.families.layers import OWN
 from merge.formats.hashes import sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,14 +97,15 @@ def _engine(folder: Path) -> dict[str, Any]:
 def _layers(family: str) -> dict[tuple[int, ...], tuple[str, int]]:
     """Shape of the flattened delta -> (a key stem of one such layer, how many there are)."""
     known = FAMILIES[family]
-    names = known.original["unet"] if known.kohya_names == "ldm" else None
+    naming = known.kohya_naming.get("unet", OWN)
+    names = {layer.module: path for path, layer in known.layers["unet"][naming].items()}
     counts: Counter[tuple[int, ...]] = Counter()
     stems = {}
     for path, module in known.components["unet"].items():
         if module.takes_adapters and ".attentions." in path:
             shape = (module.out_features, module.in_features)
             counts[shape] += 1
-            stems[shape] = "lora_unet_" + (names[path] if names else path).replace(".", "_")
+            stems[shape] = "lora_unet_" + names[path].replace(".", "_")
     return {shape: (stems[shape], counts[shape]) for shape in counts}
 
 

@@ -107,24 +107,6 @@ class Family:
         """Component -> naming -> path -> layer."""
         return {component: table.layers for component, table in self.tables.items()}
 
-    @cached_property
-    def original(self) -> Mapping[str, Mapping[str, str]]:
-        """Component -> our module path -> its path in the original names, where it has one of its own."""
-        return {
-            component: {
-                module: layer.path
-                for layer in table.layers[ORIGINAL].values()
-                if (module := layer.module) is not None
-            }
-            for component, table in self.tables.items()
-            if ORIGINAL in table.layers
-        }
-
-    @property
-    def kohya_names(self) -> str:
-        """How kohya's trainer names the denoiser: "diffusers" or "ldm"."""
-        return "ldm" if self.kohya_naming.get(self.denoiser) == ORIGINAL else "diffusers"
-
     def find(
         self,
         component: str | None,

@@ -23,7 +23,7 @@ from merge.formats.suffixes import SUFFIXES
 from merge.formats.writer import layout, write_file
 from merge.identify import Identification, identify
 from tests.fixtures.adapters import DIALECTS, make_adapter
-from tests.fixtures.families import single_file_place
+from tests.fixtures.families import original_path, single_file_place
 from tests.fixtures.malformed import ODD
 
 Shapes = dict[str, tuple[int, ...]]
@@ -142,7 +142,7 @@ def _full_size(family: str, component: str = "unet", rank: int = 8) -> Shapes:
     for path, module in table.components[component].items():
         if not module.takes_adapters:
             continue
-        named = table.original["unet"][path] if family == "sdxl" and component == "unet" else path
+        named = original_path(table, component, path) if component in table.kohya_naming else path
         stem = f"{table.kohya[component][0]}_{named.replace('.', '_')}"
         shapes[f"{stem}.lora_down.weight"] = (rank, *module.shape[1:])
         shapes[f"{stem}.lora_up.weight"] = (module.shape[0], rank, *[1] * len(module.kernel))
