@@ -26,10 +26,33 @@ def test_the_committed_tables_are_what_the_model_classes_say(model: str) -> None
     assert committed == generated, f"{model} is stale: python -m merge.families.generate"
 
 
+def test_every_family_has_its_row_in_the_documents() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "formats" / "families.md").read_text("utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    found = {row[0].strip("`"): row[1:] for row in rows if row[0].strip("`") in FAMILIES}
+    assert list(found) == list(FAMILIES)
+    for name, (title, denoiser, n_layers, *_) in found.items():
+        family = FAMILIES[name]
+        modules = family.components[family.denoiser].values()
+        n = sum(module.takes_adapters for module in modules)
+        assert (title, denoiser, n_layers) == (family.title, family.denoiser, str(n))
+
+
 def test_folding_a_table_loses_neither_layers_nor_their_order() -> None:
     """Neighbours that differ, and numbers that do not follow each other, stay apart."""
     layer, other = ["linear", [4, 4], True], ["linear", [4, 4], False]
-    paths = ["b.0.x", "b.0.y", "b.1.x", "b.1.y", "b.3.x", "b.4.y", "b.4.x", "b.5.a.0", "b.5.a.1"]
+    paths = [
+        "b.0.x",
+        "b.0.y",
+        "b.1.x",
+        "b.1.y",
+        "b.3.x",
+        "b.3.y",
+        "b.4.y",
+        "b.4.x",
+        "b.5.a.0",
+        "b.5.a.1",
+    ]
     leaves = {path: layer for path in paths} | {"b.6.a.0": layer, "b.6.a.1": other, "c": other}
     tree = as_tree(leaves)
     assert list(tree["b"]) == ["0..1", "3", "4", "5", "6"]
