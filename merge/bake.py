@@ -9,11 +9,9 @@ benchmarks/bake.py prints the ratio to a plain copy.
 
 import threading
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -22,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from merge import provenance
-from merge.bases import BaseFile, Scale
+from merge.bases import Scale
 from merge.blocks import Options, copy_file, write_blocks
-from merge.errors import BadRecipe, NotFinite, Overflow
+from merge.errors import NotFinite, Overflow
 from merge.formats.adapters import Entry
 from merge.formats.header import DTYPE_BITS
 from merge.formats.reader import TensorFile
@@ -34,6 +32,7 @@ from merge.inputs import Inputs, OpenBase
 from merge.patches import Patch
 from merge.plan import TILE_ELEMENTS, BakePlan
 from merge.quantised import FP8, TOO_LARGE, Scales, as_groups, new_scales
+from merge.tally import Tally, Touched
 from merge.tiles import Ready, prepare
 
 __all__ = ["Options", "bake"]
@@ -41,8 +40,6 @@ __all__ = ["Options", "bake"]
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, **FP8}
 KeyT = TypeVar("KeyT")
 ValueT = TypeVar("ValueT")
-# Below this share of the change an fp8 output is refused unless the recipe allows it.
-_LEAST_GAIN = 0.9
 
 
 def bake(
@@ -53,18 +50,22 @@ def bake(
     Gives the SHA-256 of each file by its relative name (empty without `digest`) and the certificate.
     The caller makes `out` appear as a whole if it is a folder.
     """
-    tally = _Tally()
+    tally = Tally()
     digests: dict[str, str] = {}
     with Inputs(plan.adapters) as inputs, OpenBase(plan.base) as base:
         for name, file in plan.base.files.items():
             target = _place(out, name) if plan.writes_folder else out
-            if name in plan.patches:
+            if _is_rewritten(plan, name):
                 work = _Rewrite(plan, name, inputs, base, tally, tile)
                 digests[name] = work.write(target, options)
             else:
                 digests[name] = copy_file(file.path, target, options)
+        texts = plan.additions.texts()
         for name in plan.base.others:
-            digests[name] = copy_file(plan.base.folder / name, _place(out, name), options)
+            if name in texts:
+                digests[name] = _write_text(_place(out, name), texts[name], options)
+            else:
+                digests[name] = copy_file(plan.base.folder / name, _place(out, name), options)
     tally.check(plan)
     return (digests if options.digest else {}), tally.certificate(plan)
 
@@ -76,96 +77,37 @@ def _place(folder: Path | Target, name: str) -> Path:
     return place
 
 
+def _write_text(target: Path, text: bytes, options: Options) -> str:
+    def fill(buffer: memoryview, offset: int) -> None:
+        buffer[:] = text[offset : offset + len(buffer)]
+
+    return write_blocks(target, len(text), fill, options)
+
+
 def output_bytes(plan: BakePlan) -> int:
     """The size of what `bake` writes, all files together."""
-    rewritten = {name: _placed(plan, plan.base.files[name]).file_size for name in plan.patches}
-    untouched = (f.header.file_size for n, f in plan.base.files.items() if n not in rewritten)
-    others = ((plan.base.folder / name).stat().st_size for name in plan.base.others)
-    return sum(rewritten.values()) + sum(untouched) + sum(others)
+    texts = plan.additions.texts()
+    return (
+        sum(
+            _placed(plan, name).file_size if _is_rewritten(plan, name) else file.header.file_size
+            for name, file in plan.base.files.items()
+        )
+        + sum(len(text) for text in texts.values())
+        + sum((plan.base.folder / n).stat().st_size for n in plan.base.others if n not in texts)
+    )
 
 
-def _placed(plan: BakePlan, file: BaseFile) -> Layout:
-    tensors = [(key, info.dtype, info.shape) for key, info in file.header.tensors.items()]
-    return layout(tensors, provenance.of_bake(plan, file.header.metadata))
+def _is_rewritten(plan: BakePlan, name: str) -> bool:
+    return name in plan.patches or name in plan.additions.tensors
 
 
-class _Tally:
-    """What happened to the elements that were touched, by parameter."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._found: dict[str, _Touched] = defaultdict(_Touched)
-
-    def add(self, name: str, found: "_Touched") -> None:
-        with self._lock:
-            self._found[name].add(found)
-
-    @property
-    def gain(self) -> float | None:
-        """The share of the change that 8-bit weights keep; None where there are none."""
-        wanted = sum(touched.wanted for touched in self._found.values())
-        if not any(touched.is_fp8 for touched in self._found.values()):
-            return None
-        return sum(touched.kept for touched in self._found.values()) / wanted if wanted else 1.0
-
-    def check(self, plan: BakePlan) -> None:
-        """Refuse an output that has lost most of what it was made for."""
-        gain = self.gain
-        if gain is not None and gain < _LEAST_GAIN and not plan.recipe.output.allow_loss:
-            detail = (
-                f"{gain:.0%} of the change survives rounding to the base's 8-bit weights; take the "
-                "base in float16 or bfloat16, or say true to write it all the same"
-            )
-            raise BadRecipe("output.allow_loss", detail)
-
-    def certificate(self, plan: BakePlan) -> dict[str, Any]:
-        elements = sum(touched.elements for touched in self._found.values())
-        unchanged = sum(touched.unchanged for touched in self._found.values())
-        return {
-            "kind": "bake",
-            "numerics": plan.recipe.numerics,
-            "elements": elements,
-            "unchanged": unchanged / elements if elements else 0.0,
-            **({} if self.gain is None else {"gain": _digits(self.gain)}),
-            "left_out": list(plan.left_out),
-            "notes": list(plan.notes),
-            "modules": {name: touched.described() for name, touched in sorted(self._found.items())},
-        }
-
-
-@dataclass(slots=True)
-class _Touched:
-    """Elements of one parameter; `squared` is the change's squared norm. For fp8 also sums over
-    them of the change squared (`wanted`), and of the change times what became of it (`kept`).
-    """
-
-    elements: int = 0
-    unchanged: int = 0
-    squared: float = 0.0
-    is_fp8: bool = False
-    wanted: float = 0.0
-    kept: float = 0.0
-
-    def add(self, other: "_Touched") -> None:
-        self.elements += other.elements
-        self.unchanged += other.unchanged
-        self.squared += other.squared
-        self.is_fp8 |= other.is_fp8
-        self.wanted += other.wanted
-        self.kept += other.kept
-
-    def described(self) -> dict[str, float]:
-        found = {
-            "norm": _digits(sqrt(self.squared)),
-            "unchanged": _digits(self.unchanged / self.elements),
-        }
-        if self.is_fp8:
-            found["gain"] = _digits(self.kept / self.wanted if self.wanted else 1.0)
-        return found
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.4g}")
+def _placed(plan: BakePlan, name: str) -> Layout:
+    """Header and offsets of a file of the output: the base's tensors, then those that are added."""
+    header = plan.base.files[name].header
+    tensors = [(key, info.dtype, info.shape) for key, info in header.tensors.items()]
+    added = plan.additions.tensors.get(name, {})
+    tensors += [(key, its.dtype, its.shape) for key, its in added.items()]
+    return layout(tensors, provenance.of_bake(plan, header.metadata))
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,17 +164,18 @@ class _Rewrite:
         name: str,
         inputs: Inputs,
         base: OpenBase,
-        tally: _Tally,
+        tally: Tally,
         tile: int,
     ) -> None:
         self._plan, self._name = plan, name
         self._inputs, self._base, self._tally, self._tile = inputs, base, tally, tile
         reproducible = plan.recipe.numerics == "reproducible"
         self._working = torch.float64 if reproducible else torch.float32
-        patches = plan.patches[name]
-        widest = max(patch.columns for pieces in patches.values() for patch in pieces)
+        patches = plan.patches.get(name, {})
+        widest = max((p.columns for pieces in patches.values() for p in pieces), default=0)
         self._scratch = _Scratch(max(tile, widest), self._working)
-        self._layout = _placed(plan, plan.base.files[name])
+        self._layout = _placed(plan, name)
+        self._added = plan.additions.tensors.get(name, {})
         self._segments = list(_segments(self._layout, patches))
         self._begins = [segment.begin for segment in self._segments]
         self._ready: _Shared[int, Ready] = _Shared()
@@ -271,11 +214,21 @@ class _Rewrite:
             if segment.scales is not None:
                 part[:] = self._scale_bytes(segment)[at - segment.begin : stop - segment.begin]
             elif segment.patch is None:
-                source.read_into(segment.key, part, segment.start + at - segment.begin)
+                self._read(segment.key, part, segment.start + at - segment.begin, source)
             else:
                 self._compute(index, part, at - segment.begin, source)
             at = stop
             index += 1
+
+    def _read(self, key: str, buffer: memoryview, start: int, source: TensorFile) -> None:
+        """Bytes of a tensor of the output as they are before any patch."""
+        added = self._added.get(key)
+        if added is None:
+            source.read_into(key, buffer, start)
+        elif added.source is None:
+            buffer[:] = bytes(len(buffer))
+        else:
+            source.read_into(added.source, buffer, start)
 
     def _compute(self, index: int, out: memoryview, start: int, source: TensorFile) -> None:
         """Fill `out` with the patched bytes of a segment from its byte `start` on.
@@ -290,7 +243,7 @@ class _Rewrite:
         item = row_bytes // patch.columns
         stop = start + len(out)
         last, step = -(-stop // row_bytes), max(1, self._tile // patch.columns)
-        found = _Touched()
+        found = Touched()
         for row in range(start // row_bytes, last, step):
             at = row * row_bytes
             rows = min(step, last - row)
@@ -322,7 +275,7 @@ class _Rewrite:
         source: TensorFile,
     ) -> "_Tile":
         """`rows` rows of a patch from its row `row` on, as they will be stored."""
-        stored_as = source.header.tensors[segment.key].dtype
+        stored_as = self._layout.tensors[segment.key].dtype
         dtype, is_fp8 = _DTYPES[stored_as], stored_as in FP8
         scales = self._scales(segment.key, patch.scale, source) if patch.scale else None
         total, raw = self._widened(segment, patch, row, rows, source)
@@ -360,11 +313,11 @@ class _Rewrite:
         self, segment: _Segment, patch: Patch, row: int, rows: int, source: TensorFile
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of a patch in the working dtype, and the bytes they are stored as."""
-        dtype = _DTYPES[source.header.tensors[segment.key].dtype]
+        dtype = _DTYPES[self._layout.tensors[segment.key].dtype]
         elements = rows * patch.columns
         raw = self._scratch.raw[: elements * dtype.itemsize]
         start = segment.start + row * patch.columns * dtype.itemsize
-        source.read_into(segment.key, _bytes(raw.numpy()), start)
+        self._read(segment.key, _bytes(raw.numpy()), start, source)
         total = self._scratch.sum[:elements].view(rows, patch.columns)
         return total.copy_(raw.view(dtype).view(total.shape)), raw
 
@@ -409,7 +362,7 @@ class _Rewrite:
     def _refuse(self, key: str, before: torch.Tensor, source: TensorFile) -> None:
         if not before.float().isfinite().all():  # isfinite itself knows no fp8
             raise NotFinite(source.name, key)
-        raise Overflow(source.name, key, source.header.tensors[key].dtype)
+        raise Overflow(source.name, key, self._layout.tensors[key].dtype)
 
 
 class _Tile(NamedTuple):
@@ -422,9 +375,9 @@ class _Tile(NamedTuple):
     delta: torch.Tensor | None
     kept: torch.Tensor | None
 
-    def counted(self, elements: slice, *, has_norm: bool) -> _Touched:
+    def counted(self, elements: slice, *, has_norm: bool) -> Touched:
         """What happened to some of its elements."""
-        found = _Touched(elements.stop - elements.start, int(np.count_nonzero(self.same[elements])))
+        found = Touched(elements.stop - elements.start, int(np.count_nonzero(self.same[elements])))
         if self.delta is None:
             return found
         delta = self.delta.view(-1)[elements].double()

@@ -6,6 +6,7 @@ In a folder, and in a single file of a model outside the tables, modules are loo
 own keys. Only headers and configurations are read.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from merge.errors import BadCheckpoint
 from merge.families import FAMILIES
 from merge.families.checkpoints import DIFFUSERS, Checkpoint, read_checkpoint
 from merge.families.family import TEXT_MODEL
-from merge.families.layers import parameter_key
+from merge.families.layers import PARAMETER, parameter_key
 from merge.formats.folders import Folder, is_part, is_weight_index, read_component, read_folder
 from merge.formats.header import Header, TensorInfo, read_header
 from merge.formats.reader import TensorFile
@@ -86,6 +87,14 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """Packed matrices (expert, out, in), by rows of all of them one after the other."""
+
+    shape: tuple[int, ...]
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BaseFile:
     """One safetensors file of the base; `component` is None where a file holds several."""
 
@@ -128,6 +137,44 @@ class Base:
             return ()
         whole = self._whole(*found)
         return (replace(whole, is_transposed=parameter == "weight" and self._is_conv1d(module)),)
+
+    def find_key(self, module: str, parameter: str) -> tuple[str, str] | None:
+        """(file, key) of a parameter of a transformers model, whatever its wrappers are called."""
+        return self._find_key(MODEL, module, parameter, "linear")
+
+    def find_experts(self, component: str, module: str) -> Experts | None:
+        """The matrices of a layer's experts: one packed tensor, or one or two for every expert."""
+        found = self._find_key(component, module, "weight", PARAMETER)
+        if found is not None:
+            whole, shape = self._whole(*found), self.files[found[0]].header.tensors[found[1]].shape
+            if len(shape) != 3:
+                return None
+            rows = shape[0] * shape[1]
+            return Experts(shape, (replace(whole, rows=rows, columns=shape[2]),))
+        layer, _, name = module.rpartition(".")
+        for path, parts in itertools.product(_expert_paths(layer), _EXPERT_PARTS.get(name, ())):
+            pieces = list(self._expert_pieces(component, path, parts))
+            if pieces:
+                n = len(pieces) // len(parts)
+                rows = sum(piece.rows for piece in pieces) // n
+                return Experts((n, rows, pieces[0].columns), tuple(pieces))
+        return None
+
+    def _expert_pieces(self, component: str, path: str, parts: Sequence[str]) -> Iterator[Slice]:
+        """Rows one after the other: of the first expert's parts, then of the second's."""
+        first = 0
+        for expert in itertools.count():
+            for part in parts:
+                found = self._find_key(component, f"{path}.{expert}.{part}", "weight", "linear")
+                if found is None:
+                    return
+                piece = self._whole(*found)
+                yield replace(piece, first=first)
+                first += piece.rows
+
+    def text(self, name: str) -> str:
+        """One of `others`."""
+        return (self.folder / name).read_text("utf-8")
 
     def shape(self, component: str, module: str, *, kind: str = "linear") -> tuple[int, ...] | None:
         """The weight's shape as it is computed with, where one tensor is all of it."""
@@ -376,6 +423,17 @@ def _spellings(module: str) -> tuple[str, ...]:
     """Paths of a module; transformers 5.6 and later save CLIP without `text_model.`."""
     stem = module.removeprefix(TEXT_MODEL)
     return tuple(dict.fromkeys((module, stem, f"{TEXT_MODEL}{stem}")))
+
+
+# What transformers packs in memory is stored expert by expert, in older names and in newer ones.
+_EXPERT_PARTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+
+
+def _expert_paths(layer: str) -> tuple[str, ...]:
+    return layer, layer.replace(".mlp.experts", ".block_sparse_moe.experts")
 
 
 def _unwrap(key: str) -> str:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
+from merge.additions import Additions
 from merge.bases import Base, Scale, Slice
 from merge.errors import ShapeMismatch, UnknownModules, Unsupported
 from merge.families import Run
@@ -33,9 +34,9 @@ class Patch:
     """Rows of a stored matrix and what is added to them: strength * the rows of each term.
 
     A term whose weight has fewer columns changes the first ones: a base whose first layer has more
-    inputs keeps the rest. For a transposed tensor the terms' rows are its columns. Of packed
-    experts a term's `first` is the expert, whose matrix the patch is. Rows that share an fp8 `scale`
-    with changed ones are patches without terms.
+    inputs keeps the rest. For a transposed tensor the terms' rows are its columns. Terms of packed
+    experts count the rows of all their matrices. Rows that share an fp8 `scale` with changed ones
+    are patches without terms.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Found:
     """`patches`: file of the base -> key -> its patches by first row; `notes` for the certificate."""
 
     patches: Mapping[str, Mapping[str, tuple[Patch, ...]]]
+    additions: Additions
     notes: tuple[str, ...]
 
 
@@ -104,6 +106,7 @@ def find_patches(
 class _Finder:
     def __init__(self, base: Base, adapters: Sequence[str]) -> None:
         self._base, self._adapters = base, adapters
+        self._additions = Additions(base)
         self._targets: dict[tuple[str, str], _Target] = {}
         self._missing: dict[int, list[str]] = defaultdict(list)
         self._notes: set[str] = set()
@@ -112,13 +115,19 @@ class _Finder:
         """What `sources` change of one module."""
         kind = sources[0].entry.layer.kind
         name = f"{component}.{module}"
+        if any(_is_expert(source.entry) for source in sources):
+            self._add_experts(component, module, sources)
+            return
         on_weight = [source for source in sources if source.entry.touches_weight]
         on_bias = [source for source in sources if source.entry.touches_bias]
-        pieces = self._base.find(component, module, kind=kind)
+        pieces = self._base.find(component, module, kind=kind) or self._added_head(
+            module, on_weight
+        )
         if not pieces:
-            for index in {source.adapter for source in sources}:
-                self._missing[index].append(name)
+            self._miss(name, sources)
             return
+        if on_weight:
+            self._additions.keep_head(module)
         shape = self._base.shape(component, module, kind=kind)
         on_weight = [_resolved(source, shape) for source in on_weight]
         self._check_rows(name, on_weight, pieces)
@@ -127,6 +136,21 @@ class _Finder:
         if on_bias:
             self._add_bias(component, module, [_resolved(source, shape) for source in on_bias])
 
+    def _added_head(self, module: str, sources: Sequence[Source]) -> tuple[Slice, ...]:
+        """The output layer of a model whose embedding it was."""
+        piece = self._additions.head(module)
+        if piece is None:
+            return ()
+        for source in sources:
+            if source.entry.needs == "whole":
+                why = f"{source.entry.name} is tied to the embedding, and its change needs it whole"
+                raise Unsupported(self._adapters[source.adapter], why)
+        return (piece,)
+
+    def _miss(self, name: str, sources: Sequence[Source]) -> None:
+        for index in {source.adapter for source in sources}:
+            self._missing[index].append(name)
+
     def finish(self) -> Found:
         for index, names in self._missing.items():
             raise UnknownModules(self._adapters[index], names, f"the base {self._base.path.name}")
@@ -134,7 +158,7 @@ class _Finder:
         for (file, key), target in self._targets.items():
             if cut := tuple(_cut(target)):
                 patches[file][key] = cut if target.scale is None else _without_gaps(cut, target)
-        return Found(patches, tuple(sorted(self._notes)))
+        return Found(patches, self._additions, tuple(sorted(self._notes)))
 
     def _add_bias(self, component: str, module: str, sources: Sequence[Source]) -> None:
         name = f"{component}.{module}"
@@ -144,50 +168,57 @@ class _Finder:
             for piece in pieces:
                 self._add_piece(name, "bias", piece, sources)
             return
-        for source in sources:
-            if _adds_bias(source.entry):
-                why = (
-                    f"it gives {name} a bias, which that layer does not have in "
-                    f"{self._base.path.name}, and the model's own code would not load one"
-                )
-                raise Unsupported(self._adapters[source.adapter], why)
+        adding = [source for source in sources if _adds_bias(source.entry)]
+        if not adding:
+            return
+        added = self._additions.bias(module)
+        if added is None:
+            why = (
+                f"it gives {name} a bias, which that layer does not have in "
+                f"{self._base.path.name}, and the model's own code would not load one"
+            )
+            raise Unsupported(self._adapters[adding[0].adapter], why)
+        self._add_piece(name, "bias", added, sources)
 
     def _add_piece(
         self, name: str, parameter: str, piece: Slice, sources: Sequence[Source]
     ) -> None:
         for source in sources:
             self._check_columns(name, parameter, source, piece)
-        if sources and sources[0].entry.layout == _EXPERTS:
-            self._add_experts(name, piece, sources)
-            return
         target = self._target(piece, piece.columns, piece.is_transposed)
         rows, begin = (piece.columns, 0) if piece.is_transposed else (piece.rows, piece.first_row)
         for term in terms_in(sources, piece.first, rows, begin):
             target.pieces.append(_Piece(name, parameter, piece.is_copy, term))
 
-    def _add_experts(self, name: str, piece: Slice, sources: Sequence[Source]) -> None:
-        """Expert e is rows e * n to (e + 1) * n of the tensor seen as a matrix of its last dimension."""
-        shape = self._base.info(piece).shape
+    def _add_experts(self, component: str, module: str, sources: Sequence[Source]) -> None:
+        name = f"{component}.{module}"
+        experts = self._base.find_experts(component, module)
+        if experts is None:
+            self._miss(name, sources)
+            return
         for source in sources:
-            if source.entry.layout != _EXPERTS or len(shape) != 3:
+            if not _is_expert(source.entry):
                 why = f"packed experts ({name}) take low-rank factors of every expert and no other"
                 raise Unsupported(self._adapters[source.adapter], why)
-            for expert in range(shape[0]):
-                term = Term(
-                    adapter=source.adapter,
-                    entry=source.entry,
-                    strength=source.strength,
-                    first=expert,
-                    begin=expert * shape[1],
-                    rows=shape[1],
+        resolved = [_resolved(source, experts.shape) for source in sources]
+        rows = experts.shape[0] * experts.shape[1]
+        runs = [replace(source, run=Run(module, 0, 0, rows)) for source in resolved]
+        for piece in experts.slices:
+            target = self._target(piece, piece.columns, False)
+            for term in terms_in(runs, piece.first, piece.rows, piece.first_row):
+                target.pieces.extend(
+                    _Piece(name, "weight", False, part) for part in _by_expert(term)
                 )
-                target = self._target(piece, shape[2], False)
-                target.pieces.append(_Piece(name, "weight", False, term))
 
     def _target(self, piece: Slice, columns: int, is_transposed: bool) -> _Target:
-        rows = prod(self._base.info(piece).shape) // columns
-        new = _Target(rows, columns, is_transposed, self._base.scale(piece))
-        return self._targets.setdefault((piece.file, piece.key), new)
+        if (known := self._targets.get((piece.file, piece.key))) is not None:
+            return known
+        added = self._additions.tensors.get(piece.file, {}).get(piece.key)
+        shape = self._base.info(piece).shape if added is None else added.shape
+        scale = self._base.scale(piece) if added is None else None
+        new = _Target(prod(shape) // columns, columns, is_transposed, scale)
+        self._targets[piece.file, piece.key] = new
+        return new
 
     def _check_rows(self, name: str, sources: Sequence[Source], pieces: Sequence[Slice]) -> None:
         """The rows that the sources change are all there, and a whole layer is a whole layer."""
@@ -207,7 +238,9 @@ class _Finder:
         found = piece.rows if piece.is_transposed else piece.columns
         if inner == found:
             return
-        shape, layer = self._base.info(piece).shape, source.entry.layer
+        layer = source.entry.layer
+        added = self._additions.tensors.get(piece.file, {}).get(piece.key)
+        shape = self._base.info(piece).shape if added is None else added.shape
         is_wider = (
             *(len(shape) == len(layer.shape) > 2, shape[2:] == layer.shape[2:]),
             *(shape[0] == layer.shape[0], len(shape) > 1 and shape[1] > layer.shape[1]),
@@ -281,12 +314,22 @@ def _end(term: Term) -> int:
 
 def _cut_to(piece: _Piece, low: int, high: int) -> _Piece:
     term = piece.term
-    first = term.first if _is_expert(term) else term.first + low - term.begin
+    first = term.first + low - term.begin
     return piece._replace(term=replace(term, first=first, begin=0, rows=high - low))
 
 
-def _is_expert(term: Term) -> bool:
-    return term.entry.layout == _EXPERTS
+def _by_expert(term: Term) -> Iterator[Term]:
+    """The term cut where one expert's rows end and the next one's begin."""
+    size = term.entry.layer.shape[1]
+    at = 0
+    while at < term.rows:
+        rows = min(size - (term.first + at) % size, term.rows - at)
+        yield replace(term, first=term.first + at, begin=term.begin + at, rows=rows)
+        at += rows
+
+
+def _is_expert(entry: Entry) -> bool:
+    return entry.layout == _EXPERTS
 
 
 def _patch(target: _Target, pieces: Sequence[_Piece], low: int, high: int) -> Patch:
@@ -300,6 +343,6 @@ def _patch(target: _Target, pieces: Sequence[_Piece], low: int, high: int) -> Pa
         terms=tuple(piece.term for piece in pieces),
         is_transposed=target.is_transposed,
         is_copy=first.is_copy,
-        is_expert=_is_expert(first.term),
+        is_expert=_is_expert(first.term.entry),
         scale=target.scale,
     )

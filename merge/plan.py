@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from merge.additions import Additions
 from merge.bases import Base, open_base
 from merge.errors import BadRecipe, Unsupported
 from merge.families import FAMILIES
@@ -91,6 +92,7 @@ class BakePlan:
     left_out: tuple[str, ...]
     base: Base
     patches: Mapping[str, Mapping[str, tuple[Patch, ...]]]
+    additions: Additions
     notes: tuple[str, ...]
     cost: Cost
 
@@ -197,12 +199,15 @@ def _plan_bake(
     written = sum(file.header.file_size for file in base.files.values()) + sum(
         (base.folder / name).stat().st_size for name in base.others
     )
+    written += found.additions.size_bytes
     working = 8 if recipe.numerics == "reproducible" else 4
     patches = [p for keys in found.patches.values() for its in keys.values() for p in its]
     largest = max((patch.working_elements for patch in patches), default=0) * working
     changed = {patch.name for patch in patches}
     cost = Cost(len(changed), written, _WORKERS * (largest + TILE_BYTES) + BLOCKS_BYTES)
-    return BakePlan(recipe, adapters, left_out, base, found.patches, found.notes, cost)
+    return BakePlan(
+        recipe, adapters, left_out, base, found.patches, found.additions, found.notes, cost
+    )
 
 
 # Scratch of one bake thread: a tile as stored, in float64 twice, in float32, as stored again, a mask.

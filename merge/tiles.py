@@ -140,7 +140,9 @@ def _factors(change: Change, term: Term, patch: Patch) -> Factors | None:
     """The rows of this patch as a product of the columns it has, or None."""
     if patch.is_expert:
         assert isinstance(change, Experts)
-        return change.expert(term.first)
+        expert, row = divmod(term.first, term.entry.layer.shape[1])
+        own = change.expert(expert)
+        return Factors(own.up[row : row + term.rows], own.down, own.scale)
     factors = change.factors() if change.is_product else None
     if factors is None:
         return None
