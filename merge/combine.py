@@ -151,11 +151,27 @@ def _merge_products(
             rank = planned_rank(plan.recipe, module)
         exact = linear.truncate(spectrum, rank)
         norm, truncated = linear.lost(spectrum.values, 0), linear.lost(spectrum.values, rank)
+    alpha = stored_alpha(plan, exact.rank)
+    share = exact.rank / alpha if exact.rank else 1.0
+    stored = linear.times(exact, share)
     tensors = {
         role: tensor if role == "alpha" else tensor.to(_DTYPES[plan.dtype])
-        for role, tensor in lora.write(exact, module.kernel).items()
+        for role, tensor in lora.write(stored, module.kernel).items()
     }
-    return exact.rank, tensors, Lost(norm, truncated, lora.distance(exact, tensors))
+    tensors["alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    rounded = lora.distance(stored, tensors) / share
+    return exact.rank, tensors, Lost(norm, truncated, rounded)
+
+
+def stored_alpha(plan: MergePlan, rank: int) -> float:
+    """The alpha that a layer is written with: its rank, so that readers without it are right too.
+
+    One alpha for all of a kohya file, for where ranks differ so would alphas: diffusers 0.42 takes
+    the most common one for all attention layers, and LyCORIS 4.1 reads no file without any.
+    """
+    if plan.dialect != "kohya":
+        return float(rank)
+    return float(max(planned_rank(plan.recipe, module) for module in plan.modules if module.terms))
 
 
 def _rounded(exact: Tensor, stored: Tensor) -> Lost:
@@ -220,20 +236,16 @@ def write_adapter(
     except NotExact as error:
         raise Unsupported(out.name, str(error)) from error
     ranks = [result.rank for result in results if result.rank > 0]
-    metadata = provenance.of_merge(plan, ranks, certificate) | dict(encoded.metadata)
-    tensors = dict(encoded.tensors)
-    if plan.dialect == "kohya" and len(set(ranks)) > 1:
-        # A file without alphas is read with scale 1 by every tool. Alphas that differ between modules
-        # are not: diffusers 0.42 gives attention layers in kohya's names the most common one.
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
+    alpha = stored_alpha(plan, ranks[0]) if ranks else 0.0
+    metadata = provenance.of_merge(plan, ranks, alpha, certificate) | dict(encoded.metadata)
     if encoded.config is not None:
         write_text(out / CONFIG_NAME, json.dumps(encoded.config, indent=2) + "\n")
         out = out / PEFT_WEIGHTS
-    write_file(out, tensors, metadata)
+    write_file(out, encoded.tensors, metadata)
 
 
 def _parts(result: Merged, dialect: str) -> list[Part]:
-    """The layer's factors, of scale 1 wherever that is read from, and what is stored whole."""
+    """The layer's factors, and what is stored whole."""
     component, layer = result.module.component, result.module.layer
     parts = []
     stored = {_STORED_ROLES[kind]: tensor for kind, tensor in result.stored.items()}
@@ -241,7 +253,7 @@ def _parts(result: Merged, dialect: str) -> list[Part]:
         factors = dict(result.factors)
         if dialect in ("diffusers", "peft") and "diff_b" in stored:
             factors["up_bias"] = stored.pop("diff_b")
-        parts.append(Part(component, layer, "lora", factors, float(result.rank)))
+        parts.append(Part(component, layer, "lora", factors, float(factors["alpha"].item())))
     if stored:
         parts.append(Part(component, layer, "full", stored))
     return parts

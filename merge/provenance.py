@@ -22,10 +22,9 @@ _STALE = ("sshs_", "modelspec.hash_sha256")
 
 
 def of_merge(
-    plan: MergePlan, ranks: Sequence[int], certificate: Mapping[str, Any]
+    plan: MergePlan, ranks: Sequence[int], alpha: float, certificate: Mapping[str, Any]
 ) -> dict[str, str]:
-    """`__metadata__` of a merged adapter; `ranks` are those written, one per module."""
-    rank = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
+    """`__metadata__` of a merged adapter; `ranks` are those written, `alpha` that of a kohya file."""
     words = triggers(plan.adapters)
     found = _ours(plan.recipe) | {
         names.GRAFT_CERTIFICATE: json.dumps(certificate, sort_keys=True, separators=(",", ":")),
@@ -33,12 +32,11 @@ def of_merge(
     }
     if words:
         found[names.TRIGGER_PHRASE] = ", ".join(words)
-    if plan.dialect == "kohya":
-        # alpha equals rank in every module, so that readers of these hints get the right scale.
+    if plan.dialect == "kohya" and ranks:
         found |= {
-            names.NETWORK_MODULE: "networks.lora",
-            names.NETWORK_DIM: rank,
-            names.NETWORK_ALPHA: rank,
+            names.NETWORK_MODULE: _LORA_MODULES.get(plan.family or "", "networks.lora"),
+            names.NETWORK_DIM: str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic",
+            names.NETWORK_ALPHA: f"{alpha:g}",
         }
     base_version = _shared(plan.adapters, names.BASE_VERSION)
     if base_version is not None:

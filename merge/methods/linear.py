@@ -19,18 +19,20 @@ from merge.algorithms.lora import Factors
 
 
 def concatenate(parts: Sequence[Factors], strengths: Sequence[float]) -> Factors:
-    """The weighted sum with nothing lost: factors side by side, of scale 1.
+    """The weighted sum with nothing lost: factors side by side, of scale 1."""
+    scaled = [times(part, strength) for part, strength in zip(parts, strengths, strict=True)]
+    return Factors(torch.cat([part.up for part in scaled], 1), torch.cat([p.down for p in scaled]))
+
+
+def times(part: Factors, strength: float) -> Factors:
+    """strength times the change, as factors of scale 1.
 
     Sign and strength go on `up`. The magnitude's power of two is shared with `down`, which costs no
     rounding and keeps both inside float16's normal range (kohya's alpha of 1 makes scales of 1/128).
     """
-    ups, downs = [], []
-    for part, strength in zip(parts, strengths, strict=True):
-        coefficient = part.scale * strength
-        shared = 2.0 ** (frexp(coefficient)[1] // 2)
-        ups.append(part.up * (coefficient / shared))
-        downs.append(part.down * shared)
-    return Factors(torch.cat(ups, 1), torch.cat(downs, 0))
+    coefficient = part.scale * strength
+    shared = 2.0 ** (frexp(coefficient)[1] // 2)
+    return Factors(part.up * (coefficient / shared), part.down * shared)
 
 
 @dataclass(frozen=True, slots=True)

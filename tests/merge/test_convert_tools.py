@@ -19,6 +19,7 @@ from torch import nn
 from merge.convert import convert
 from merge.families import FAMILIES
 from tests.fixtures import adapters
+from tests.fixtures.engine import run
 from tests.fixtures.families import make_models, tiny_family
 from tests.fixtures.packed import write
 
@@ -210,3 +211,24 @@ def test_dora_becomes_that_of_peft(tmp_path: Path) -> None:
     merged = PeftModel.from_pretrained(unet, tmp_path / "peft").merge_and_unload()
     found = {name: merged.get_submodule(name).weight.detach() - before[name] for name in LAYERS}
     assert_alike(found, expected)
+
+
+def test_lycoris_and_peft_read_one_merge_alike(tmp_path: Path) -> None:
+    """LoHa and LoKr of LyCORIS, merged: their forward passes add up to what both readers see."""
+    unet = make_models("sd15-tiny")["unet"]
+    loha = lycoris_file(tmp_path / "loha.safetensors", unet, OPTIONS["loha as lora"][0])
+    lokr = lycoris_file(tmp_path / "lokr.safetensors", unet, OPTIONS["lokr as lora"][0])
+    inputs = [(tmp_path / "loha.safetensors", 0.7), (tmp_path / "lokr.safetensors", -0.4)]
+    expected = {name: 0.7 * loha[name] - 0.4 * lokr[name] for name in LAYERS}
+    run(tmp_path / "out.safetensors", inputs, output={"dialect": "kohya"})
+    tensors = load_file(tmp_path / "out.safetensors")
+    found = {}
+    for name in LAYERS:
+        stem = f"lora_unet_{name.replace('.', '_')}"
+        layer = unet.get_submodule(name)
+        found[name] = seen_by(make_module(*get_module(tensors, stem), stem, layer).eval(), layer)
+    assert_alike(found, expected)
+    run(tmp_path / "peft", inputs, output={"dialect": "peft"})
+    wrapped = PeftModel.from_pretrained(unet, tmp_path / "peft")
+    theirs = {path: its.get_delta_weight("default").detach() for path, its in their_layers(wrapped)}
+    assert_alike(theirs, expected)
