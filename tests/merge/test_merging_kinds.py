@@ -98,7 +98,7 @@ def test_algorithms_with_an_exact_product_add_up(tmp_path: Path) -> None:
     assert_is_sum(out, paths)
     ranks = {name: its["rank"] for name, its in outcome.certificate["modules"].items()}
     assert ranks["transformer.layers.0.linear1"] == 3 + 9 + 4
-    assert ranks["transformer.norm_out.linear"] == 2
+    assert ranks["transformer.final.adaLN.1"] == 2
     found = {key: tensor for key, tensor in load_file(out).items() if key.endswith(".alpha")}
     assert len(found) == 2
     assert {tensor.item() for tensor in found.values()} == {16.0}
