@@ -27,7 +27,14 @@ from merge.execute import new_folder
 from merge.families import FAMILIES, Family, Layer
 from merge.formats import dialects
 from merge.formats import metadata as names
-from merge.formats.adapters import CONFIG_NAME, AdapterLayout, Entry, read_config, read_layout
+from merge.formats.adapters import (
+    CONFIG_NAME,
+    AdapterLayout,
+    Entry,
+    config_beside,
+    read_config,
+    read_layout,
+)
 from merge.formats.hashes import sha256_file
 from merge.formats.reader import TensorFile
 from merge.formats.writer import write_file
@@ -80,7 +87,8 @@ def convert(
     """
     assert dialect in dialects.WRITABLE_DIALECTS, dialect
     assert algorithm in (None, PLAIN), algorithm
-    _check_target(path, out, dialect)
+    inputs = [path, config_beside(path), base]
+    _check_target([its for its in inputs if its is not None], out, dialect)
     config = read_config(path)
     with TensorFile(path) as file:
         layout = read_layout(file, name=path.name, config=config)
@@ -121,15 +129,15 @@ def convert(
     )
 
 
-def _check_target(path: Path, out: Path, dialect: str) -> None:
+def _check_target(inputs: Sequence[Path], out: Path, dialect: str) -> None:
     if not out.parent.is_dir():
         raise CannotWrite(out.name, f"the folder {out.parent} does not exist")
     if out.is_dir():
         raise CannotWrite(out.name, "a folder of this name exists")
     if out.exists() and dialect == "peft":
         raise CannotWrite(out.name, "a file of this name exists, and PEFT wants a folder")
-    if out.exists() and out.samefile(path):
-        raise CannotWrite(out.name, "is the adapter that is converted")
+    if out.exists() and any(out.samefile(path) for path in inputs):
+        raise CannotWrite(out.name, "is what the conversion reads")
 
 
 def _layers(

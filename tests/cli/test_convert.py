@@ -38,7 +38,7 @@ def test_nothing_is_replaced_that_was_not_named(tmp_path: Path, ink: Path) -> No
     line = refused(tmp_path, "convert", ink, "--to", "comfy")
     assert line == "error: ink.comfy.safetensors exists; say where to write with -o"
     line = refused(tmp_path, "convert", ink, "--to", "kohya", "-o", ink)
-    assert line.endswith("ink.safetensors: is the adapter that is converted; nothing was written")
+    assert line.endswith("ink.safetensors: is what the conversion reads; nothing was written")
 
 
 def test_wrong_usage(tmp_path: Path, ink: Path) -> None:

@@ -612,3 +612,13 @@ def test_an_output_never_replaces_the_input_or_a_folder(dialect: str, tmp_path: 
             convert(path, out, dialect)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
+
+
+def test_an_output_never_replaces_the_configuration_or_the_base(tmp_path: Path) -> None:
+    folder = there(fused_file(tmp_path / "f.safetensors"), "peft").parent
+    before = (folder / "adapter_config.json").read_bytes()
+    base = write(tmp_path / "base.safetensors", {"a": random(2)})
+    for out in (folder / "adapter_config.json", base):
+        with pytest.raises(errors.CannotWrite, match="is what the conversion reads"):
+            convert(folder / "adapter_model.safetensors", out, "kohya", base=base)
+    assert (folder / "adapter_config.json").read_bytes() == before

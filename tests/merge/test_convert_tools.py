@@ -67,6 +67,18 @@ def randomised(model: Any) -> Any:
     return model
 
 
+def pipeline_of(models: dict[str, Any]) -> Any:
+    return StableDiffusionPipeline(
+        **models,
+        vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        tokenizer=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 @pytest.mark.parametrize("home", ["kohya", "comfy"])
 def test_diffusers_loads_what_we_write(home: str, tmp_path: Path) -> None:
     made = adapters.make_adapter(
@@ -81,15 +93,7 @@ def test_diffusers_loads_what_we_write(home: str, tmp_path: Path) -> None:
     )
     convert(made.path, tmp_path / "pytorch_lora_weights.safetensors", "diffusers")
     models = make_models("sd15-tiny")
-    pipeline = StableDiffusionPipeline(
-        **models,
-        vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4),
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        tokenizer=None,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = pipeline_of(models)
     pipeline.load_lora_weights(tmp_path)
     found = {
         f"{component}.{path}".replace("encoder.text_model.", "encoder."): layer.get_delta_weight(
@@ -210,6 +214,26 @@ def test_dora_becomes_that_of_peft(tmp_path: Path) -> None:
     convert(tmp_path / "f.safetensors", tmp_path / "peft", "peft")
     merged = PeftModel.from_pretrained(unet, tmp_path / "peft").merge_and_unload()
     found = {name: merged.get_submodule(name).weight.detach() - before[name] for name in LAYERS}
+    assert_alike(found, expected)
+
+
+def test_diffusers_fuses_dora(tmp_path: Path) -> None:
+    """Its pipelines drop dora_scale of a kohya file; under PEFT's name it is read."""
+    models = make_models("sd15-tiny")
+    unet = models["unet"]
+    expected = lycoris_file(
+        tmp_path / "f.safetensors",
+        unet,
+        lambda name, layer: LoConModule(name, layer, 1.0, 3, 1.0, weight_decompose=True),
+    )
+    before = {name: unet.get_submodule(name).weight.detach().clone() for name in LAYERS}
+    convert(tmp_path / "f.safetensors", tmp_path / "pytorch_lora_weights.safetensors", "diffusers")
+    pipeline = pipeline_of(models)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    pipeline.fuse_lora()
+    found = {
+        name: unet.get_submodule(name).base_layer.weight.detach() - before[name] for name in LAYERS
+    }
     assert_alike(found, expected)
 
 
