@@ -88,7 +88,7 @@ def convert(
     assert dialect in dialects.WRITABLE_DIALECTS, dialect
     assert algorithm in (None, PLAIN), algorithm
     inputs = [path, config_beside(path), base]
-    _check_target([its for its in inputs if its is not None], out, dialect)
+    _check_target([its for its in inputs if isinstance(its, Path)], out, dialect)
     config = read_config(path)
     with TensorFile(path) as file:
         layout = read_layout(file, name=path.name, config=config)
