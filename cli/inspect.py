@@ -10,9 +10,11 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from cli.console import CommandError, byte_progress, out, print_json
-from cli.refs import fetch
+from cli.ranges import Blocks
+from cli.refs import open_ref
 
 if TYPE_CHECKING:
+    from merge.formats.sources import File
     from merge.identify import Identification, Span
 
 _PEFT = "adapter_model.safetensors"
@@ -33,41 +35,42 @@ def inspect(
     ] = True,
 ) -> None:
     """What a file is: algorithm, family, ranks, alphas, targets, hashes, metadata, warnings."""
-    path = _file(fetch(file), file)
     # Thousands of small objects that all live until the answer: looking for garbage among them
     # would take a tenth of the command.
     gc.disable()
     try:
-        found = _identify(path, hashes=hashes)
+        with Blocks() as blocks:
+            named = _only(open_ref(file, blocks), file)
+            found = _identify(named, hashes=hashes)
     finally:
         gc.enable()
     if as_json:
         print_json(found.to_json())
         return
-    _print(path.name, found)
+    _print(named.name, found)
 
 
-def _identify(path: Path, *, hashes: bool) -> "Identification":
+def _identify(file: "File", *, hashes: bool) -> "Identification":
     from merge.formats.adapters import read_config
     from merge.formats.hashes import hash_file
     from merge.formats.reader import TensorFile
     from merge.identify import identify_file
 
-    with TensorFile(path) as opened:
+    with TensorFile(file) as opened:
         computed = None
         if hashes:
             with byte_progress("hashing", opened.header.file_size) as progress:
                 computed = hash_file(
-                    path,
+                    file,
                     opened.header.data_offset,
                     progress=lambda n: progress.advance(progress.task_ids[0], n),
                 )
-        return identify_file(opened, hashes=computed, config=read_config(path))
+        return identify_file(opened, hashes=computed, config=read_config(file))
 
 
-def _file(path: Path, ref: str) -> Path:
+def _only(path: "File", ref: str) -> "File":
     """The file itself, or the only safetensors file of a folder (a PEFT folder has one)."""
-    if not path.is_dir():
+    if not (isinstance(path, Path) and path.is_dir()):
         return path
     if (path / _PEFT).is_file():
         return path / _PEFT

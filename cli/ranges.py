@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from cli.console import CommandError
+from merge.formats.positioned import page_aligned
 
 BLOCK_BYTES = 4 * 2**20
 KEPT = 32
@@ -30,7 +31,7 @@ class Blocks:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int], Future[memoryview]] = OrderedDict()
         self._pool = ThreadPoolExecutor(_THREADS, "fetch")
 
     def __enter__(self) -> Self:
@@ -44,7 +45,9 @@ class Blocks:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def get(self, file: str, index: int, n_blocks: int, fetch: Callable[[int], bytes]) -> bytes:
+    def get(
+        self, file: str, index: int, n_blocks: int, fetch: Callable[[int], memoryview]
+    ) -> memoryview:
         """Block `index` of a file of `n_blocks`, which `fetch` gets if nobody has yet."""
         with self._lock:
             is_next = index == 0 or (file, index - 1) in self._kept
@@ -55,17 +58,17 @@ class Blocks:
                     self._ask(file, ahead, fetch)
         return block.result()
 
-    def _ask(self, file: str, index: int, fetch: Callable[[int], bytes]) -> Future[bytes]:
+    def _ask(self, file: str, index: int, fetch: Callable[[int], memoryview]) -> Future[memoryview]:
         block = self._kept.get((file, index))
-        if block is None or (block.done() and (block.cancelled() or block.exception())):
+        if block is None or (block.done() and block.exception() is not None):
             block = self._kept[file, index] = self._pool.submit(fetch, index)
             while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)[1].cancel()
+                self._kept.popitem(last=False)  # who waits for it still gets it
         return block
 
 
 class Ranged:
-    """One version of a remote file; `fetch(begin, end)` gets exactly those bytes of that version.
+    """One version of a remote file; `fetch(buffer, offset)` fills `buffer` with that version.
 
     `head` is what is known of its beginning, `version` an entity tag, `find` what `beside` is for.
     """
@@ -76,7 +79,7 @@ class Ranged:
         version: str,
         head: bytes,
         size: int,
-        fetch: Callable[[int, int], bytes],
+        fetch: Callable[[memoryview, int], None],
         find: Callable[[str], "Ranged | None"],
         blocks: Blocks,
     ) -> None:
@@ -91,7 +94,7 @@ class Ranged:
         done = 0
         while done < wanted:
             index, start = divmod(offset + done, BLOCK_BYTES)
-            part = memoryview(self._block(index))[start : start + wanted - done]
+            part = self._block(index)[start : start + wanted - done]
             buffer[done : done + len(part)] = part
             done += len(part)
         return wanted
@@ -99,10 +102,13 @@ class Ranged:
     def beside(self, name: str) -> "Ranged | None":
         return self._find(name)
 
-    def _block(self, index: int) -> bytes:
+    def _block(self, index: int) -> memoryview:
         n_blocks = -(-self.size // BLOCK_BYTES)
         return self._blocks.get(f"{self.name} {self.version}", index, n_blocks, self._get)
 
-    def _get(self, index: int) -> bytes:
+    def _get(self, index: int) -> memoryview:
         begin = index * BLOCK_BYTES
-        return self._fetch(begin, min(begin + BLOCK_BYTES, self.size))
+        # Memory of its own, which goes back to the system when the block is dropped.
+        buffer = page_aligned(min(BLOCK_BYTES, self.size - begin))
+        self._fetch(buffer, begin)
+        return buffer

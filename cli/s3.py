@@ -5,10 +5,11 @@ error. An output is a multipart upload: parts are sent by several threads as the
 the last request makes all of them one object, or takes all of them back.
 """
 
+import io
 import secrets
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,6 +26,7 @@ _ABSENT = {"NoSuchKey", "AccessDenied"}
 # What a read of a version says when the object is another one by now, or gone.
 _CHANGED = {"PreconditionFailed", "NoSuchKey", "InvalidRange", "412"}
 _ATTEMPTS = 3
+_PIECE_BYTES = 2**18
 _PART_BYTES = 8 * 2**20
 _MOST_PARTS = 10_000
 _SENDERS = 6
@@ -42,7 +44,8 @@ def _open(client: Any, bucket: str, key: str, blocks: Blocks) -> Ranged:
     name = f"s3://{bucket}/{key}"
     try:
         answer = client.get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{HEAD_BYTES - 1}")
-        head, version = answer["Body"].read(HEAD_BYTES), answer["ETag"]
+        with closing(answer["Body"]) as body:
+            head, version = body.read(HEAD_BYTES), answer["ETag"]
         size = int(answer.get("ContentRange", str(answer["ContentLength"])).rpartition("/")[2])
     except ClientError as error:
         if code_of(error) != "InvalidRange":
@@ -51,8 +54,8 @@ def _open(client: Any, bucket: str, key: str, blocks: Blocks) -> Ranged:
     if len(head) != min(size, HEAD_BYTES):
         raise CommandError(f"{name}: the store does not send ranges of it")
 
-    def fetch(begin: int, end: int) -> bytes:
-        return _read(client, bucket, key, version, begin, end)
+    def fetch(buffer: memoryview, begin: int) -> None:
+        _read(client, bucket, key, version, buffer, begin)
 
     def find(sibling: str) -> Ranged | None:
         path = key[: key.rfind("/") + 1] + sibling
@@ -65,10 +68,10 @@ def _open(client: Any, bucket: str, key: str, blocks: Blocks) -> Ranged:
     return Ranged(name, version, head, size, fetch, find, blocks)
 
 
-def _read(client: Any, bucket: str, key: str, version: str, begin: int, end: int) -> bytes:
-    """Bytes `begin` to `end` of that version of an object, or BadFile."""
+def _read(client: Any, bucket: str, key: str, version: str, buffer: memoryview, begin: int) -> None:
+    """Fill `buffer` from byte `begin` of that version of an object, or BadFile."""
     name = f"s3://{bucket}/{key}"
-    span = f"bytes={begin}-{end - 1}"
+    span = f"bytes={begin}-{begin + len(buffer) - 1}"
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             answer = client.get_object(Bucket=bucket, Key=key, Range=span, IfMatch=version)
@@ -76,19 +79,28 @@ def _read(client: Any, bucket: str, key: str, version: str, begin: int, end: int
             if code_of(error) in _CHANGED:
                 raise _changed(name) from error
             raise BadFile(name, "st_unreadable", reason(error)) from error
-        if answer["ETag"] != version:  # some stores ignore If-Match
-            raise _changed(name)
-        try:
-            data = answer["Body"].read(end - begin + 1)
-        except (
-            BotoCoreError
-        ) as error:  # the connection broke; boto3 repeats only what failed at once
-            if attempt == _ATTEMPTS:
-                raise BadFile(name, "st_unreadable", reason(error)) from error
-            continue
-        if len(data) == end - begin:
-            return bytes(data)
-    raise BadFile(name, "st_short_read", f"the store sends other bytes than {span}")
+        with closing(answer["Body"]) as body:
+            if answer["ETag"] != version:  # some stores ignore If-Match
+                raise _changed(name)
+            try:
+                done = _receive(body, buffer)
+            except BotoCoreError as error:  # boto3 itself repeats only what fails before the body
+                if attempt == _ATTEMPTS:
+                    raise BadFile(name, "st_unreadable", reason(error)) from error
+                continue
+        if done == len(buffer):
+            return
+    raise BadFile(name, "st_short_read", f"the store does not send {span}")
+
+
+def _receive(body: Any, buffer: memoryview) -> int:
+    """How many bytes came, in small pieces: a large read is copied on its way through urllib3."""
+    done = 0
+    for chunk in body.iter_chunks(_PIECE_BYTES):
+        part = buffer[done : done + len(chunk)]
+        part[:] = chunk[: len(part)]
+        done += len(chunk)
+    return done
 
 
 def _changed(name: str) -> BadFile:
@@ -112,8 +124,7 @@ class S3Target:
         upload.take_back()
 
     def block_bytes(self, size: int) -> int:
-        mib = 2**20
-        return max(_PART_BYTES, -(-size // (_MOST_PARTS * mib)) * mib)
+        return max(_PART_BYTES, -(-size // _MOST_PARTS))
 
     def create(self, size: int, block: int) -> AbstractContextManager[Output]:
         return _Upload(self, block)
@@ -144,7 +155,7 @@ class _Upload:
         assert rest == 0, f"a part of {self._target.name} begins inside another"
         with self._or_cannot_write():
             answer = self._target.client.upload_part(
-                **self._upload, PartNumber=number + 1, Body=bytes(buffer[:n])
+                **self._upload, PartNumber=number + 1, Body=_Reader(buffer[:n])
             )
         with self._lock:
             self._parts[number + 1] = answer["ETag"]
@@ -204,6 +215,30 @@ class _Upload:
             yield
         except ERRORS as error:
             raise CannotWrite(self._target.name, reason(error)) from error
+
+
+class _Reader(io.RawIOBase):
+    """A part as the file that boto3 wants, so that it is not copied to be sent."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._at = data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._data[self._at : self._at + len(buffer)]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
+        self._at = start + offset
+        return self._at
 
 
 @contextmanager
