@@ -106,7 +106,10 @@ def bake(
     save_recipe: SaveRecipe = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Add adapters to a checkpoint's own weights: graft bake BASE ink.safetensors=0.8 -o OUT."""
+    """Add adapters to a checkpoint's own weights: graft bake BASE ink.safetensors=0.8 -o OUT.
+
+    s3://bucket/key is read, and written, where it lies: there is no local copy of the base.
+    """
     from merge.recipe import Recipe
 
     recipe = Recipe.parse(
