@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bake import make_adapter
+from bake import Model, make_adapter
 
 from merge.families import FAMILIES
 from merge.families.layers import OWN
@@ -58,7 +58,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.dir, prefix="combine-") as name:
         folder = Path(name)
         paths = [
-            make_adapter(folder, family, rank=rank, seed=seed) for seed, rank in enumerate(RANKS)
+            make_adapter(folder, Model(FAMILIES[family], "F16"), rank=rank, seed=seed)
+            for seed, rank in enumerate(RANKS)
         ]
         recipe = {
             "kind": "merge",

@@ -1,5 +1,7 @@
 """graft merge, bake, recipe run: wishes on the command line, results with their certificate."""
 
+import importlib
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -186,6 +188,7 @@ def _run(
         files = _gather(recipe, list(sources), blocks)
         if save_recipe is not None:
             _require_place(save_recipe, [place, *files.values()])
+        _import_meanwhile(files.values())
         with err.status("hashing"):
             recipe = recipe.pin({name: _pin(file) for name, file in files.items()})
         planned = plan(recipe, files)
@@ -205,6 +208,17 @@ def _run(
         )
     else:
         _print(planned, to, outcome)
+
+
+# Hashing takes as long as the import from here on.
+_LARGE = 2**30
+
+
+def _import_meanwhile(files: Iterable["File"]) -> None:
+    """Import torch beside the hashing of large files, which leaves a core and the interpreter free."""
+    here = [file for file in files if isinstance(file, Path) and file.is_file()]
+    if sum(file.stat().st_size for file in here) > _LARGE:
+        threading.Thread(target=importlib.import_module, args=("torch",)).start()
 
 
 def _require_place(recipe: Path, taken: Iterable["File | Target"]) -> None:
