@@ -23,7 +23,7 @@ from merge.families.layers import PARAMETER, parameter_key
 from merge.formats.folders import Folder, is_part, is_weight_index, read_component, read_folder
 from merge.formats.header import Header, TensorInfo, read_header
 from merge.formats.reader import TensorFile
-from merge.formats.sources import File, is_folder
+from merge.formats.sources import File
 
 BAKEABLE = {"F16": 2, "BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1}
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -116,10 +116,7 @@ class Base:
     others: tuple[str, ...] = ()
     single: Checkpoint | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_folder(self) -> bool:
-        return is_folder(self.path)
+    is_folder: bool = False
 
     @property
     def folder(self) -> Path:
@@ -362,7 +359,7 @@ def _open_folder(path: Path) -> Base:
     }
     indices = {component.index for component in folder.components.values()}
     others = tuple(sorted(_others(path, indices)))
-    return Base(path, "folder", files, others)
+    return Base(path, "folder", files, others, is_folder=True)
 
 
 def _open_model(path: Path) -> Base:
@@ -379,7 +376,7 @@ def _open_model(path: Path) -> Base:
             and not (is_weight_index(file.name) and file != model.index)
         )
     )
-    return Base(path, MODEL, files, others, config=model.config)
+    return Base(path, MODEL, files, others, config=model.config, is_folder=True)
 
 
 def _read_any_variant(path: Path) -> Folder:
