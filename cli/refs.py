@@ -197,9 +197,12 @@ def _huggingface() -> Connection:
 
 def _wanted(text: str, file: str | None, names: list[str]) -> tuple[str, list[str]]:
     """What the REF names inside the repo ("" is all of it), and the files that it needs."""
-    if file is None and "model_index.json" in names:
-        return "", names
+    from merge.formats.folders import files_of_base
+
     if file is None:
+        whole = files_of_base(names)
+        if whole is not None:
+            return "", whole
         file = _only_weights(text, names)
     folder = file.rstrip("/") + "/"
     inside = [name for name in names if name.startswith(folder)]

@@ -16,12 +16,11 @@ from hub.repos.models import Commit, CommitEntry, Repo
 from hub.users.service import Viewer
 from merge.errors import BadRecipe
 from merge.formats.adapters import CONFIG_NAME, takes_config
-from merge.formats.folders import digest_of_files
+from merge.formats.folders import digest_of_files, files_of_base
 from merge.formats.header import PREFIX_BYTES, header_length, parse_header
 from merge.recipe import Pinned, Recipe, Source
 
 _REF = re.compile(r"(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<file>.+))?")
-_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +101,8 @@ def _resolve(
     files = {item.path: item.sha256 for item in repos.entries(session, commit)}
     if match["file"] is not None:
         main = match["file"]
-    elif param == "base" and _INDEX in files:
-        main = None
+    elif param == "base" and (parts := files_of_base(files)) is not None:
+        main, files = None, {path: files[path] for path in parts}
     else:
         main = _only_file(files, param, source.ref)
     return _resolved(store, source.ref, repo, commit.id, main, files)

@@ -196,15 +196,22 @@ def _stale(made: Collection[str], present: Iterable[str]) -> Iterator[str]:
     """What the repo holds of an older pipeline that loaders would take for this one's weights.
 
     That is every other weight file and index in a folder in which the result, itself a folder, has
-    weights. The root is no such folder: adapters there are results of their own.
+    weights. At the root, where a transformers model has them, only what its loader looks for:
+    adapters there are results of their own.
     """
     weights = [PurePosixPath(path) for path in made if path.endswith(".safetensors")]
-    components = {path.parent for path in weights} - {PurePosixPath()}
+    components = {path.parent for path in weights if path.parent.name or _is_model(path.name)}
     for path in present:
         file = PurePosixPath(path)
         is_weights = file.suffix in {".safetensors", ".bin"} or is_weight_index(file.name)
-        if file.parent in components and is_weights and path not in made:
+        is_looked_for = file.parent.name or _is_model(file.name)
+        if file.parent in components and is_weights and is_looked_for and path not in made:
             yield path
+
+
+def _is_model(name: str) -> bool:
+    """Whether transformers takes a file of this name at a repo's root for weights or their index."""
+    return name.startswith(("model-", "model.", "pytorch_model"))
 
 
 def _is_private(session: Session, target: Publish, resolved: list[Resolved]) -> bool:

@@ -19,6 +19,7 @@ _PIPELINE = "model_index.json"
 _INDEX = ".safetensors.index"
 # diffusers calls its weights diffusion_pytorch_model, transformers calls them model.
 _STEMS = ("diffusion_pytorch_model", "model")
+_MODEL_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".pb"}
 
 
@@ -109,6 +110,20 @@ def is_part(relative: str) -> bool:
     path = PurePosixPath(relative)
     inside = len(path.parts) > 1 and path.suffix not in _OTHER_WEIGHTS
     return (inside or relative == _PIPELINE) and not _is_hidden(path)
+
+
+def files_of_base(names: Iterable[str]) -> list[str] | None:
+    """The files of a repo that is a base as a whole, a pipeline or a transformers model.
+
+    None of a repo that holds files of their own, adapters or single checkpoints.
+    """
+    found = set(names)
+    if _PIPELINE in found:
+        return sorted(found)
+    if "config.json" not in found or not any(map(_MODEL_WEIGHTS.fullmatch, found)):
+        return None
+    beside = (name for name in found if "/" not in name)
+    return sorted(name for name in beside if is_part(f"{_STEMS[1]}/{name}"))
 
 
 def is_weight_index(name: str) -> bool:

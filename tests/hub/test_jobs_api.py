@@ -16,6 +16,7 @@ import httpx2
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from huggingface_hub import HfApi
 from safetensors import safe_open
 
@@ -24,6 +25,7 @@ from hub.settings import Settings
 from hub.users import service as users
 from hub.users.models import Scope
 from merge.formats.writer import write_file
+from tests.fixtures.families import tiny_llama
 from tests.fixtures.server import RunningHub, running_hub
 from tests.fixtures.tiny_files import deltas_of, modules, write_base, write_lora
 
@@ -291,6 +293,53 @@ def test_a_baked_folder_leaves_no_weights_of_the_pipeline_it_replaces(
     assert paths == kept | made | {"unet/diffusion_pytorch_model.safetensors"}
     commits = ada.get("/api/models/ada/rebaked/commits/main").json()
     assert len(commits) == 3  # the first one, the upload, and the bake with what it deletes
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is dep:FutureWarning")
+def test_a_language_model_is_baked_as_the_folder_it_is(ada: Person, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    base, tuned, out = tmp_path / "base", tmp_path / "tuned", tmp_path / "out"
+    tiny_llama().save_pretrained(base, max_shard_size="100KB")
+    shards = {path.name for path in base.glob("model-*.safetensors")}
+    assert len(shards) > 1
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base),
+        LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(tuned)
+    ada.upload(base, "ada/tiny-llama")
+    ada.upload(tuned, "ada/llama-style")
+    old = tmp_path / "old"
+    old.mkdir()
+    for name in ("pytorch_model.bin", "model.safetensors.index.json.old", "notes.txt"):
+        (old / name).write_text(name)
+    write_file(old / "style.safetensors", {"a": np.ones(1, np.float32)}, {})
+    ada.upload(old, "ada/llama-baked")
+    body = {
+        "recipe": {
+            "kind": "bake",
+            "base": {"ref": "ada/tiny-llama"},
+            "inputs": [{"ref": "ada/llama-style", "strength": 1.0}],
+        },
+        "publish": {"repo": "ada/llama-baked"},
+    }
+    answer = ada.post("/api/bakes", body)
+    assert answer.status_code == 202, answer.text
+    job = ada.wait(answer.json()["id"])
+    assert job["state"] == "succeeded", job["error"]
+    listed = ada.get("/api/models/ada/llama-baked/tree/main?recursive=true").json()
+    paths = {item["path"] for item in listed} - {".gitattributes", "README.md"}
+    beside = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+    assert paths >= shards | beside | {"style.safetensors", "notes.txt"}
+    assert "pytorch_model.bin" not in paths
+    out.mkdir()
+    for path in shards | beside:
+        (out / path).write_bytes(ada.get(f"/ada/llama-baked/resolve/main/{path}").content)
+    baked = LlamaForCausalLM.from_pretrained(out).state_dict()
+    for name, weight in model.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(baked[name], weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
