@@ -53,7 +53,7 @@ class Patch:
     @property
     def working_elements(self) -> int:
         """Elements of what a thread holds to compute it, at most: three copies of low-rank factors,
-        or the adapters' dense changes, beside the whole weights that some of them depend on.
+        or four matrices as large as the weight (itself, its change and what that takes to compute).
         """
         held = 0
         for term in self.terms:
@@ -61,7 +61,7 @@ class Patch:
             if term.entry.needs == "nothing" and term.entry.exact_rank is not None:
                 held += 3 * (self.rows + self.columns) * term.entry.exact_rank
             else:
-                held += 3 * out * inner
+                held += 4 * out * inner
         return held
 
 

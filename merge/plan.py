@@ -204,7 +204,7 @@ def _plan_bake(
     patches = [p for keys in found.patches.values() for its in keys.values() for p in its]
     largest = max((patch.working_elements for patch in patches), default=0) * working
     changed = {patch.name for patch in patches}
-    cost = Cost(len(changed), written, _WORKERS * (largest + TILE_BYTES) + BLOCKS_BYTES)
+    cost = Cost(len(changed), written, (_WORKERS + 1) * (largest + TILE_BYTES) + BLOCKS_BYTES)
     return BakePlan(
         recipe, adapters, left_out, base, found.patches, found.additions, found.notes, cost
     )

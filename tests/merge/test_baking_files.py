@@ -8,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -847,22 +847,29 @@ print("peak", peak, planned.cost.memory_bytes)
 """
 
 
-def _large_bake(tmp_path: Path) -> list[str]:
-    """A base of 400 MB, all zeros, and an adapter of one of its two layers."""
-    family = FAMILIES["sd15"]
-    tensors: State = {}
-    name = ("unet", "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj")
-    shape = family.components["unet"][name[1]].shape
-    tensors[f"{name[1]}.weight"] = torch.zeros(shape, dtype=torch.float16)
-    tensors["down_blocks.0.large"] = torch.zeros(200_000_000, dtype=torch.float16)
-    save_file(tensors, tmp_path / "base.safetensors")
-    made = make_adapter(tmp_path / "a.safetensors", family, [name])
-    recipe, _ = make_recipe([(made.path, 1.0)], base=tmp_path / "base.safetensors")
+def _script(tmp_path: Path, base: State, adapter: State) -> list[str]:
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(adapter, tmp_path / "a.safetensors")
+    inputs = [(tmp_path / "a.safetensors", 1.0)]
+    recipe, _ = make_recipe(inputs, base=tmp_path / "base.safetensors")
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     return [
         *(sys.executable, "-c", LARGE_BAKE),
         *(str(tmp_path / "recipe.yaml"), str(tmp_path / "out.safetensors")),
     ]
+
+
+def _large_bake(tmp_path: Path) -> list[str]:
+    """A base of 400 MB, all zeros, and an adapter of one of its two layers."""
+    base = {
+        "blocks.0.proj.weight": torch.zeros(2560, 320, dtype=torch.float16),
+        "blocks.0.large": torch.zeros(200_000_000, dtype=torch.float16),
+    }
+    adapter = {
+        "blocks.0.proj.lora_down.weight": torch.randn(4, 320),
+        "blocks.0.proj.lora_up.weight": torch.randn(2560, 4),
+    }
+    return _script(tmp_path, base, adapter)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's RssAnon")
@@ -874,10 +881,83 @@ def test_memory_does_not_grow_with_the_base(tmp_path: Path) -> None:
     assert (tmp_path / "base.safetensors").stat().st_size > 400e6
 
 
-def test_a_process_that_is_killed_leaves_no_output(tmp_path: Path) -> None:
-    with subprocess.Popen(_large_bake(tmp_path), stdout=subprocess.PIPE, text=True) as child:
+_SIDE = 3072
+_DENSE: dict[str, dict[str, tuple[int, ...]]] = {
+    "dora of rows": {
+        "lora_down.weight": (8, _SIDE),
+        "lora_up.weight": (_SIDE, 8),
+        "dora_scale": (_SIDE, 1),
+    },
+    "dora of inputs": {
+        "lora_down.weight": (8, _SIDE),
+        "lora_up.weight": (_SIDE, 8),
+        "dora_scale": (1, _SIDE),
+    },
+    "lokr": {"lokr_w1": (32, 32), "lokr_w2": (96, 96)},
+    "oft": {"oft_blocks": (96, 32, 32)},
+    "full": {"diff": (_SIDE, _SIDE)},
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's RssAnon")
+@pytest.mark.parametrize("algorithm", list(_DENSE))
+def test_memory_is_bounded_for_changes_that_are_no_product(algorithm: str, tmp_path: Path) -> None:
+    """Eight layers of 9.4 million entries: the bound is of those at work, not of all."""
+    base, adapter = {}, {}
+    for number in range(8):
+        stem = f"blocks.{number}.proj"
+        base[f"{stem}.weight"] = torch.ones(_SIDE, _SIDE, dtype=torch.float16)
+        for suffix, shape in _DENSE[algorithm].items():
+            adapter[f"{stem}.{suffix}"] = torch.full(shape, 0.01)
+    command = _script(tmp_path, base, adapter)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    _, peak, bound = done.stdout.splitlines()[-1].split()
+    assert int(peak) < int(bound) + 40e6
+    assert int(bound) < 600e6
+
+
+@pytest.mark.parametrize("steps", [1, 15, 60, 95])
+def test_a_process_that_is_killed_leaves_no_output(steps: int, tmp_path: Path) -> None:
+    """At any moment; what was there before stays."""
+    command = _large_bake(tmp_path)
+    (tmp_path / "out.safetensors").write_bytes(b"what was there")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
-        child.stdout.readline()  # the first step is done, the last one is not
+        for _ in range(steps):
+            assert child.stdout.readline()
         child.kill()
     names = sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("."))
-    assert names == ["a.safetensors", "base.safetensors", "recipe.yaml"]
+    assert names == ["a.safetensors", "base.safetensors", "out.safetensors", "recipe.yaml"]
+    assert (tmp_path / "out.safetensors").read_bytes() == b"what was there"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB, where the system lets us mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
+    if shutil.which("mount") is None:
+        pytest.skip("needs mount")
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full_is_known_before_a_byte(
+    sd15: Family, monkeypatch: pytest.MonkeyPatch, small_disk: Path, tmp_path: Path
+) -> None:
+    base = make_base(tmp_path, sd15, "ldm", torch.float16)
+    made = make_adapter(tmp_path / "a.safetensors", sd15, some_of(sd15))
+    planned = plan(*make_recipe([(made.path, 1.0)], base=base))
+    with pytest.raises(CannotWrite, match=r"needs \d+ bytes where \d+ are free"):
+        execute(planned, small_disk / "out.safetensors")
+    # Somebody else may take the room between the question and the answer.
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CannotWrite, match="No space left on device; nothing was written"):
+        execute(planned, small_disk / "out.safetensors")
+    assert list(small_disk.iterdir()) == []
