@@ -169,6 +169,21 @@ def test_halves_that_a_naming_swaps_end_where_they_belong(family: Family, tmp_pa
     assert torch.equal(after["norm_out.linear.weight"], wanted)
 
 
+def test_halves_and_the_whole_of_one_module_add_up(family: Family, tmp_path: Path) -> None:
+    """The one adapter comes in two runs of rows, so that the other one's rows are cut."""
+    inputs, deltas = [], []
+    for stem in ("diffusion_model.final.adaLN.1", f"{PREFIX}norm_out.linear"):
+        tensors = _factors("lora", 16, 8)
+        (tmp_path / stem).mkdir()
+        inputs.append((_write(tmp_path / stem, stem, tensors), 1.0))
+        up, down = (tensors[f"lora_{side}.weight"].double() for side in ("up", "down"))
+        deltas.append(0.5 * up @ down)
+    after = _baked_alike(tmp_path, family, inputs, torch.float32)
+    before = _own_state(family, torch.float32)["norm_out.linear.weight"].double()
+    wanted = before + torch.cat([deltas[0][8:], deltas[0][:8]]) + deltas[1]
+    np.testing.assert_allclose(after["norm_out.linear.weight"], wanted, rtol=0, atol=1e-6)
+
+
 def test_a_block_strength_on_q_reaches_only_its_rows_of_a_packed_layer(
     family: Family, tmp_path: Path
 ) -> None:
