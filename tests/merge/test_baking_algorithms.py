@@ -7,7 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.fixtures.engine import run
+from merge.bake import bake
+from merge.blocks import Options
+from merge.plan import BakePlan, plan
+from tests.fixtures.engine import make_recipe, run
 from tests.fixtures.factors import Layer, layers, write_base, write_factors
 
 LAYOUTS = [
@@ -53,3 +56,19 @@ def test_strength_zero_gives_the_base_whatever_the_algorithm(layout: str, tmp_pa
     before, after = load_file(base), load_file(tmp_path / "out.safetensors")
     assert list(before) == list(after)
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("layout", ["lora", "lokr", "glora", "oft", "boft", "hira", "full"])
+def test_reproducible_bytes_whatever_the_algorithm(layout: str, tmp_path: Path) -> None:
+    """For any number of threads, any tile and any block, which cut rows and elements."""
+    held = layers(layout)
+    base = write_base(tmp_path / "base.safetensors", held, torch.bfloat16)
+    adapter = write_factors(tmp_path / "adapter.safetensors", layout, held)
+    planned = plan(*make_recipe([(adapter, 0.7)], base=base, numerics="reproducible"))
+    assert isinstance(planned, BakePlan)
+    found = set()
+    for workers, tile, block in [(1, 2**18, 2**22), (3, 1, 4096), (2, 40, 999), (4, 7, 31)]:
+        options = Options(workers, True, lambda step: None, lambda: False, block)
+        digests, _ = bake(planned, tmp_path / "out.safetensors", options, tile=tile)
+        found |= set(digests.values())
+    assert len(found) == 1
