@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from merge.errors import BadAdapter
+from merge.formats.grammar import counts_alpha
 from merge.formats.hashes import Hashes
 from merge.formats.header import Header
 from merge.formats.keys import Survey
@@ -122,7 +123,7 @@ def _of_missing_alphas(found: Survey) -> list[Doubt]:
 def _of_unused_alphas(found: Survey, alphas: Mapping[str, float]) -> Iterator[Doubt]:
     """LyCORIS stores an alpha beside two whole factors of a Kronecker product and ignores it."""
     whole = [
-        g.keys["alpha"] for g in found.groups if g.keys.keys() >= {"lokr_w1", "lokr_w2", "alpha"}
+        g.keys["alpha"] for g in found.groups if "alpha" in g.keys and not counts_alpha(g.keys)
     ]
     if any(alphas.get(key, 1.0) != 1.0 for key in whole):
         message = (

@@ -328,22 +328,23 @@ _EMBEDDING_KEYS = {
     *("emb_params", "clip_l", "clip_g", "t5xxl", "t5"),
     *("clip_l_out", "clip_g_out", "t5_out"),
 }
-_EMBEDDING_FAMILIES = {768: "sd15", 1024: "sd2", 1280: "sdxl-refiner"}
+_EMBEDDING_FAMILIES = {768: ("sd15",), 1024: ("sd2",), 1280: ("sdxl-refiner",)}
+_SD3 = ("sd3-medium", "sd35-medium", "sd35-large")
 
 
 def _embedding_facts(file: TensorFile) -> _Facts:
     tensors = file.header.tensors
     widths = {info.shape[-1] for info in tensors.values() if info.shape}
     if {768, 1280} <= widths:
-        name = "sd3" if 4096 in widths else "sdxl"
+        names: tuple[str, ...] = _SD3 if 4096 in widths else ("sdxl",)
     elif {768, 4096} <= widths:
-        name = "flux1"
+        names = ("flux1",)
     else:
-        name = _EMBEDDING_FAMILIES.get(max(widths, default=0), "")
+        names = _EMBEDDING_FAMILIES.get(max(widths, default=0), ())
     why = f"its vectors are {_listed(sorted(widths))} wide"
     return _Facts(
         kind=EMBEDDING,
-        families=(FamilyGuess(name, 0.8, why),) if name else (),
+        families=tuple(FamilyGuess(name, round(0.8 / len(names), 2), why) for name in names),
         components={key: _n_vectors(info.shape) for key, info in tensors.items()},
     )
 

@@ -15,6 +15,7 @@ from merge.algorithms.change import Change
 from merge.bases import Base, Slice
 from merge.errors import BadFile, NotFinite, ShapeMismatch
 from merge.formats.adapters import Entry
+from merge.formats.grammar import counts_alpha
 from merge.formats.header import Header
 from merge.formats.reader import TensorFile
 from merge.formats.sources import File
@@ -60,7 +61,12 @@ class Inputs:
     def change(self, adapter: int, entry: Entry, dtype: torch.dtype) -> Change:
         """What an entry does at strength 1, computed in `dtype`; refuses NaN and Inf."""
         name = self._adapters[adapter].name
-        tensors = {role: self._read(adapter, key, dtype) for role, key in entry.keys.items()}
+        unread = set() if counts_alpha(entry.keys) else {"alpha"}  # it may be Inf, and often is
+        tensors = {
+            role: self._read(adapter, key, dtype)
+            for role, key in entry.keys.items()
+            if role not in unread
+        }
         try:
             return read_change(entry.layout, tensors, entry.layer.shape, entry.facts)
         except ValueError as error:

@@ -6,7 +6,7 @@ A new layout is a row here, its shape rule in merge.formats.shapes, a reader in 
 and a page in docs/formats.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 # What `needs` answers: how much of the base's weight the change of some rows depends on.
@@ -171,6 +171,13 @@ def _matched(row: Algorithm, roles: frozenset[str]) -> Match:
 
 def _likeness(row: Algorithm, roles: frozenset[str]) -> tuple[int, int]:
     return len(row.required & roles), len(row.allowed & roles) - len(row.required - roles)
+
+
+def counts_alpha(roles: Collection[str]) -> bool:
+    """Whether an alpha among these roles means anything: beside two whole factors of a Kronecker
+    product LyCORIS stores one and ignores it.
+    """
+    return not {"lokr_w1", "lokr_w2"} <= set(roles)
 
 
 def parts_of(keys: Mapping[str, str]) -> tuple[Mapping[str, str], ...]:

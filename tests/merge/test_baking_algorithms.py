@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from merge.bake import bake
 from merge.blocks import Options
@@ -72,3 +72,20 @@ def test_reproducible_bytes_whatever_the_algorithm(layout: str, tmp_path: Path) 
         digests, _ = bake(planned, tmp_path / "out.safetensors", options, tile=tile)
         found |= set(digests.values())
     assert len(found) == 1
+
+
+def test_an_overflown_alpha_beside_two_whole_factors_counts_for_nothing(tmp_path: Path) -> None:
+    left, right = torch.randn(2, 2), torch.randn(3, 3)
+    stem = "model.layers.0.mlp.up_proj"
+    adapter = {
+        f"{stem}.lokr_w1": left,
+        f"{stem}.lokr_w2": right,
+        f"{stem}.alpha": torch.tensor(1e5, dtype=torch.float16),  # inf
+    }
+    base = {f"{stem}.weight": torch.randn(6, 6)}
+    save_file(adapter, tmp_path / "adapter.safetensors")
+    save_file(base, tmp_path / "base.safetensors")
+    out = tmp_path / "out.safetensors"
+    run(out, [(tmp_path / "adapter.safetensors", 1.0)], base=tmp_path / "base.safetensors")
+    expected = base[f"{stem}.weight"] + torch.kron(left, right)
+    torch.testing.assert_close(load_file(out)[f"{stem}.weight"], expected)

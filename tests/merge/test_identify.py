@@ -437,7 +437,8 @@ def test_a_checkpoint_of_another_family_is_one_without_a_name(tmp_path: Path) ->
     [
         ({"emb_params": (3, 768)}, ["sd15"], {"emb_params": 3}),
         ({"clip_l": (2, 768), "clip_g": (2, 1280)}, ["sdxl"], {"clip_l": 2, "clip_g": 2}),
-        ({"clip_l": (1, 768), "clip_g": (1, 1280), "t5xxl": (1, 4096)}, ["sd3"],
+        ({"clip_l": (1, 768), "clip_g": (1, 1280), "t5xxl": (1, 4096)},
+         ["sd3-medium", "sd35-medium", "sd35-large"],
          {"clip_l": 1, "clip_g": 1, "t5xxl": 1}),
         ({"<cat-toy>": (768,)}, ["sd15"], {"<cat-toy>": 1}),
         ({"<cat>": (1024,), "<cat>_1": (1024,)}, ["sd2"], {"<cat>": 1, "<cat>_1": 1}),
