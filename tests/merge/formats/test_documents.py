@@ -11,6 +11,7 @@ from merge.doubts import of_refusal
 from merge.families import FAMILIES
 from merge.formats.dialects import write_keys
 from merge.formats.grammar import ALGORITHMS
+from merge.formats.suffixes import SUFFIXES
 
 ROOT = Path(__file__).parents[3]
 FORMATS = ROOT / "docs" / "formats"
@@ -36,6 +37,25 @@ def test_every_warning_is_documented_and_the_other_way_round() -> None:
 def test_every_algorithm_is_named_on_the_page() -> None:
     page = (FORMATS / "identify.md").read_text()
     assert {row.name for row in ALGORITHMS} - set(re.findall(r"`([\w-]+)`", page)) == set()
+
+
+# Layouts that share the page of the algorithm they are most like.
+_PAGES = {"norm": "full", "ln-tuning": "replacement", "tokens": "replacement"}
+
+
+@pytest.mark.parametrize("name", sorted({row.name for row in ALGORITHMS if row.layout}))
+def test_an_algorithm_has_a_page_with_the_suffix_of_every_tensor(name: str) -> None:
+    page = (FORMATS / f"{_PAGES.get(name, name)}.md").read_text()
+    named = set(re.findall(r"\.\w+(?:\.\w+)*", " ".join(re.findall(r"`([^`\n]+)`", page))))
+    for row in ALGORITHMS:
+        is_described = row.name == name and row.layout
+        for role in row.required if is_described else ():
+            numbered = role.partition(".")[0] if role not in _ROLES else role
+            spellings = {key for key, its in SUFFIXES.items() if its.role in (role, numbered)}
+            assert spellings & named, f"{row.layout}: {role}, which is one of {sorted(spellings)}"
+
+
+_ROLES = {its.role for its in SUFFIXES.values()}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FORMATS.glob("*.md")))
