@@ -18,7 +18,10 @@ from torch import Tensor
 from merge.algorithms.change import Change, Needs
 from merge.algorithms.lowrank import check_extent, extent
 
-_PEFT = [f"glora_{letter}.{part}" for letter in "ABCDE" for part in ("Xd", "Xu", "X", "zeros")]
+_PEFT = [
+    *(f"glora_{letter}.{part}" for letter in "ABC" for part in ("Xd", "Xu", "X", "zeros")),
+    *(f"glora_{letter}.{part}" for letter in "DE" for part in ("X", "zeros")),
+]
 _FORK = [f"glora_{path}" for path in ("Ad", "Au", "Bd", "Bu", "Cd", "Cu", "D", "E")]
 ROLES = " ".join([*_PEFT, *_FORK])
 EVAL_CONFIG = "eval_config"  # the fact that says which part of the paper's supernet counts

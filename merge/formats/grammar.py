@@ -39,7 +39,8 @@ def _row(
 _SCALES = "alpha scalar dora_scale"
 _SPARSE = "bias_indices bias_values bias_size"
 _PAPER_PARTS = " ".join(
-    f"glora_{letter}.{p}" for letter in "ABCDE" for p in ("Xd", "Xu", "X", "zeros")
+    [f"glora_{letter}.{part}" for letter in "ABC" for part in ("Xd", "Xu", "X", "zeros")]
+    + [f"glora_{letter}.{part}" for letter in "DE" for part in ("X", "zeros")]
 )
 _FORK_PARTS = "glora_Ad glora_Au glora_Bd glora_Bu glora_Cd glora_Cu glora_D glora_E"
 

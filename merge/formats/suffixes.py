@@ -108,7 +108,7 @@ _SUFFIXES: dict[str, Suffix] = {
     **{
         f".glora_{letter}.{part}": Suffix(f"glora_{letter}.{part}", PEFT)
         for letter in "ABCDE"
-        for part in ("Xd", "Xu", "X", "zeros")
+        for part in (("Xd", "Xu", "X", "zeros") if letter in "ABC" else ("X", "zeros"))
     },
     # Stability's Control-LoRA
     ".down": Suffix("control_down", OTHER),
