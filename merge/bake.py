@@ -234,6 +234,8 @@ class _Rewrite:
         """Fill `out` with the patched bytes of a segment from its byte `start` on.
 
         Where a block begins or ends inside a row, all of the row is computed and a part is taken.
+        How many rows a product has may show in its last bits, and in float32 in what is stored:
+        reproducible tiles are the same wherever blocks begin and end.
         """
         segment = self._segments[index]
         patch = segment.patch
@@ -243,10 +245,13 @@ class _Rewrite:
         item = row_bytes // patch.columns
         stop = start + len(out)
         last, step = -(-stop // row_bytes), max(1, self._tile // patch.columns)
+        first, end = start // row_bytes, last
+        if self._working is torch.float64:
+            first, end = first - first % step, patch.rows
         found = Touched()
-        for row in range(start // row_bytes, last, step):
+        for row in range(first, last, step):
             at = row * row_bytes
-            rows = min(step, last - row)
+            rows = min(step, end - row)
             tile = self._compute_tile(segment, patch, ready, row, rows, source)
             low, high = max(start, at), min(stop, at + len(tile.stored))
             out[low - start : high - start] = _bytes(tile.stored[low - at : high - at])

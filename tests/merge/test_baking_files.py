@@ -42,6 +42,7 @@ from tests.fixtures.engine import (
     Array,
     MadeAdapter,
     Name,
+    adaptable,
     make_adapter,
     make_recipe,
     run,
@@ -370,6 +371,23 @@ def test_reproducible_bytes_for_any_number_of_threads_tile_and_block(
             *((1, 2**18, 2**22), (2, 2**18, 2**22), (5, 2**18, 4096), (2, 1, 2**22)),
             *((3, 100, 999_999), (1, 5000, 77_777)),
         ]
+    }
+    assert len(found) == 1
+
+
+def test_reproducible_bytes_of_float32_for_any_block(sd15: Family, tmp_path: Path) -> None:
+    """Where float32 is stored the last bits of a product show, and those depend on its rows."""
+    names = adaptable(sd15)
+    base, made = (
+        make_base(tmp_path, sd15, "ldm", torch.float32),
+        _two_adapters(tmp_path, sd15, names),
+    )
+    inputs = [(a.path, s) for a, s in zip(made, STRENGTHS, strict=True)]
+    planned = plan(*make_recipe(inputs, base=base, numerics="reproducible"))
+    assert isinstance(planned, BakePlan)
+    found = {
+        _bake_with(tmp_path / "out.safetensors", planned, workers, 4096, block)
+        for workers, block in ((1, 2**22), (3, 65_537), (2, 12_288))
     }
     assert len(found) == 1
 
