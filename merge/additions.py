@@ -59,6 +59,17 @@ class Additions:
         if _last(module) in _EMBEDDINGS:
             self._untie()
 
+    def copy_of(self, module: str) -> Slice | None:
+        """The output layer that was added as a copy of `module`, the embedding; None without one."""
+        found = self._base.find_key(module, "weight")
+        if found is None:
+            return None
+        file, key = found
+        added = self.tensors.get(file, {}).get(f"{HEAD}.weight")
+        if added is None or added.source != key:
+            return None
+        return Slice(file, f"{HEAD}.weight", 0, added.shape[0], added.shape[1])
+
     def bias(self, module: str) -> Slice | None:
         """A bias for a layer whose class has a switch for it, of zeros; None for all others."""
         kind = self._base.config.get("model_type")

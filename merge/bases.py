@@ -47,7 +47,7 @@ _COMPONENTS = {
 _WRAPPERS = frozenset(
     {"model", "language_model", "transformer", "gpt_neox", "base_model", "diffusion_model"}
 )
-# GPT-2's Conv1D holds its matrix the other way round.
+# Layers that GPT, GPT-2 and their kin have as Conv1D, which holds its matrix the other way round.
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 _QUANTISED = {
     "qweight": "GPTQ or AWQ",
@@ -133,7 +133,7 @@ class Base:
         if found is None:
             return ()
         whole = self._whole(*found)
-        return (replace(whole, is_transposed=parameter == "weight" and self._is_conv1d(module)),)
+        return (replace(whole, is_transposed=parameter == "weight" and self.is_conv1d(module)),)
 
     def find_key(self, module: str, parameter: str) -> tuple[str, str] | None:
         """(file, key) of a parameter of a transformers model, whatever its wrappers are called."""
@@ -291,9 +291,24 @@ class Base:
                 found.setdefault((file.component, _unwrap(key)), []).append((name, key))
         return found
 
-    def _is_conv1d(self, module: str) -> bool:
-        last = module.rpartition(".")[2]
-        return self.config.get("model_type") == "gpt2" and last in _CONV1D
+    def is_conv1d(self, module: str) -> bool:
+        """Whether a layer's weight is stored as (in, out)."""
+        return self._has_conv1d and module.rpartition(".")[2] in _CONV1D
+
+    @cached_property
+    def _has_conv1d(self) -> bool:
+        """As shapes show it, for a file alone has no configuration, and other models have linear
+        layers of these names: c_attn is never square, and its bias is as long as its outputs.
+        """
+        tensors = {
+            k: info for file in self.files.values() for k, info in file.header.tensors.items()
+        }
+        return any(
+            tensors[bias].shape == info.shape[1:]
+            for key, info in tensors.items()
+            if key.endswith("c_attn.weight") and info.shape[:1] != info.shape[1:]
+            if (bias := key.removesuffix("weight") + "bias") in tensors
+        )
 
     def _whole(self, name: str, key: str) -> Slice:
         info = self.files[name].header.tensors[key]

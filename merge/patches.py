@@ -12,13 +12,13 @@ from math import prod
 from typing import NamedTuple
 
 from merge.additions import Additions
-from merge.bases import Base, Scale, Slice
+from merge.bases import Base, Experts, Scale, Slice
 from merge.errors import ShapeMismatch, UnknownModules, Unsupported
 from merge.families import Run
 from merge.formats.adapters import Entry
 from merge.terms import Name, Source, Term, terms_in
 
-_EXPERTS = "lora-experts"
+_EXPERTS, _TOKENS, _REPLACEMENT = "lora-experts", "tokens", "replacement"
 # Roles that give a bias to a layer without one; others (IA3, GLoRA's D) scale what is there.
 _ADDS_BIAS = frozenset(
     {
@@ -126,15 +126,27 @@ class _Finder:
         if not pieces:
             self._miss(name, sources)
             return
-        if on_weight:
+        self._check_replaced(module, on_weight)
+        # New rows of tokens are for both ends of a tied model, as they are while PEFT trains them.
+        tokens = [source for source in on_weight if source.entry.layout == _TOKENS]
+        if len(tokens) < len(on_weight):
             self._additions.keep_head(module)
         shape = self._base.shape(component, module, kind=kind)
         on_weight = [_resolved(source, shape) for source in on_weight]
         self._check_rows(name, on_weight, pieces)
         for piece in pieces:
             self._add_piece(name, "weight", piece, on_weight)
+        if tokens and (head := self._additions.copy_of(module)) is not None:
+            self._add_piece(name, "weight", head, [_resolved(source, shape) for source in tokens])
         if on_bias:
             self._add_bias(component, module, [_resolved(source, shape) for source in on_bias])
+
+    def _check_replaced(self, module: str, sources: Sequence[Source]) -> None:
+        """New values for a Conv1D are stored as it is itself, which no shape says of a square one."""
+        for source in sources:
+            if source.entry.layout == _REPLACEMENT and self._base.is_conv1d(module):
+                why = f"{source.entry.name} replaces a Conv1D, whose matrix is stored as (in, out)"
+                raise Unsupported(self._adapters[source.adapter], why)
 
     def _added_head(self, module: str, sources: Sequence[Source]) -> tuple[Slice, ...]:
         """The output layer of a model whose embedding it was."""
@@ -200,6 +212,7 @@ class _Finder:
             if not _is_expert(source.entry):
                 why = f"packed experts ({name}) take low-rank factors of every expert and no other"
                 raise Unsupported(self._adapters[source.adapter], why)
+            self._check_experts(name, source, experts)
         resolved = [_resolved(source, experts.shape) for source in sources]
         rows = experts.shape[0] * experts.shape[1]
         runs = [replace(source, run=Run(module, 0, 0, rows)) for source in resolved]
@@ -209,6 +222,12 @@ class _Finder:
                 target.pieces.extend(
                     _Piece(name, "weight", False, part) for part in _by_expert(term)
                 )
+
+    def _check_experts(self, name: str, source: Source, experts: Experts) -> None:
+        held, found = source.entry.layer.shape[0], experts.shape[0]
+        if held != found:
+            detail = f"the factors are those of {held} experts, and the base has {found}"
+            raise ShapeMismatch(self._adapters[source.adapter], name, detail)
 
     def _target(self, piece: Slice, columns: int, is_transposed: bool) -> _Target:
         if (known := self._targets.get((piece.file, piece.key))) is not None:

@@ -130,23 +130,26 @@ class Config:
         outermost_first = sorted(
             names, key=_DEFINED.index if len(names) > 1 else None, reverse=True
         )
-        return outermost_first[location.wraps], self._rank(location)
+        parameter = outermost_first[location.wraps]
+        return parameter, self._rank(f"{location.whole}.{parameter}")
 
-    def _rank(self, location: Location) -> int:
-        rank = self._ranks.first(location.whole, self._config.get("r", 8))
+    def _rank(self, path: str) -> int:
+        rank = self._ranks.first(path, self._config.get("r", 8))
         if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
             raise Unsupported(self._name, f"its configuration has the rank {rank!r}")
         return rank
 
     def _lora_scale(self, location: Location, dims: Dims) -> float:
-        alpha = self._alpha(location, "lora_alpha")
-        rank = self._rank(location) if self.experts(location) else dims.rank
+        path, rank = location.whole, dims.rank
+        if (target := self.experts(location)) is not None:
+            path, rank = f"{path}.{target[0]}", target[1]  # patterns are of parameters then
+        alpha = self._alpha(path, "lora_alpha")
         assert rank is not None
         return alpha / (sqrt(rank) if self._config.get("use_rslora") else float(rank))
 
     def _lycoris_scale(self, location: Location) -> float:
         """PEFT's LoHa and LoKr: alpha / r whatever the factors are, also for two full ones."""
-        return self._alpha(location, "alpha") / self._rank(location)
+        return self._alpha(location.whole, "alpha") / self._rank(location.whole)
 
     def _rope_heads(self, location: Location) -> int:
         """Heads of a query or key projection, whose rows torchtune orders otherwise; 0 for others."""
@@ -170,9 +173,9 @@ class Config:
         parameters = _mapping(self._config.get("lora_parameters"))
         return self._number("scale", parameters.get("scale", _MLX_SCALE))
 
-    def _alpha(self, location: Location, name: str) -> float:
+    def _alpha(self, path: str, name: str) -> float:
         default = self._config.get(name, 8)  # PEFT's default
-        return self._number("alpha", self._alphas.first(location.whole, default))
+        return self._number("alpha", self._alphas.first(path, default))
 
     def _number(self, what: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):

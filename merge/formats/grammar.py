@@ -113,6 +113,8 @@ SAME = {"ln_tuning_weight": "weight", "ln_tuning_bias": "bias", "scale": "weight
 PLAIN_ROLES = frozenset({"weight", "bias", "scale"})
 # Roles that change another parameter than the row they stand beside, and make a part of their own.
 _APART = (frozenset({"diff", "diff_b"}), frozenset({"w_norm", "b_norm"}), frozenset({"bias"}))
+_WHOLE_LAYER = frozenset({"weight", "bias"})
+_PEFT = "base_model.model."
 _WHY = {
     "vblora": "VB-LoRA takes its factors from a bank of vectors",
     "randlora": "RandLoRA regenerates its projections from a seed",
@@ -185,13 +187,23 @@ def parts_of(keys: Mapping[str, str]) -> tuple[Mapping[str, str], ...]:
     """A module's roles and keys, cut where a file changes weight and bias by different algorithms.
 
     Distilled models come as low-rank factors beside `diff_b`, and PEFT (bias="all") saves the
-    module's own bias beside its factors. Each part has a row of its own.
+    module's own bias beside its factors. Of embeddings and heads that it adapts PEFT saves the weight
+    too, for their vocabulary may have grown. Each part has a row of its own.
     """
     if algorithm_of(frozenset(keys)).is_whole:
         return (keys,)
     for apart in _APART:
-        part = {role: key for role, key in keys.items() if role in apart}
-        rest = {role: key for role, key in keys.items() if role not in apart}
-        if part and rest and algorithm_of(frozenset(rest)).is_whole:
-            return rest, part
-    return (keys,)
+        if parts := _cut(keys, apart):
+            return parts
+    parts = _cut(keys, _WHOLE_LAYER) if keys.get("weight", "").startswith(_PEFT) else ()
+    if not parts or "dora_scale" in keys:
+        return (keys,)
+    # What depends on the weight would have to see the one that is saved.
+    return parts if algorithm_of(frozenset(parts[0])).needs == NOTHING else (keys,)
+
+
+def _cut(keys: Mapping[str, str], apart: frozenset[str]) -> tuple[Mapping[str, str], ...]:
+    """The keys without some roles, if they are whole, and those; nothing otherwise."""
+    part = {role: key for role, key in keys.items() if role in apart}
+    rest = {role: key for role, key in keys.items() if role not in apart}
+    return (rest, part) if part and rest and algorithm_of(frozenset(rest)).is_whole else ()

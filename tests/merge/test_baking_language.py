@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge.errors import BadRecipe, UnknownModules, Unsupported
+from merge.errors import BadRecipe, ShapeMismatch, UnknownKeys, UnknownModules, Unsupported
 from merge.plan import plan
 from tests.fixtures.engine import make_recipe, run
 
@@ -41,6 +41,13 @@ def _gpt2() -> Any:
 
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 96, "n_positions": 32}
     return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+
+
+def _gpt() -> Any:
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 96, "n_positions": 32}
+    return OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes))
 
 
 def _mixtral() -> Any:
@@ -147,6 +154,14 @@ CASES: dict[str, Case] = {
         *(_gpt2, "LoraConfig"),
         {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
     ),
+    "square conv1d": (
+        *(_gpt2, "LoraConfig"),
+        {"r": 4, "target_modules": ["attn.c_proj"], "fan_in_fan_out": True},
+    ),
+    "conv1d of gpt": (
+        *(_gpt, "LoraConfig"),
+        {"r": 4, "target_modules": ["attn.c_proj"], "fan_in_fan_out": True},
+    ),
     "conv1d dora": (
         *(_gpt2, "LoraConfig"),
         {"r": 4, "use_dora": True, "target_modules": ["c_attn"], "fan_in_fan_out": True},
@@ -169,6 +184,16 @@ CASES: dict[str, Case] = {
             "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         },
     ),
+    "experts with patterns": (
+        *(_mixtral, "LoraConfig"),
+        {
+            "r": 2,
+            "target_modules": [],
+            "target_parameters": ["experts.down_proj"],
+            "rank_pattern": {"experts.down_proj": 3},
+            "alpha_pattern": {"experts.down_proj": 5},
+        },
+    ),
     "glora": (_llama, "GloraConfig", {"r": 4, "target_modules": LINEAR}),
     "glora and biases": (
         *(_neox, "GloraConfig"),
@@ -180,14 +205,33 @@ CASES: dict[str, Case] = {
     ),
     "tied head": (_tied, "LoraConfig", {"r": 4, "target_modules": ["lm_head"]}),
     "tied embedding": (_tied, "LoraConfig", {"r": 4, "target_modules": ["embed_tokens"]}),
+    "tied tokens": (
+        *(_tied, "LoraConfig"),
+        {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [3, 7]},
+    ),
+    "tied head and tokens": (
+        *(_tied, "LoraConfig"),
+        {"r": 4, "target_modules": ["lm_head"], "trainable_token_indices": [3, 7]},
+    ),
 }
 
 
-def _make(folder: Path, name: str, **options: Any) -> tuple[Any, torch.Tensor]:
+REFUSED: dict[str, Case] = {
+    "saved conv1d": (
+        *(_gpt2, "LoraConfig"),
+        {"target_modules": ["c_attn"], "modules_to_save": ["attn.c_proj"], "fan_in_fan_out": True},
+    ),
+    "dora head": (_llama, "LoraConfig", {"use_dora": True, "target_modules": ["lm_head"]}),
+}
+
+
+def _make(
+    folder: Path, name: str, *, embeddings: bool | str = False, **options: Any
+) -> tuple[Any, torch.Tensor]:
     """The base and the adapter on disk, the base's class, and the logits with the adapter at work."""
     import peft
 
-    make, config, fields = CASES[name]
+    make, config, fields = (CASES | REFUSED)[name]
     torch.manual_seed(0)
     model = make().eval()
     model.save_pretrained(folder / "base", **options)
@@ -198,7 +242,7 @@ def _make(folder: Path, name: str, **options: Any) -> tuple[Any, torch.Tensor]:
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
     with torch.no_grad():
         live = adapted(input_ids=IDS).logits
-    adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    adapted.save_pretrained(folder / "adapter", save_embedding_layers=embeddings)
     return type(model), live
 
 
@@ -265,6 +309,47 @@ def test_a_tied_head_without_a_configuration_is_refused(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "base" / "model.safetensors", single)
     with pytest.raises(UnknownModules, match="lm_head"):
         plan(*make_recipe([(_adapter(tmp_path), 1.0)], base=single))
+
+
+@pytest.mark.parametrize("name", ["embedding and head", "tied head", "tied embedding"])
+def test_embeddings_that_are_saved_beside_their_factors(name: str, tmp_path: Path) -> None:
+    """PEFT does so unless it is told not to."""
+    kind, live = _make(tmp_path, name, embeddings="auto")
+    saved = [key for key in load_file(_adapter(tmp_path)) if key.endswith(".base_layer.weight")]
+    assert saved
+    run(tmp_path / "out", [(_adapter(tmp_path), 1.0)], base=tmp_path / "base")
+    torch.testing.assert_close(_logits(kind, tmp_path / "out"), live, rtol=0, atol=3e-6)
+
+
+def test_magnitudes_of_a_head_that_is_saved_beside_them_are_refused(tmp_path: Path) -> None:
+    """They would have to be of the weight in the adapter and not of that in the base."""
+    _make(tmp_path, "dora head", embeddings="auto")
+    with pytest.raises(UnknownKeys, match=r"lm_head\.base_layer\.weight"):
+        plan(*make_recipe([(_adapter(tmp_path), 1.0)], base=tmp_path / "base"))
+
+
+def test_conv1d_in_a_file_without_a_configuration(tmp_path: Path) -> None:
+    """A square c_proj shows nothing, but c_attn beside it does."""
+    kind, live = _make(tmp_path, "square conv1d")
+    single = tmp_path / "single.safetensors"
+    shutil.copy(tmp_path / "base" / "model.safetensors", single)
+    run(tmp_path / "o.safetensors", [(_adapter(tmp_path), 1.0)], base=single)
+    shutil.copy(tmp_path / "o.safetensors", tmp_path / "base" / "model.safetensors")
+    torch.testing.assert_close(_logits(kind, tmp_path / "base"), live, rtol=0, atol=3e-6)
+
+
+def test_a_conv1d_is_not_replaced(tmp_path: Path) -> None:
+    _make(tmp_path, "saved conv1d")
+    with pytest.raises(Unsupported, match=r"attn\.c_proj replaces a Conv1D"):
+        plan(*make_recipe([(_adapter(tmp_path), 1.0)], base=tmp_path / "base"))
+
+
+def test_factors_of_more_experts_than_the_base_has_are_refused(tmp_path: Path) -> None:
+    _make(tmp_path, "experts")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 1}))
+    with pytest.raises(ShapeMismatch, match=r"of 8 experts, and the base has 4"):
+        plan(*make_recipe([(_adapter(tmp_path), 1.0)], base=tmp_path / "base"))
 
 
 WRAPPERS = ["model.language_model.layers.", "language_model.model.layers.", "layers."]
