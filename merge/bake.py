@@ -286,9 +286,10 @@ class _Rewrite:
         total, raw = self._widened(segment, patch, row, rows, source)
         if scales is not None:
             scales.widen(total, patch.first_row + row)
-        before = None if ready.norm is not None and not is_fp8 else total.clone()
-        ready.add(total, row)
-        delta = None if before is None else total - before
+        before = total.clone() if is_fp8 else None
+        delta = ready.add(total, row)
+        if before is not None:
+            delta = total - before
         if self._working is torch.float64:
             # By way of float32, as torch itself casts float64 to a half; the recipe's promise is
             # about bytes, so the path is said here and not left to a library.
@@ -385,13 +386,13 @@ class _Tile(NamedTuple):
         found = Touched(elements.stop - elements.start, int(np.count_nonzero(self.same[elements])))
         if self.delta is None:
             return found
-        delta = self.delta.view(-1)[elements].double()
-        squared = delta.square().sum().item()
+        delta = self.delta.view(-1)[elements]
+        squared = torch.dot(delta, delta).item()
         if has_norm:
             found.squared = squared
         if self.kept is not None:
             found.is_fp8, found.wanted = True, squared
-            found.kept = (self.kept.view(-1)[elements].double() * delta).sum().item()
+            found.kept = torch.dot(self.kept.view(-1)[elements], delta).item()
         return found
 
 

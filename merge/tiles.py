@@ -26,14 +26,20 @@ from merge.terms import Term
 ReadBase = Callable[[Entry, str, bool], Tensor | None]
 
 
+_LOW_RANK = 48
+
+
 class Ready(ABC):
     """A patch's change. `norm` is its Frobenius norm where that is known beforehand."""
 
     norm: float | None = None
 
     @abstractmethod
-    def add(self, total: Tensor, row: int) -> None:
-        """Add the change to `total`, which holds the base's rows of the patch from `row` on."""
+    def add(self, total: Tensor, row: int) -> Tensor | None:
+        """Add the change to `total`, which holds the base's rows of the patch from `row` on.
+
+        Gives the change, or None where the norm is known.
+        """
 
 
 def prepare(patch: Patch, inputs: Inputs, read_base: ReadBase, dtype: torch.dtype) -> Ready:
@@ -60,14 +66,23 @@ def prepare(patch: Patch, inputs: Inputs, read_base: ReadBase, dtype: torch.dtyp
 
 
 class Product(Ready):
-    """The common case: up @ down for all adapters at once."""
+    """The common case: up @ down for all adapters at once.
+
+    The norm of a high rank costs more by its Gram matrices than by looking at every tile.
+    """
 
     def __init__(self, factors: Factors) -> None:
         self._factors = factors
-        self.norm = lora.norm(factors)
+        self.norm = lora.norm(factors) if factors.rank <= _LOW_RANK else None
 
-    def add(self, total: Tensor, row: int) -> None:
-        total.addmm_(self._factors.up[row : row + total.shape[0]], self._factors.down)
+    def add(self, total: Tensor, row: int) -> Tensor | None:
+        up, down = self._factors.up[row : row + total.shape[0]], self._factors.down
+        if self.norm is not None:
+            total.addmm_(up, down)
+            return None
+        delta = up @ down
+        total.add_(delta)
+        return delta
 
 
 class Sum(Ready):
@@ -76,10 +91,11 @@ class Sum(Ready):
     def __init__(self, parts: Sequence["Part"]) -> None:
         self._parts = sorted(parts, key=lambda part: not isinstance(part, Replaced | NewColumn))
 
-    def add(self, total: Tensor, row: int) -> None:
+    def add(self, total: Tensor, row: int) -> Tensor:
         base = total.clone()
         for part in self._parts:
             part.add(total, base, row)
+        return total - base
 
 
 class Part(ABC):

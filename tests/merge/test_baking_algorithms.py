@@ -1,5 +1,6 @@
 """Factors of every algorithm in files, baked into files, against each algorithm's own oracle."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +90,18 @@ def test_an_overflown_alpha_beside_two_whole_factors_counts_for_nothing(tmp_path
     run(out, [(tmp_path / "adapter.safetensors", 1.0)], base=tmp_path / "base.safetensors")
     expected = base[f"{stem}.weight"] + torch.kron(left, right)
     torch.testing.assert_close(load_file(out)[f"{stem}.weight"], expected)
+
+
+@pytest.mark.parametrize("rank", [2, 64])  # by the factors, and by looking at every tile
+def test_the_certificate_says_the_norm_of_a_change(rank: int, tmp_path: Path) -> None:
+    up, down, stem = torch.randn(70, rank), torch.randn(rank, 90), "model.layers.0.mlp.up_proj"
+    adapter = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    save_file(adapter, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["up_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({f"{stem}.weight": torch.randn(70, 90)}, tmp_path / "base.safetensors")
+    sources = [(tmp_path / "adapter_model.safetensors", 0.5)]
+    outcome = run(tmp_path / "out.safetensors", sources, base=tmp_path / "base.safetensors")
+    expected = 0.5 * torch.linalg.norm(up.double() @ down.double()).item()
+    (module,) = outcome.certificate["modules"].values()
+    assert module["norm"] == pytest.approx(expected, rel=1e-3)
