@@ -37,6 +37,7 @@ from merge.formats.adapters import (
 )
 from merge.formats.hashes import sha256_file
 from merge.formats.reader import TensorFile
+from merge.formats.sources import shown_name
 from merge.formats.writer import write_file
 from merge.inputs import OpenBase
 from merge.packing import Note, Notes, NotExact, Part, repack
@@ -89,9 +90,9 @@ def convert(
     assert algorithm in (None, PLAIN), algorithm
     inputs = [path, config_beside(path), base]
     _check_target([its for its in inputs if isinstance(its, Path)], out, dialect)
-    config = read_config(path)
-    with TensorFile(path) as file:
-        layout = read_layout(file, name=path.name, config=config)
+    config, name = read_config(path), shown_name(path)
+    with TensorFile(path, name=name) as file:
+        layout = read_layout(file, name=name, config=config)
         family = None if layout.family is None else FAMILIES[layout.family]
         try:
             parts = _read_parts(file, layout, algorithm, base)
@@ -100,7 +101,7 @@ def convert(
             )
             encoded = encode(packed, dialect, family, _options(config, layout))
         except NotExact as error:
-            raise Unsupported(path.name, str(error)) from error
+            raise Unsupported(name, str(error)) from error
         stated = file.header.metadata
     changes = provenance.Conversion(
         source=f"sha256:{sha256_file(path)}",

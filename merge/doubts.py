@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from merge.errors import BadAdapter
+from merge.errors import BadAdapter, counted
 from merge.formats.grammar import counts_alpha
 from merge.formats.hashes import Hashes
 from merge.formats.header import Header
@@ -68,7 +68,7 @@ def of_adapter(
     """Doubts about an adapter's keys, scales and ranks, beside the reason it is refused for."""
     doubts = [
         *_of_unknown(found, refusal),
-        *_of_alphas(alphas),
+        *_of_alphas(_of_scales(found, alphas)),
         *_of_missing_alphas(found),
         *_of_unused_alphas(found, alphas),
         *_of_training(header.metadata),
@@ -89,22 +89,34 @@ def of_adapter(
 
 def _of_unknown(found: Survey, refusal: Doubt | None) -> Iterator[Doubt]:
     if found.unknown and (refusal is None or refusal.code != "unknown_keys"):
-        message = f"{len(found.unknown)} keys belong to no known algorithm"
+        what = counted(found.unknown, "key belongs", "keys belong")
+        message = f"{what} to no known algorithm"
         yield _doubt("unknown_keys", message, found.unknown)
+
+
+def _of_scales(found: Survey, alphas: Mapping[str, float]) -> dict[str, float]:
+    """The alphas that scale: Diag-OFT's and BOFT's in LyCORIS is a limit, and 0 is none."""
+    limits = {
+        group.keys.get("alpha")
+        for group in found.groups
+        if group.match.layout in ("oft", "oft-legacy") and not group.location.is_oft
+    }
+    return {key: alpha for key, alpha in alphas.items() if key not in limits}
 
 
 def _of_alphas(alphas: Mapping[str, float]) -> list[Doubt]:
     kinds = (
-        ("alpha_not_finite", "have an alpha of NaN or Inf", lambda a: not isfinite(a)),
-        ("alpha_zero", "have alpha 0: no effect here, alpha = rank for some trainers",
+        ("alpha_not_finite", "an alpha of NaN or Inf", lambda a: not isfinite(a)),
+        ("alpha_zero", "alpha 0: no effect here, alpha = rank for some trainers",
          lambda a: a == 0),
-        ("alpha_negative", "have a negative alpha", lambda a: a < 0),
+        ("alpha_negative", "a negative alpha", lambda a: a < 0),
     )  # fmt: skip
     doubts = []
     for code, what, is_so in kinds:
         keys = [key for key, alpha in alphas.items() if is_so(alpha)]
         if keys:
-            doubts.append(_doubt(code, f"{len(keys)} modules {what}", keys))
+            has = "module has" if len(keys) == 1 else "modules have"
+            doubts.append(_doubt(code, f"{len(keys)} {has} {what}", keys))
     return doubts
 
 

@@ -88,13 +88,18 @@ def _why_not(part: Part, dialect: str) -> str:
         for other in dialects.WRITABLE_DIALECTS
         if dialects.holds(other, part.layout, part.tensors.keys() - {"up_bias"})
     ]
-    instead = [f"{' and '.join(holders)} can hold it"] if holders else []
+    instead = [f"{_listed(holders)} can hold it"] if holders else []
     if part.layout in _BECOME_LORA and "dora_scale" not in part.tensors:
         instead.append("--algorithm lora writes the same change as plain LoRA")
     if not instead:
         instead.append("bake it into its base instead")
     what = "a Tucker core" if "mid" in part.tensors else f"{part.layout} factors"
     return f"{title} cannot hold {what}; {', or '.join(instead)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 _BECOME_LORA = frozenset({"lora", "loha", "lokr", "adalora", "vera", "lora-mlx", "lora-torchtune"})

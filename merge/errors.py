@@ -47,7 +47,8 @@ class UnknownKeys(BadAdapter):
     """Keys that no algorithm or dialect claims."""
 
     def __init__(self, file: str, keys: Sequence[str]) -> None:
-        super().__init__(file, f"{len(keys)} keys belong to no known algorithm: {_some(keys)}")
+        what = counted(keys, "key belongs", "keys belong")
+        super().__init__(file, f"{what} to no known algorithm: {_some(keys)}")
         self.keys = tuple(keys)
 
 
@@ -55,7 +56,8 @@ class MissingKeys(BadAdapter):
     """A factor whose partner is not in the file."""
 
     def __init__(self, file: str, keys: Sequence[str]) -> None:
-        super().__init__(file, f"{len(keys)} keys are missing beside their partners: {_some(keys)}")
+        what = counted(keys, "key is missing beside its partner", "keys are missing beside theirs")
+        super().__init__(file, f"{what}: {_some(keys)}")
         self.keys = tuple(keys)
 
 
@@ -63,7 +65,8 @@ class UnknownModules(BadAdapter):
     """Modules that the family, or the base in hand, does not have."""
 
     def __init__(self, file: str, modules: Sequence[str], where: str) -> None:
-        super().__init__(file, f"{len(modules)} modules are not in {where}: {_some(modules)}")
+        what = counted(modules, "module is", "modules are")
+        super().__init__(file, f"{what} not in {where}: {_some(modules)}")
         self.modules = tuple(modules)
 
 
@@ -100,11 +103,12 @@ class BadCheckpoint(MergeError):
 
 
 class BadRecipe(MergeError):
-    """The recipe asks for something impossible; `param` is the path of the field in it."""
+    """The recipe asks for something impossible; `param` is the path of the field in it, or ""."""
 
     def __init__(self, param: str, detail: str) -> None:
-        super().__init__(f"recipe field {param}: {detail}")
+        super().__init__(f"recipe field {param}: {detail}" if param else f"recipe: {detail}")
         self.param = param
+        self.detail = detail
 
 
 class Overflow(MergeError):
@@ -121,6 +125,11 @@ class CannotWrite(MergeError):
     def __init__(self, file: str, detail: str) -> None:
         super().__init__(f"{file}: {detail}; nothing was written")
         self.file = file
+
+
+def counted(things: Sequence[object], one: str, more: str) -> str:
+    """How many there are: "1 key", "2 keys"."""
+    return f"{len(things)} {one if len(things) == 1 else more}"
 
 
 def _some(names: Sequence[str], shown: int = 3) -> str:

@@ -17,6 +17,7 @@ from merge.errors import BadAdapter, BadCheckpoint
 from merge.families import FAMILIES
 from merge.families.checkpoints import Checkpoint, read_checkpoint
 from merge.formats.adapters import AdapterLayout, dialect_of, layout_of, resolve
+from merge.formats.embeddings import WIDTHS, is_embedding
 from merge.formats.hashes import Hashes, hash_file
 from merge.formats.keys import Group, Survey, survey
 from merge.formats.lookup import Fit, Found, fit_all
@@ -110,7 +111,7 @@ def identify_file(
         facts = _checkpoint_facts(checkpoint)
     elif n_adapted:
         facts = _adapter_facts(file, found, config)
-    elif is_embedding(file):
+    elif is_embedding(file.header.tensors):
         facts = _embedding_facts(file)
     else:
         facts = _other_facts(file, found)
@@ -309,26 +310,6 @@ def _config_alphas(layout: AdapterLayout | None) -> list[float]:
     return [e.facts["scale"] * (e.rank or 1) for e in layout.entries if "scale" in e.facts]
 
 
-def is_embedding(file: TensorFile) -> bool:
-    """Whether the file holds word vectors (textual inversion) and nothing else."""
-    tensors = file.header.tensors
-    names = set(tensors)
-    if all(name.startswith("string_to_param.") for name in names):
-        return True
-    if names <= _EMBEDDING_KEYS or names == {"text_encoders_0", "text_encoders_1"}:
-        return True
-    # diffusers: the token's own text is the key, and a long one has token_1, token_2, …
-    return len(names) <= 64 and all(
-        len(info.shape) in (1, 2) and info.shape[-1] in _EMBEDDING_FAMILIES and "." not in key
-        for key, info in tensors.items()
-    )
-
-
-_EMBEDDING_KEYS = {
-    *("emb_params", "clip_l", "clip_g", "t5xxl", "t5"),
-    *("clip_l_out", "clip_g_out", "t5_out"),
-}
-_EMBEDDING_FAMILIES = {768: ("sd15",), 1024: ("sd2",), 1280: ("sdxl-refiner",)}
 _SD3 = ("sd3-medium", "sd35-medium", "sd35-large")
 
 
@@ -340,7 +321,7 @@ def _embedding_facts(file: TensorFile) -> _Facts:
     elif {768, 4096} <= widths:
         names = ("flux1",)
     else:
-        names = _EMBEDDING_FAMILIES.get(max(widths, default=0), ())
+        names = WIDTHS.get(max(widths, default=0), ())
     why = f"its vectors are {_listed(sorted(widths))} wide"
     return _Facts(
         kind=EMBEDDING,

@@ -17,7 +17,7 @@ from merge.errors import BadRecipe, Unsupported
 from merge.families import FAMILIES
 from merge.formats.adapters import AdapterLayout, Entry, read_config, read_layout
 from merge.formats.header import Header, read_header
-from merge.formats.sources import File, is_folder
+from merge.formats.sources import File, is_folder, shown_name
 from merge.modules import Module, lay_out
 from merge.patches import Patch, find_patches
 from merge.recipe import Input, Recipe
@@ -139,7 +139,12 @@ def _plan_merge(
     family = families[0] if families else None
     modules = lay_out(sources, [adapter.name for adapter in adapters], family, dialect)
     if not modules:
-        raise BadRecipe("inputs", "every module has strength 0, so there is nothing to write")
+        why = (
+            "every module is left out"
+            if left_out and not sources
+            else "every module has strength 0"
+        )
+        raise BadRecipe("inputs", f"{why}, so there is nothing to write")
     components = sorted({module.component for module in modules})
     if dialect == "peft" and len(components) > 1:
         detail = f"peft holds one model, not {', '.join(components)}; use leave_out or diffusers"
@@ -219,10 +224,10 @@ BLOCKS_BYTES = 6 * 4 * 2**20  # merge.blocks
 def _open_adapter(source: Input, param: str, files: Mapping[str, File]) -> Adapter:
     file = _file(source.name, param, files)
     if is_folder(file):
-        raise BadRecipe(param, f"{file.name} is a folder, not an adapter file")
-    header = read_header(file)
-    layout = read_layout(header, name=file.name, config=read_config(file))
-    adapter = Adapter(param, file.name, file, header, layout)
+        raise BadRecipe(param, f"{source.name} is a folder, not an adapter file")
+    header, name = read_header(file), shown_name(file)
+    layout = read_layout(header, name=name, config=read_config(file))
+    adapter = Adapter(param, name, file, header, layout)
     for entry in layout.entries:
         _check_dtypes(adapter, entry)
     return adapter
@@ -255,6 +260,7 @@ def _check_selectors(inputs: Iterable[Input], adapters: Iterable[Adapter]) -> No
         for field, globs in (
             ("components", {component: f"{component}.*" for component in source.components}),
             ("blocks", {glob: glob for glob in source.blocks}),
+            ("leave_out", {glob: glob for glob in source.leave_out}),
         ):
             for key, glob in globs.items():
                 said.setdefault((field, key), f"{adapter.param}.{field}.{key}")

@@ -166,7 +166,7 @@ class Recipe(Part):
         except ValidationError as error:
             _raise_first(error)
         except (TypeError, ValueError, RecursionError) as error:
-            raise BadRecipe("(whole)", f"is not plain data: {error}") from error
+            raise BadRecipe("", f"is not plain data: {error}") from error
 
     @classmethod
     def load(cls, source: Path | str) -> Self:
@@ -178,7 +178,7 @@ class Recipe(Part):
             else:
                 value = yaml.load(text, Loader=_Loader)  # a SafeLoader that refuses more
         except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-            raise BadRecipe("(whole)", f"is neither YAML nor JSON: {_one_line(error)}") from error
+            raise BadRecipe("", f"is neither YAML nor JSON: {_why(error)}") from error
         return cls.parse(value)
 
     def refs(self) -> list[str]:
@@ -247,7 +247,7 @@ def _raise_first(error: ValidationError) -> NoReturn:
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
     more = error.error_count() - 1
     detail = first["msg"].removeprefix("Value error, ") + (f" (and {more} more)" if more else "")
-    raise BadRecipe(path or "(whole)", detail) from error
+    raise BadRecipe(path, detail) from error
 
 
 SourceT = TypeVar("SourceT", bound=Source)
@@ -283,11 +283,15 @@ def _canonical(value: Any) -> str:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadRecipe("(whole)", f"cannot read {path}: {_one_line(error)}") from error
+    except OSError as error:
+        raise BadRecipe("", f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadRecipe("", f"{path} is not text") from error
 
 
-def _one_line(error: Exception) -> str:
+def _why(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem} in line {error.problem_mark.line + 1}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

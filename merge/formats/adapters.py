@@ -13,12 +13,15 @@ from typing import Any
 
 from merge.errors import (
     BadAdapter,
+    BadCheckpoint,
     ShapeMismatch,
     Unsupported,
 )
 from merge.families import Layer
+from merge.families.checkpoints import read_checkpoint
 from merge.formats.claims import check_survey, check_unique
 from merge.formats.configs import NEEDS_CONFIG, Config, Configs
+from merge.formats.embeddings import is_embedding
 from merge.formats.grammar import ROWS, SAME, WHOLE, Match
 from merge.formats.header import Header, read_header
 from merge.formats.keys import Group, Survey, survey
@@ -142,6 +145,7 @@ def resolve(
     Unsupported for PEFT keys without alphas and configuration: PEFT's alpha is rarely the rank.
     """
     _check_whole(name)
+    _check_kind(found, header, name)
     configs = Configs(header, config, name)
     check_survey(found, name)
     parts = [_Part(group, header, configs.of("")) for group in found.groups]
@@ -191,6 +195,20 @@ def _check_whole(name: str) -> None:
     if shard is not None and shard[2] != "00001":
         why = f"it is part {int(shard[1])} of {int(shard[2])} of an adapter; join the parts first"
         raise Unsupported(name, why)
+
+
+def _check_kind(found: Survey, header: Header, name: str) -> None:
+    """Refuse what is whole weights: as an adapter it would replace those of the base."""
+    if any(group.is_adapted for group in found.groups) or not header.tensors:
+        return
+    if is_embedding(header.tensors):
+        raise Unsupported(name, "it holds word vectors (textual inversion), which change no weight")
+    try:
+        checkpoint = read_checkpoint(header, name)
+    except BadCheckpoint:
+        return
+    titles = " or ".join(family.title for family in checkpoint.families)
+    raise Unsupported(name, f"it is a checkpoint of {titles}, not an adapter")
 
 
 def dialect_of(groups: Iterable[Group]) -> str:

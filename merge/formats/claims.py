@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from merge.errors import BadAdapter, MissingKeys, UnknownKeys, Unsupported
-from merge.formats.keys import Survey
+from merge.formats.keys import Group, Survey
 
 if TYPE_CHECKING:
     from merge.formats.adapters import Entry
@@ -31,7 +31,7 @@ def check_survey(found: Survey, name: str) -> None:
             others = ", ".join(sorted(group.keys.values()))
             raise BadAdapter(name, f"{group.location.path} is there twice: {key} beside {others}")
     missing = [
-        f"{group.location.path} ({', '.join(sorted(match.missing))})"
+        f"{_partner(group)} ({', '.join(sorted(match.missing))})"
         for group, match in matches
         if match.missing
     ]
@@ -40,6 +40,11 @@ def check_survey(found: Survey, name: str) -> None:
     extra = [group.keys[role] for group, match in matches for role in sorted(match.extra)]
     if extra:
         raise UnknownKeys(name, extra)
+
+
+def _partner(group: Group) -> str:
+    """The key that the others of a module are looked for beside."""
+    return min(group.keys.items(), key=lambda its: (its[0] == "alpha", its))[1]
 
 
 def check_unique(entries: Iterable["Entry"], name: str) -> None:

@@ -117,7 +117,8 @@ def header_length(
 ) -> int:
     """How many bytes of JSON follow the first eight, already checked against the file's size."""
     if file_size < PREFIX_BYTES or len(prefix) < PREFIX_BYTES:
-        raise BadFile(name, "st_too_small", f"only {file_size} bytes, too few for a header")
+        detail = "the file is empty" if file_size == 0 else f"only {file_size} bytes long"
+        raise BadFile(name, "st_too_small", f"{detail}, which is no safetensors file")
     length = int.from_bytes(prefix[:PREFIX_BYTES], "little")
     if length == 0:
         raise BadFile(name, "st_header_empty", "the header has length 0")

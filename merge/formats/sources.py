@@ -63,6 +63,17 @@ def beside(file: File, name: str) -> File | None:
     return file.beside(name)
 
 
+# Names that tools give every adapter: the folder's says which one it is.
+GENERIC_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+
+
+def shown_name(file: File) -> str:
+    """What messages call a file: the last part of its path, or the last two where tools chose it."""
+    if isinstance(file, Path) and file.name in GENERIC_NAMES:
+        return "/".join(file.parts[-2:])
+    return file.name
+
+
 class OpenFile:
     """A file of this machine, read by offset and never mapped into memory:
     one that is cut off while it is read gives a short read, where a mapping would give SIGBUS.

@@ -509,6 +509,22 @@ def _drop(suffix: str) -> Callable[[dict[str, torch.Tensor]], None]:
 
 
 @pytest.mark.parametrize(
+    ("module", "roles", "codes"),
+    [
+        (MODULE, {"oft_blocks": (4, 24, 24)}, []),
+        (MODULE, {"oft_blocks": (2, 4, 24, 24)}, []),
+        (MODULE.replace("lora_", "oft_"), {"oft_blocks": (4, 24, 24)}, ["alpha_zero"]),
+    ],
+)
+def test_the_limit_of_a_rotation_is_no_scale(
+    module: str, roles: Shapes, codes: list[str], tmp_path: Path
+) -> None:
+    """LyCORIS writes 0 for no limit; kohya's 0 lets next to nothing through."""
+    shapes = {f"{module}.{role}": shape for role, shape in roles.items()}
+    assert _codes(_identify(shapes | {f"{module}.alpha": ()}, tmp_path)) == codes
+
+
+@pytest.mark.parametrize(
     ("edit", "options", "codes"),
     [
         (lambda t: None, {}, []),

@@ -467,6 +467,8 @@ def test_two_families_do_not_merge(
         ({"blocks": {"*.atn1.*": 1.0}}, r"blocks\.\*\.atn1\.\*: matches no module"),
         ({"strength": 0}, "inputs: every module has strength 0"),
         ({"strength": 0.5, "blocks": {"*": 0.0}}, "inputs: every module has strength 0"),
+        ({"leave_out": ["*"]}, "inputs: every module is left out"),
+        ({"leave_out": ["*.atn1.*"]}, r"leave_out\.\*\.atn1\.\*: matches no module"),
         ({"ref": "/no/such/file"}, r"inputs\[0\]: /no/such/file was not found"),
     ],
 )
@@ -481,7 +483,7 @@ def test_an_impossible_wish_is_refused_at_its_field(
 
 def test_a_folder_is_no_adapter(tmp_path: Path) -> None:
     recipe = Recipe.parse({"kind": "merge", "inputs": [{"ref": "x"}]})
-    with pytest.raises(BadRecipe, match="is a folder, not an adapter file"):
+    with pytest.raises(BadRecipe, match=r"inputs\[0\]: x is a folder, not an adapter file"):
         plan(recipe, {"x": tmp_path})
 
 

@@ -1,6 +1,7 @@
 """Adapters in every dialect: every key is claimed once, scales are right, or the file is refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from merge.families import FAMILIES
 from merge.formats.adapters import AdapterLayout, Entry, config_beside, read_config, read_layout
 from merge.formats.dialects import WRITABLE_DIALECTS, diffusers_config, peft_config, write_keys
 from merge.formats.reader import TensorFile
+from merge.formats.sources import shown_name
 from tests.fixtures.adapters import DIALECTS, MadeAdapter, make_adapter
 from tests.fixtures.families import tiny_family
+
+UNET = Path(__file__).parents[3] / "train/tiny/pipeline/unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -313,14 +317,24 @@ _Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 REFUSED: list[tuple[str, Edit, type[errors.BadAdapter], str]] = [
     ("an unknown suffix", _with(foo__bar=_ONE), errors.UnknownKeys, "foo.bar"),
     ("bundled words", _with(bundle_emb__x__clip_l=_ONE), errors.Unsupported, "bundle_emb.x.clip_l"),
-    ("down without up", _without(".lora_up.weight"), errors.MissingKeys, r"\(up\)"),
+    (
+        "down without up",
+        _without(".lora_up.weight"),
+        errors.MissingKeys,
+        r"1 key is missing beside its partner: lora_unet_\w+_to_q\.lora_down\.weight \(up\)$",
+    ),
     ("up without down", _without(".lora_down.weight"), errors.MissingKeys, r"\(down\)"),
-    ("alpha alone", _with(lora_unet_x__alpha=_ONE), errors.MissingKeys, r"x \(down, up\)"),
+    (
+        "alpha alone",
+        _with(lora_unet_x__alpha=_ONE),
+        errors.MissingKeys,
+        r"lora_unet_x.alpha \(down, up\)",
+    ),
     (
         "a module of no family",
         lambda t: t | {f"lora_unet_nowhere.{k.split('.', 1)[1]}": v + 1 for k, v in t.items()},
         errors.UnknownModules,
-        "1 modules are not in Tiny SD .*: nowhere",
+        "1 module is not in Tiny SD .*: nowhere",
     ),
     (
         "one rank and another",
@@ -493,3 +507,30 @@ def test_configurations_we_write_give_back_every_rank_and_alpha(tmp_path: Path) 
         assert (layout.dialect, layout.alpha_source) == ("diffusers", "metadata")
         for entry in layout.entries:
             assert scale_of(entry, file, layout) == made.scales["unet", entry.layer.path]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "why"),
+    [
+        ({"emb_params": torch.zeros(2, 768)}, "it holds word vectors"),
+        ({"<cat>": torch.zeros(768)}, "it holds word vectors"),
+        (None, r"it is a checkpoint of Tiny SD \(built in\), not an adapter"),
+    ],
+)
+def test_what_is_no_adapter_is_refused_as_what_it_is(
+    tensors: dict[str, torch.Tensor] | None, why: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "f.safetensors"
+    if tensors is None:
+        shutil.copy(UNET, path)
+    else:
+        save_file(tensors, path)
+    with TensorFile(path) as file, pytest.raises(errors.Unsupported, match=why):
+        read_layout(file, name="f")
+
+
+def test_a_file_whose_name_says_nothing_is_named_with_its_folder(tmp_path: Path) -> None:
+    assert shown_name(tmp_path / "ink.safetensors") == "ink.safetensors"
+    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        assert shown_name(tmp_path / "ink" / name) == f"ink/{name}"
+        assert shown_name(Path(name)) == name
