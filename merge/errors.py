@@ -115,7 +115,7 @@ class Overflow(MergeError):
     """A finite value became Inf when rounded to the output's dtype."""
 
     def __init__(self, file: str, key: str, dtype: str) -> None:
-        super().__init__(f"{file}: {key} does not fit {dtype}; choose a wider output dtype")
+        super().__init__(f"{file}: {key} does not fit {dtype}; a wider dtype would hold it")
         self.key = key
 
 

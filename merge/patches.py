@@ -47,7 +47,6 @@ class Patch:
     terms: tuple[Term, ...]
     is_transposed: bool = False
     is_copy: bool = False
-    is_expert: bool = False
     scale: Scale | None = None
 
     @property
@@ -362,6 +361,5 @@ def _patch(target: _Target, pieces: Sequence[_Piece], low: int, high: int) -> Pa
         terms=tuple(piece.term for piece in pieces),
         is_transposed=target.is_transposed,
         is_copy=first.is_copy,
-        is_expert=_is_expert(first.term.entry),
         scale=target.scale,
     )

@@ -154,8 +154,7 @@ class Dense(Part):
 
 def _factors(change: Change, term: Term, patch: Patch) -> Factors | None:
     """The rows of this patch as a product of the columns it has, or None."""
-    if patch.is_expert:
-        assert isinstance(change, Experts)
+    if isinstance(change, Experts):
         expert, row = divmod(term.first, term.entry.layer.shape[1])
         own = change.expert(expert)
         return Factors(own.up[row : row + term.rows], own.down, own.scale)

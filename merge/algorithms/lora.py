@@ -52,7 +52,7 @@ def write(
     ones = [1] * len(kernel)
     return {
         "down": factors.down.reshape(rank, inner // prod(kernel), *kernel),
-        "up": factors.up.reshape(-1, rank, *ones),
+        "up": factors.up.reshape(len(factors.up), rank, *ones),
         "alpha": torch.tensor(factors.scale * rank, dtype=torch.float32),
     }
 

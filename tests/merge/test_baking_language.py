@@ -352,6 +352,27 @@ def test_factors_of_more_experts_than_the_base_has_are_refused(tmp_path: Path) -
         plan(*make_recipe([(_adapter(tmp_path), 1.0)], base=tmp_path / "base"))
 
 
+def test_packed_experts_and_the_same_experts_one_by_one(tmp_path: Path) -> None:
+    """Factors that transformers 5 trains, beside those that its older models were trained with."""
+    _make(tmp_path, "experts")
+    stem = "model.layers.0.block_sparse_moe.experts.1.w3"
+    generator = torch.Generator().manual_seed(2)
+    down, up = (torch.randn(size, generator=generator) for size in ((2, 32), (48, 2)))
+    (tmp_path / "one").mkdir()
+    one = tmp_path / "one" / "adapter_model.safetensors"
+    keys = (f"base_model.model.{stem}.lora_{letter}.weight" for letter in "AB")
+    save_file(dict(zip(keys, (down, up), strict=True)), one)
+    (tmp_path / "one" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2})
+    )
+    run(tmp_path / "packed", [(_adapter(tmp_path), 1.0)], base=tmp_path / "base")
+    run(tmp_path / "out", [(_adapter(tmp_path), 1.0), (one, -0.5)], base=tmp_path / "base")
+    packed, both = (load_file(tmp_path / n / "model.safetensors") for n in ("packed", "out"))
+    packed[f"{stem}.weight"] -= 0.5 * up @ down
+    for key, tensor in packed.items():
+        torch.testing.assert_close(both[key], tensor, rtol=0, atol=1e-6)
+
+
 WRAPPERS = ["model.language_model.layers.", "language_model.model.layers.", "layers."]
 
 

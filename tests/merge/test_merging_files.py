@@ -192,6 +192,18 @@ def test_a_budget_is_kept_and_beats_one_rank_for_all(sd15: Family, tmp_path: Pat
     assert _relative(found, dense) == pytest.approx(best.certificate["error"], rel=1e-3)
 
 
+def test_a_budget_drops_the_layers_that_do_least(sd15: Family, tmp_path: Path) -> None:
+    names = some_of(sd15)
+    made = make_adapter(tmp_path / "a.safetensors", sd15, names, dtype=torch.float32)
+    out = tmp_path / "out.safetensors"
+    outcome = run(out, [(made.path, 1.0)], rank={"budget_bytes": _data_bytes(made.path) // 10})
+    found = load_deltas(out, sd15, names)
+    assert 0 < len(found) < len(names)
+    dropped = {name: np.zeros_like(made.deltas[name]) for name in made.deltas.keys() - found.keys()}
+    error = _relative(found | dropped, made.deltas)
+    assert error == pytest.approx(outcome.certificate["error"], rel=1e-3)
+
+
 def _data_bytes(path: Path) -> int:
     return sum(tensor.nbytes for tensor in load_file(path).values())
 
