@@ -245,7 +245,7 @@ def test_ctrl_c_takes_back_what_was_sent(held: S3Server) -> None:
             sending.set()
             assert go_on.wait(60)
 
-    command = [sys.executable, "-m", "cli", "bake", "base.safetensors", "ink.safetensors"]
+    command = [sys.executable, "-c", _TAKES_CTRL_C, "bake", "base.safetensors", "ink.safetensors"]
     with proxy_to(held.endpoint, decide) as address:
         env = os.environ | {"AWS_ENDPOINT_URL_S3": address, "PYTHONPATH": str(ROOT)}
         with subprocess.Popen([*command, "-o", "s3://bucket/out"], env=env) as process:
@@ -258,6 +258,15 @@ def test_ctrl_c_takes_back_what_was_sent(held: S3Server) -> None:
             assert process.wait(60) == 130
     assert content(held, "out") is None
     assert uploads(held) == []
+
+
+# What a shell runs in its background ignores the signal, and so do its children.
+_TAKES_CTRL_C = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from cli.__main__ import main
+main()
+"""
 
 
 def test_a_server_that_dies_midway_is_one_sentence_and_shows_nothing(
