@@ -65,6 +65,10 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+# The heading of the template that peft saves beside every adapter.
+_UNNAMED = "Model Card for Model ID"
+
+
 def parse_card(data: bytes) -> ParsedCard:
     """Never raises: what cannot be read is told in `problem`, and the text is kept."""
     text = data[:MAX_CARD_BYTES].decode("utf-8", errors="replace")
@@ -78,8 +82,9 @@ def parse_card(data: bytes) -> ParsedCard:
             problem = str(error)
     heading = _HEADING.match(body)
     rest = body[heading.end() :] if heading else body
+    title = _plain(heading[1])[:200] if heading else ""
     return ParsedCard(
-        title=_plain(heading[1])[:200] or None if heading else None,
+        title=None if title in ("", _UNNAMED) else title,
         summary=_summary(rest),
         license=_text(matter.get("license")),
         base_model=next(_texts(matter.get("base_model")), None),

@@ -114,3 +114,10 @@ def test_html_is_text_and_comments_are_for_the_author() -> None:
     assert "Gallery" not in html
     assert "<p>A &lt;b&gt;bold&lt;/b&gt;  word</p>" in html
     assert "<p>&lt;div&gt;\nblock\n&lt;/div&gt;</p>" in html
+
+
+def test_the_heading_of_an_unwritten_card_is_no_title() -> None:
+    """peft saves this README.md beside every adapter (0.21)."""
+    card = parse_card(b"# Model Card for Model ID\n\n<!-- Provide a quick summary -->\n\n")
+    assert card.title is None
+    assert parse_card(b"# Model Card for Ink\n").title == "Model Card for Ink"
