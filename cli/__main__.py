@@ -9,7 +9,7 @@ import sys
 import typer
 
 from cli import admin, convert, inspect, merge, repos, serve, train
-from cli.console import CommandError, fail
+from cli.console import CommandError, WrongUsage, fail
 from merge.errors import MergeError
 
 app = typer.Typer(
@@ -33,6 +33,8 @@ def main() -> None:
     """Run a command; exit 0 on success, 1 on failure with one sentence, 2 on wrong usage."""
     try:
         app()
+    except WrongUsage as error:
+        fail(str(error), 2)
     except (CommandError, MergeError) as error:
         fail(str(error))
     except OSError as error:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -27,16 +27,20 @@ class CommandError(Exception):
     """A failure the user can act on; its message is the one sentence that is printed."""
 
 
+class WrongUsage(CommandError):
+    """What was typed cannot be meant, whatever the files hold."""
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout, never styled, so that a script can read it."""
     json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
     sys.stdout.write("\n")
 
 
-def fail(message: str) -> NoReturn:
-    """Print one sentence on stderr and leave with status 1."""
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Print one sentence on stderr and leave."""
     err.print(f"[bold red]error:[/] {plain(message)}")
-    raise SystemExit(1)
+    raise SystemExit(status)
 
 
 def plain(message: str) -> str:
@@ -45,6 +49,11 @@ def plain(message: str) -> str:
         c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in message
     )
     return text.replace("[", r"\[")
+
+
+def n_files(files: Sized) -> str:
+    """How many there are, in words."""
+    return "1 file" if len(files) == 1 else f"{len(files)} files"
 
 
 @contextmanager
@@ -66,15 +75,20 @@ def count_progress(label: str, total: int | None, unit: str = "") -> Iterator[Pr
 
 
 @contextmanager
-def byte_progress(label: str, total: int | None) -> Iterator[Progress]:
-    """A bar in bytes with rate and ETA; silent when stderr is not a terminal."""
+def byte_progress(label: str, total: int | None, *, is_kept: bool = True) -> Iterator[Progress]:
+    """A bar in bytes with rate and ETA; silent when stderr is not a terminal.
+
+    One that is not kept goes when it is full.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(binary_units=True),
+        DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=False, disable=not err.is_terminal) as progress:
+    with Progress(
+        *columns, console=err, transient=not is_kept, disable=not err.is_terminal
+    ) as progress:
         progress.add_task(label, total=total)
         yield progress

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 
-from cli.console import CommandError, err, out, plain, print_json
-from cli.refs import adapter_in, fetch
+from cli.console import CommandError, WrongUsage, err, out, plain, print_json
+from cli.refs import adapter_in, fetch, path_of
 
 if TYPE_CHECKING:
     from merge.convert import Converted
@@ -38,16 +38,28 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    file: Annotated[str, typer.Argument(help="an adapter, or a REF", metavar="FILE")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="an adapter: a path, namespace/name[@revision][:file], hf://, s3:// or https://",
+            metavar="FILE",
+        ),
+    ],
     to: Annotated[
         Dialect | None, typer.Option("--to", help="Whose keys to write; peft is a folder.")
     ] = None,
     target: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The file or folder to write.")
+        str | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="The file to write, or the folder for peft; without it here, named after FILE.",
+        ),
     ] = None,
     algorithm: Annotated[
         Algorithm | None,
-        typer.Option(help="Other algorithms become plain LoRA, where that is exact."),
+        typer.Option(help="lora makes plain LoRA of other algorithms, where that is exact."),
     ] = None,
     base: Annotated[
         str | None, typer.Option(metavar="REF", help="The base that GLoRA needs to become LoRA.")
@@ -55,20 +67,23 @@ def convert(
     from_pickle: Annotated[
         bool, typer.Option("--from-pickle", help="FILE is a .pt, .bin or .ckpt: as safetensors.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Replace a file that is there.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ) -> None:
     """Write an adapter in another tool's keys, exactly: graft convert ink.safetensors --to diffusers."""
     if from_pickle:
         if to is not None or algorithm is not None or base is not None:
-            raise CommandError("--from-pickle only unpacks; convert the file it writes")
-        _unpack(file, target, as_json)
+            raise WrongUsage("--from-pickle only unpacks; convert the file it writes")
+        _unpack(file, target, force, as_json)
         return
     if to is None:
-        raise CommandError(f"say what to write: --to {', '.join(Dialect)}")
+        raise WrongUsage(f"say what to write: --to {', '.join(Dialect)}")
     from merge.convert import convert as write
 
-    path = adapter_in(fetch(file))
-    where = target or _beside(path, to)
+    path = adapter_in(fetch(file), file)
+    where = _where(target or _beside(path, to), path, force)
     with err.status("converting"):
         done = write(path, where, to, algorithm=algorithm, base=fetch(base) if base else None)
     if as_json:
@@ -77,23 +92,24 @@ def convert(
         _print(done, where)
 
 
-def _beside(path: Path, to: Dialect) -> Path:
-    """ink.safetensors -> ink.diffusers.safetensors, or the folder ink.peft; here, never replacing."""
+def _beside(path: Path, to: Dialect) -> str:
+    """ink.safetensors -> ink.diffusers.safetensors, or the folder ink.peft; here."""
     name = path.resolve().parent.name if path.stem in _GENERIC else path.stem
-    where = Path(f"{name}.{to}" + ("" if to is Dialect.PEFT else path.suffix))
-    if where.exists():
-        raise CommandError(f"{where} exists; say where to write with -o")
-    return where
+    return f"{name}.{to}" + ("" if to is Dialect.PEFT else path.suffix)
 
 
-def _unpack(file: str, target: Path | None, as_json: bool) -> None:
+def _where(text: str, source: Path, force: bool) -> Path:
+    if Path(text).exists() and Path(text).samefile(source):
+        raise CommandError(f"{text} is what the conversion reads; nothing was written")
+    return path_of(text, force=force)
+
+
+def _unpack(file: str, target: str | None, force: bool, as_json: bool) -> None:
     from merge.formats.hashes import sha256_file
     from merge.pickles import from_pickle
 
     path = fetch(file)
-    where = target or Path(f"{path.stem}.safetensors")
-    if target is None and where.exists():
-        raise CommandError(f"{where} exists; say where to write with -o")
+    where = _where(target or f"{path.stem}.safetensors", path, force)
     with err.status("unpacking"):
         kind = from_pickle(path, where)
     digest = sha256_file(where)

@@ -2,6 +2,7 @@
 
 import gc
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,17 +10,26 @@ import typer
 from rich.filesize import decimal
 from rich.text import Text
 
-from cli.console import CommandError, byte_progress, out, print_json
+from cli.console import byte_progress, out, print_json
 from cli.ranges import Blocks
-from cli.refs import open_ref
+from cli.refs import adapter_in, open_ref
 
 if TYPE_CHECKING:
     from merge.formats.sources import File
     from merge.identify import Identification, Span
 
-_PEFT = "adapter_model.safetensors"
 _LONGEST_VALUE = 160
+# kohya writes some 60 settings of the training; where there are more than a few, those that say
+# least share a paragraph.
+_SETTING = "ss_"
+_MOST_SETTINGS = 8
+_LONGEST_SETTING = 24
+_TELLING = {
+    *("ss_base_model_version", "ss_sd_model_name", "ss_output_name", "ss_training_comment"),
+    *("ss_network_module", "ss_network_dim", "ss_network_alpha"),
+}
 _WIDEST_LABEL = 32
+_TITLES = {"llm": "a language model"}
 _NO_AUTOV1 = "none: the file ends before the 64 KiB that it hashes"
 
 
@@ -28,7 +38,13 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    file: Annotated[str, typer.Argument(help="a safetensors file, or a REF", metavar="FILE")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="a safetensors file or a folder with one: a path, namespace/name[@revision][:file], hf://, s3:// or https://",
+            metavar="FILE",
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
     hashes: Annotated[
         bool, typer.Option("--hashes/--no-hashes", help="hash the whole file, or read its header")
@@ -40,7 +56,9 @@ def inspect(
     gc.disable()
     try:
         with Blocks() as blocks:
-            named = _only(open_ref(file, blocks), file)
+            named = open_ref(file, blocks)
+            if isinstance(named, Path):
+                named = adapter_in(named, file)
             found = _identify(named, hashes=hashes)
     finally:
         gc.enable()
@@ -59,26 +77,13 @@ def _identify(file: "File", *, hashes: bool) -> "Identification":
     with TensorFile(file) as opened:
         computed = None
         if hashes:
-            with byte_progress("hashing", opened.header.file_size) as progress:
+            with byte_progress("hashing", opened.header.file_size, is_kept=False) as progress:
                 computed = hash_file(
                     file,
                     opened.header.data_offset,
                     progress=lambda n: progress.advance(progress.task_ids[0], n),
                 )
         return identify_file(opened, hashes=computed, config=read_config(file))
-
-
-def _only(path: "File", ref: str) -> "File":
-    """The file itself, or the only safetensors file of a folder (a PEFT folder has one)."""
-    if not (isinstance(path, Path) and path.is_dir()):
-        return path
-    if (path / _PEFT).is_file():
-        return path / _PEFT
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) == 1:
-        return files[0]
-    inside = f"{len(files)} safetensors files" if files else "no safetensors file"
-    raise CommandError(f"{ref} is a folder with {inside}; name one file")
 
 
 def _print(name: str, found: "Identification") -> None:
@@ -90,17 +95,41 @@ def _print(name: str, found: "Identification") -> None:
         _print_rows([(kind, value or "") for kind, value in hashes.items()])
     if found.metadata:
         out.print()
-        _print_rows([(key, _shortened(value)) for key, value in sorted(found.metadata.items())])
+        _print_metadata(found.metadata)
     if found.warnings:
         out.print()
     for warning in found.warnings:
         out.print(Text("warning", style="yellow"), Text(_printable(warning.message)))
 
 
-def _print_rows(rows: list[tuple[str, str]]) -> None:
+def _print_metadata(metadata: Mapping[str, str]) -> None:
+    """A line for each entry; the many settings of a training together."""
+    folded = {key: " ".join(value.split()) for key, value in sorted(metadata.items())}
+    settings = {
+        key.removeprefix(_SETTING): value
+        for key, value in folded.items()
+        if key.startswith(_SETTING) and key not in _TELLING and len(value) <= _LONGEST_SETTING
+    }
+    if len(settings) <= _MOST_SETTINGS:
+        settings = {}
+    rows = [(k, v) for k, v in folded.items() if k.removeprefix(_SETTING) not in settings]
+    said = [f"{name} {value}" for name, value in settings.items() if value not in ("", "None")]
+    indent = _indent([*(label for label, _ in rows), _SETTING + "…"])
+    longest = max(out.width - indent, 20) if out.is_terminal else _LONGEST_VALUE
+    cut = [(key, _shortened(value, longest)) for key, value in rows]
+    _print_rows([*cut, (_SETTING + "…", ", ".join(said))], indent)
+    if cut != rows or len(said) < len(settings):
+        out.print(Text("--json prints all of it", style="dim"))
+
+
+def _indent(labels: list[str]) -> int:
+    return min(max((len(_printable(label)) for label in labels), default=0), _WIDEST_LABEL) + 2
+
+
+def _print_rows(rows: list[tuple[str, str]], indent: int | None = None) -> None:
     """Two columns; wrapped in a terminal, one line per row for a program that reads them."""
     shown = [(_printable(label), _printable(value)) for label, value in rows if value]
-    indent = min(max((len(label) for label, _ in shown), default=0), _WIDEST_LABEL) + 2
+    indent = indent or _indent([label for label, _ in shown])
     for label, value in shown:
         width = max(out.width - indent, 20) if out.is_terminal else len(value) or 1
         lines = textwrap.wrap(value, width, break_on_hyphens=False) or [""]
@@ -118,7 +147,11 @@ def _headline(found: "Identification") -> str:
         what = [" + ".join(found.algorithms), found.kind]
     if found.families:
         best = found.families[0]
-        title = FAMILIES[best.name].title if best.name in FAMILIES else best.name
+        title = (
+            FAMILIES[best.name].title
+            if best.name in FAMILIES
+            else _TITLES.get(best.name, best.name)
+        )
         what.append(f"for {title}" if found.kind == "adapter" else f"of {title}")
     if found.dialect:
         what.append(f"in {found.dialect} names" if found.kind == "adapter" else found.dialect)
@@ -154,10 +187,11 @@ def _span(span: "Span | None") -> str:
     return f"{span.min:g}" if span.min == span.max else f"{span.min:g} to {span.max:g}"
 
 
-def _shortened(value: str) -> str:
-    if len(value) <= _LONGEST_VALUE:
+def _shortened(value: str, longest: int) -> str:
+    if len(value) <= longest:
         return value
-    return f"{value[:_LONGEST_VALUE]}… ({len(value):,} characters; --json prints all)"
+    rest = f"… ({len(value):,} characters)"
+    return value[: max(longest - len(rest), 0)] + rest
 
 
 def _printable(text: str) -> str:

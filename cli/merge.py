@@ -7,11 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal
 from rich.table import Table
 
-from cli.console import CommandError, byte_progress, count_progress, err, out, plain, print_json
+from cli.arguments import as_typed, make_recipe
+from cli.console import (
+    CommandError,
+    WrongUsage,
+    byte_progress,
+    count_progress,
+    err,
+    out,
+    plain,
+    print_json,
+)
 from cli.ranges import Blocks as RemoteBlocks
-from cli.refs import adapter_in, open_ref, parse_weighted, place_of
+from cli.refs import adapter_in, open_ref, parse_weighted, path_of, place_of
 
 if TYPE_CHECKING:
     from merge.execute import Outcome
@@ -20,17 +31,36 @@ if TYPE_CHECKING:
     from merge.plan import Plan
     from merge.recipe import Pinned, Recipe
 
-Inputs = Annotated[list[str], typer.Argument(metavar="REF=STRENGTH…", show_default=False)]
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="REF=STRENGTH…",
+        show_default=False,
+        help="Adapters, each with its strength (1 if none is said): paths, "
+        "namespace/name[@revision][:file] on the hub, hf://, s3:// or https://.",
+    ),
+]
 Out = Annotated[
     str, typer.Option("--out", "-o", help="The file or folder to write, or s3://bucket/key.")
 ]
+Force = Annotated[
+    bool, typer.Option("--force", "-f", help="Replace a file or an object that is there.")
+]
 Blocks = Annotated[
     list[str] | None,
-    typer.Option("--block", metavar="GLOB=FACTOR", help="Multiply the strength of some modules."),
+    typer.Option(
+        "--block",
+        metavar="GLOB=FACTOR",
+        help="Multiply the strength of modules, as in '*.up_blocks.*=0.5'.",
+    ),
 ]
 Components = Annotated[
     list[str] | None,
-    typer.Option("--component", metavar="NAME=STRENGTH", help="A component's own strength."),
+    typer.Option(
+        "--component",
+        metavar="NAME=STRENGTH",
+        help="A component's own strength, as in text_encoder=0.4.",
+    ),
 ]
 LeaveOut = Annotated[
     list[str] | None, typer.Option(metavar="GLOB", help="Modules to leave out, by name.")
@@ -47,7 +77,7 @@ AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 def register(app: typer.Typer) -> None:
     app.command()(merge)
     app.command()(bake)
-    recipes = typer.Typer(no_args_is_help=True, help="Wishes in files.")
+    recipes = typer.Typer(no_args_is_help=True, help="Merges and bakes that a file describes.")
     recipes.command("run")(run_recipe)
     app.add_typer(recipes, name="recipe")
 
@@ -55,7 +85,9 @@ def register(app: typer.Typer) -> None:
 def merge(
     inputs: Inputs,
     to: Out,
-    method: Annotated[str, typer.Option(help="See docs/methods.md.")] = "linear",
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="How; docs/methods.md lists them.")
+    ] = "linear",
     rank: Annotated[int | None, typer.Option(help="The best result of this rank.")] = None,
     energy: Annotated[
         float | None, typer.Option(help="Keep this share of each module's squared norm.")
@@ -67,20 +99,24 @@ def merge(
     block: Blocks = None,
     component: Components = None,
     leave_out: LeaveOut = None,
-    dtype: Annotated[str, typer.Option(help="keep, float16, bfloat16 or float32.")] = "keep",
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="keep, float16, bfloat16 or float32.")
+    ] = "keep",
     dialect: Annotated[
-        str | None, typer.Option("--to", help="kohya, diffusers, comfy or peft (a folder).")
+        str | None,
+        typer.Option("--to", metavar="DIALECT", help="kohya, diffusers, comfy or peft (a folder)."),
     ] = None,
     reproducible: Reproducible = False,
     save_recipe: SaveRecipe = None,
+    force: Force = False,
     as_json: AsJSON = False,
 ) -> None:
     """Combine adapters into one: graft merge ink.safetensors=0.7 robot.safetensors=0.5 -o OUT."""
-    from merge.recipe import Recipe
-
     ranks = {"fixed": rank, "energy": energy, "budget_bytes": budget, "exact": exact or None}
     said = {name: value for name, value in ranks.items() if value is not None}
-    recipe = Recipe.parse(
+    if len(said) > 1:
+        raise WrongUsage("say one of --rank, --energy, --budget and --exact")
+    recipe = make_recipe(
         {
             "kind": "merge",
             "inputs": _inputs(inputs, block, component, leave_out),
@@ -88,57 +124,76 @@ def merge(
             "rank": said or {"exact": True},
             "output": {"dialect": dialect, "dtype": dtype},
             "numerics": "reproducible" if reproducible else "fast",
-        }
+        },
+        inputs,
     )
-    _run(recipe, to, save_recipe, as_json)
+    with as_typed(inputs):
+        _run(recipe, to, force, save_recipe, as_json)
 
 
 def bake(
-    base: Annotated[str, typer.Argument(metavar="BASE", show_default=False)],
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE",
+            show_default=False,
+            help="The checkpoint, a file or a diffusers or transformers folder, named as adapters are.",
+        ),
+    ],
     inputs: Inputs,
     to: Out,
     block: Blocks = None,
     component: Components = None,
     leave_out: LeaveOut = None,
-    dtype: Annotated[str, typer.Option(help="Only keep: every tensor keeps its own.")] = "keep",
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="Only keep: every tensor keeps its own.")
+    ] = "keep",
     allow_loss: Annotated[
         bool, typer.Option("--allow-loss", help="Bake into fp8 even if most of the change is lost.")
     ] = False,
     reproducible: Reproducible = False,
     save_recipe: SaveRecipe = None,
+    force: Force = False,
     as_json: AsJSON = False,
 ) -> None:
     """Add adapters to a checkpoint's own weights: graft bake BASE ink.safetensors=0.8 -o OUT.
 
     s3://bucket/key is read, and written, where it lies: there is no local copy of the base.
     """
-    from merge.recipe import Recipe
-
-    recipe = Recipe.parse(
+    recipe = make_recipe(
         {
             "kind": "bake",
             "base": {"ref": base},
             "inputs": _inputs(inputs, block, component, leave_out),
             "output": {"dtype": dtype} | ({"allow_loss": True} if allow_loss else {}),
             "numerics": "reproducible" if reproducible else "fast",
-        }
+        },
+        inputs,
     )
-    _run(recipe, to, save_recipe, as_json)
+    with as_typed(inputs):
+        _run(recipe, to, force, save_recipe, as_json)
 
 
 def run_recipe(
-    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", show_default=False, help="A recipe, YAML or JSON.")
+    ],
     to: Out,
     source: Annotated[
         list[Path] | None,
         typer.Option("--from", metavar="PATH", help="Files for sources known by SHA-256 alone."),
     ] = None,
+    force: Force = False,
     as_json: AsJSON = False,
 ) -> None:
     """Do what a recipe file (YAML or JSON) says."""
     from merge.recipe import Recipe
 
-    _run(Recipe.load(file), to, None, as_json, source or [])
+    if not file.is_file():
+        what = " is a folder, not a recipe" if file.is_dir() else ": there is no such file"
+        raise CommandError(f"{file}{what}")
+    with as_typed(None, str(file)):
+        _run(Recipe.load(file), to, force, None, as_json, source or [])
 
 
 def _inputs(
@@ -168,26 +223,27 @@ def _factors(texts: list[str] | None, option: str) -> dict[str, float]:
         except ValueError:
             equals = ""
         if not equals or not name:
-            raise CommandError(f"{option} {text}: write {option} NAME=NUMBER")
+            raise WrongUsage(f"{option} {text}: write {option} NAME=NUMBER")
     return found
 
 
 def _run(
     recipe: "Recipe",
     to: str,
+    force: bool,
     save_recipe: Path | None,
     as_json: bool,
     sources: Iterable[Path] = (),
 ) -> None:
     from merge.plan import plan
 
-    place = place_of(to)
-    if not isinstance(place, Path) and place.name in recipe.refs():
-        raise CommandError(f"{place.name} is an input of the recipe itself; nothing was written")
+    if any(_is_same(to, name) for name in recipe.refs()):
+        raise CommandError(f"{to} is an input of the recipe itself; nothing was written")
+    place = place_of(to, force=force)
     with RemoteBlocks() as blocks:
         files = _gather(recipe, list(sources), blocks)
         if save_recipe is not None:
-            _require_place(save_recipe, [place, *files.values()])
+            _require_place(save_recipe, force, [place, *files.values()])
         _import_meanwhile(files.values())
         with err.status("hashing"):
             recipe = recipe.pin({name: _pin(file) for name, file in files.items()})
@@ -221,15 +277,19 @@ def _import_meanwhile(files: Iterable["File"]) -> None:
         threading.Thread(target=importlib.import_module, args=("torch",)).start()
 
 
-def _require_place(recipe: Path, taken: Iterable["File | Target"]) -> None:
+def _is_same(one: str, other: str) -> bool:
+    there = Path(one).exists() and Path(other).exists()
+    return one == other or (there and Path(one).samefile(other))
+
+
+def _require_place(recipe: Path, force: bool, taken: Iterable["File | Target"]) -> None:
     """Refuse to save a recipe where something else lies, or where nothing can lie."""
     if not recipe.parent.is_dir():
         raise CommandError(f"{recipe}: there is no folder {recipe.parent}; nothing was written")
     here = [path.resolve() for path in taken if isinstance(path, Path)]
     if recipe.resolve() in here:
         raise CommandError(f"{recipe} is an input or the output; save the recipe somewhere else")
-    if recipe.exists() and recipe.suffix not in (".yaml", ".yml", ".json"):
-        raise CommandError(f"{recipe} exists and is no recipe; save the recipe somewhere else")
+    path_of(str(recipe), force=force)
 
 
 def _gather(recipe: "Recipe", sources: list[Path], blocks: RemoteBlocks) -> dict[str, "File"]:
@@ -250,7 +310,7 @@ def _gather(recipe: "Recipe", sources: list[Path], blocks: RemoteBlocks) -> dict
         else:
             file = open_ref(name, blocks)
             if isinstance(file, Path) and _is_input(recipe, name):
-                file = adapter_in(file)
+                file = adapter_in(file, name)
             files[name] = file
     return files
 
@@ -289,6 +349,8 @@ def _execute(planned: "Plan", to: "Path | Target") -> "Outcome":
 
 
 def _print(planned: "Plan", to: str, outcome: "Outcome") -> None:
+    from merge.errors import counted
+
     certificate = outcome.certificate
     columns = _COLUMNS[certificate["kind"]]
     table = Table(box=None, pad_edge=False)
@@ -299,15 +361,17 @@ def _print(planned: "Plan", to: str, outcome: "Outcome") -> None:
         table.add_row(component, str(len(modules)), *cells)
     if certificate["modules"]:
         out.print(table)
-    if certificate.get("summed"):
-        out.print(f"stored whole: {len(certificate['summed'])} sums of norms, biases and weights")
-    if certificate["left_out"]:
-        out.print(f"left out: {len(certificate['left_out'])} modules, as the recipe allows")
+    if summed := certificate.get("summed"):
+        out.print(f"stored whole: {counted(summed, 'sum', 'sums')} of norms, biases or weights")
+    if left_out := certificate["left_out"]:
+        out.print(f"left out: {counted(left_out, 'module', 'modules')}, as the recipe allows")
+    for note in certificate.get("notes", ()):
+        out.print(f"[yellow]note[/]    {plain(note)}")
     out.print(_verdict(certificate))
     out.print(f"recipe  {outcome.recipe_digest}")
     if outcome.sha256 is not None:
         out.print(f"output  sha256:{outcome.sha256}")
-    out.print(f"[bold]{plain(to)}[/]  {_size(outcome.size)}")
+    out.print(f"[bold]{plain(to)}[/]  {decimal(outcome.size)}")
 
 
 # title, field of a module in the certificate, how a value is shown
@@ -331,7 +395,7 @@ def _verdict(certificate: Mapping[str, Any]) -> str:
             f"truncation {certificate['truncation']:.2%}, rounding {certificate['rounding']:.3%}"
         )
     if certificate["elements"] == 0:
-        return "every strength is 0: the base, bit for bit"
+        return "nothing changes: the base, bit for bit"
     return (
         f"{certificate['elements']:,} values rounded once; "
         f"{certificate['unchanged']:.2%} of them stayed what they were"
@@ -348,12 +412,3 @@ def _by_component(modules: Mapping[str, Any]) -> dict[str, list[Any]]:
 def _range(values: list[Any], form: str) -> str:
     low, high = form.format(min(values)), form.format(max(values))
     return low if low == high else f"{low} – {high}"
-
-
-def _size(n_bytes: int) -> str:
-    size = float(n_bytes)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"

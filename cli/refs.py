@@ -29,7 +29,7 @@ from urllib.parse import unquote, urlsplit
 from rich.progress import Progress
 
 from cli.connection import Connection, connection, explained
-from cli.console import CommandError, byte_progress
+from cli.console import CommandError, WrongUsage, byte_progress
 from cli.ranges import Absent, Blocks, Ranged
 
 if TYPE_CHECKING:
@@ -84,12 +84,12 @@ def parse_weighted(text: str) -> tuple[str, float]:
     if equals and _NUMBER.fullmatch(number):
         strength = float(number)
         if not math.isfinite(strength):
-            raise CommandError(f"{text}: the strength is too large")
+            raise WrongUsage(f"{text}: the strength is too large")
         if not ref:
-            raise CommandError(f"{text}: there is no REF before the strength")
+            raise WrongUsage(f"{text}: there is no REF before the strength")
         return ref, strength
     if equals and number.lower().lstrip("+-") in {"", "nan", "inf", "infinity"}:
-        raise CommandError(f"{text}: a strength is a number, as in REF=0.8")
+        raise WrongUsage(f"{text}: a strength is a number, as in REF=0.8")
     return text, 1.0
 
 
@@ -99,7 +99,7 @@ def parse_ref(text: str) -> Ref:
     if colon and re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
         return _of_scheme(text, scheme, rest)
     if not text:
-        raise CommandError("an empty REF names nothing")
+        raise WrongUsage("an empty REF names nothing")
     path = Path(text).expanduser()
     plainly_local = text.startswith(("/", "./", "../", "~", ".\\", "..\\")) or path.is_absolute()
     found = None if plainly_local or os.path.lexists(path) else _ON_HUB.fullmatch(text)
@@ -112,17 +112,17 @@ def _of_scheme(text: str, scheme: str, rest: str) -> Ref:
     if scheme == "hf":
         found = _ON_HF.fullmatch(rest.rstrip("/"))
         if found is None:
-            raise CommandError(f"{text}: write hf://namespace/name[@revision][/file]")
+            raise WrongUsage(f"{text}: write hf://namespace/name[@revision][/file]")
         revision = unquote(found["rev"]) if found["rev"] else None
         return OnHub(found["repo"], revision, found["file"], huggingface=True)
     if scheme == "s3":
         bucket, _, key = rest.partition("/")
         if not bucket or not key:
-            raise CommandError(f"{text}: write s3://bucket/key")
+            raise WrongUsage(f"{text}: write s3://bucket/key")
         return OnS3(bucket, key)
     if scheme == "https" or (scheme == "http" and _is_loopback(text)):
         return OnWeb(text)
-    raise CommandError(f"{text}: REFs are paths, namespace/name, hf://, s3:// and https://")
+    raise WrongUsage(f"{text}: REFs are paths, namespace/name, hf://, s3:// and https://")
 
 
 def _is_loopback(url: str) -> bool:
@@ -152,12 +152,22 @@ def fetch(text: str) -> Path:
             return _with_config(_from_web(ref.url), partial(_from_web, there))
 
 
-def adapter_in(path: Path) -> Path:
-    """The adapter of a folder that PEFT or diffusers saved."""
-    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+def adapter_in(path: Path, ref: str) -> Path:
+    """The file itself; of a folder the adapter that PEFT or diffusers saved, or its only file."""
+    from merge.formats.sources import GENERIC_NAMES
+
+    if not path.is_dir():
+        return path
+    for name in GENERIC_NAMES:
         if (path / name).is_file():
             return path / name
-    return path
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if (path / "model_index.json").is_file():
+        raise CommandError(f"{ref} is a whole pipeline; name one of its files")
+    inside = f"{len(files)} safetensors files" if files else "no safetensors file"
+    raise CommandError(f"{ref} is a folder with {inside}; name one file")
 
 
 def open_ref(text: str, blocks: Blocks) -> "File":
@@ -180,12 +190,24 @@ def _local(text: str, path: Path) -> Path:
 def _from_hub(text: str, ref: OnHub) -> Path:
     hub = _huggingface() if ref.huggingface else connection()
     api = hub.api()
-    with explained(hub, ref.repo):
+    with _or_no_path(ref), explained(hub, ref.repo):
         info = api.model_info(ref.repo, revision=ref.revision, files_metadata=True)
+    with explained(hub, ref.repo):
         sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
         target, files = _wanted(text, ref.file, list(sizes))
         root = _download(api, ref.repo, str(info.sha), files, sizes)
     return root / target
+
+
+@contextmanager
+def _or_no_path(ref: OnHub) -> Iterator[None]:
+    """Two names and a slash may have been meant as a path."""
+    try:
+        yield
+    except CommandError as error:
+        if ref.huggingface or ref.revision or ref.file:
+            raise
+        raise CommandError(f"{ref.repo} is no path here, and {error}") from error
 
 
 def _huggingface() -> Connection:
@@ -289,19 +311,38 @@ def _from_s3(text: str, ref: OnS3, beside: Path | None = None) -> Path:
             raise CommandError(str(error)) from error
 
 
-def place_of(text: str) -> "Path | Target":
-    """Where `--out` says that a result goes; CannotWrite where a store would not take it."""
+def place_of(text: str, *, force: bool) -> "Path | Target":
+    """Where `--out` says that a result goes; CannotWrite where a store would not take it.
+
+    CommandError if something is there: `force` lets a file or an object be replaced, and never a
+    folder.
+    """
     scheme, colon, rest = text.partition("://")
     if not colon:
-        return Path(text).expanduser()
+        return path_of(text, force=force)
     ref = _of_scheme(text, scheme, rest)
     if not isinstance(ref, OnS3):
-        raise CommandError(f"{text}: results go to a path or to s3://bucket/key")
+        raise WrongUsage(f"{text}: results go to a path or to s3://bucket/key")
     with _needing_boto3(text):
         from cli.s3 import S3Target
     target = S3Target(ref.bucket, ref.key)
+    if not force and target.exists():
+        raise CommandError(f"{text} exists; --force replaces it")
     target.check()
     return target
+
+
+def path_of(text: str, *, force: bool) -> Path:
+    """The same for a result that can only be on a disk here."""
+    scheme, colon, _ = text.partition("://")
+    if colon:
+        raise WrongUsage(f"{text}: this result goes to a path; {scheme}:// is not one")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise CommandError(f"{text}: a folder of this name exists; nothing was written")
+    if os.path.lexists(path) and not force:
+        raise CommandError(f"{text} exists; --force replaces it")
+    return path
 
 
 def _open_s3(text: str, ref: OnS3, blocks: Blocks) -> Ranged:

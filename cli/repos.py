@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from enum import StrEnum
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from cli.connection import Connection, connection, explained, normal_endpoint, store
-from cli.console import CommandError, byte_progress, err, out, print_json
+from cli.console import CommandError, byte_progress, err, n_files, out, print_json
 from cli.refs import OnHub, bar_class, parse_ref
 
 if TYPE_CHECKING:
@@ -30,6 +31,18 @@ if TYPE_CHECKING:
 COUNTED_BYTES = 2**20
 
 JSON = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+
+
+class Sort(StrEnum):
+    """What a search can be sorted by."""
+
+    RELEVANCE = "relevance"
+    UPDATED = "updated"
+    CREATED = "created"
+    DOWNLOADS = "downloads"
+    LIKES = "likes"
+    NAME = "name"
+    SIZE = "size"
 
 
 def register(app: typer.Typer) -> None:
@@ -181,7 +194,7 @@ def pull(
     if as_json:
         print_json({"repo": ref.repo, "commit": commit, "path": str(target), "files": files})
     else:
-        out.print(f"{target}: {len(files)} files of {ref.repo} at {commit[:12]}", markup=False)
+        out.print(f"{target}: {n_files(files)} of {ref.repo} at {commit[:12]}", markup=False)
 
 
 def _pull(hub: Connection, ref: OnHub, target: Path) -> tuple[str, list[str]]:
@@ -288,10 +301,8 @@ def search(
     base: Annotated[str | None, typer.Option(help="family of the base model")] = None,
     algorithm: Annotated[str | None, typer.Option(help="lora, …")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="may be repeated")] = None,
-    sort: Annotated[
-        str | None, typer.Option(help="relevance, updated, created, downloads, likes, name, size")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=200)] = 20,
+    sort: Annotated[Sort | None, typer.Option(help="what comes first")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=200, help="how many at most")] = 20,
     as_json: JSON = False,
 ) -> None:
     """Files on the hub that match words and facets."""

@@ -25,6 +25,9 @@ from train.s3 import ERRORS, code_of, reason, s3_client
 _ABSENT = {"NoSuchKey", "AccessDenied"}
 # What a read of a version says when the object is another one by now, or gone.
 _CHANGED = {"PreconditionFailed", "NoSuchKey", "InvalidRange", "412"}
+# The same of a request for an object's head, whose answers have no body that could say more.
+# Who may only write is not told: then the upload decides.
+_NOT_THERE = {"404", "403", "NoSuchKey", "NoSuchBucket", "AccessDenied"}
 _ATTEMPTS = 3
 _PIECE_BYTES = 2**18
 _PART_BYTES = 8 * 2**20
@@ -122,6 +125,17 @@ class S3Target:
         upload = _Upload(self, 1)
         upload.begin()
         upload.take_back()
+
+    def exists(self) -> bool:
+        """Whether an object is there, as far as we may know."""
+        with _explained(self.name):
+            try:
+                self.client.head_object(Bucket=self.bucket, Key=self.key)
+            except ClientError as error:
+                if code_of(error) in _NOT_THERE:
+                    return False
+                raise
+        return True
 
     def block_bytes(self, size: int) -> int:
         return max(_PART_BYTES, -(-size // _MOST_PARTS))

@@ -11,11 +11,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cli.connection import connection, explained
-from cli.console import CommandError, err, out, print_json
+from cli.console import CommandError, err, n_files, out, print_json
 from cli.refs import fetch
 from train.errors import TrainError
 from train.presets import PRESETS
@@ -101,7 +102,7 @@ def publish(
     if as_json:
         print_json(_published_json(published))
     elif published.sent:
-        out.print(f"{len(published.sent)} files, {published.bytes_sent:,} bytes sent to ", end="")
+        out.print(f"{n_files(published.sent)}, {published.bytes_sent:,} bytes sent to ", end="")
         out.print(published.target, style="bold", markup=False)
     else:
         out.print(f"{published.target} already has all of it", markup=False)
@@ -274,7 +275,7 @@ def _list_presets(as_json: bool) -> None:
         table.add_column(column)
     table.add_column("SD 1.5 at rank 8", justify="right")
     for name, preset in PRESETS.items():
-        millions = f"{preset.sd15_rank8 / 1e6:.2f} M, {preset.sd15_rank8 * 2 / 2**20:.1f} MiB"
+        millions = f"{preset.sd15_rank8 / 1e6:.2f} M, {decimal(preset.sd15_rank8 * 2)}"
         table.add_row(name, preset.layers, preset.good_for, millions)
     out.print(table)
 
@@ -283,7 +284,7 @@ def _show(result: "Result", published: "list[Published]") -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()
-    size = f"{result.size_bytes / 1024:,.0f} KiB"
+    size = decimal(result.size_bytes)
     table.add_row("adapter", f"{result.file} ({size})")
     table.add_row("sha256", result.sha256)
     share = result.trainable / result.total
@@ -293,7 +294,7 @@ def _show(result: "Result", published: "list[Published]") -> None:
     table.add_row("samples", str(result.folder / "samples"))
     table.add_row("card", str(result.folder / "README.md"))
     for one in published:
-        table.add_row("published", f"{one.target} ({len(one.sent)} files)")
+        table.add_row("published", f"{one.target} ({n_files(one.sent)})")
     out.print(table, markup=False)
 
 

@@ -241,11 +241,12 @@ def _refuse(condition: bool, param: str, detail: str) -> None:
 
 
 def _raise_first(error: ValidationError) -> NoReturn:
-    first = error.errors(include_url=False, include_input=False)[0]
+    first, *others = error.errors(include_url=False, include_input=False)
     path = ""
     for step in first["loc"]:
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
-    more = error.error_count() - 1
+    # pydantic adds that a list is too short for every list that holds something wrong.
+    more = sum(other["loc"] != first["loc"][: len(other["loc"])] for other in others)
     detail = first["msg"].removeprefix("Value error, ") + (f" (and {more} more)" if more else "")
     raise BadRecipe(path, detail) from error
 

@@ -125,7 +125,10 @@ def header_length(
     if length > limits.header_bytes:
         for magic, what in _MAGIC:
             if prefix.startswith(magic):
-                raise BadFile(name, "st_other_format", f"it is {what}, not a safetensors file")
+                detail = f"it is {what}, not a safetensors file"
+                if "pickle" in what:
+                    detail += "; graft convert --from-pickle makes one of it"
+                raise BadFile(name, "st_other_format", detail)
         detail = f"the header claims {length} bytes, more than the limit {limits.header_bytes}"
         raise BadFile(name, "st_header_too_large", detail)
     if length > file_size - PREFIX_BYTES:

@@ -36,9 +36,9 @@ def test_a_file_becomes_a_folder_and_a_file_again(tmp_path: Path, ink: Path) -> 
 def test_nothing_is_replaced_that_was_not_named(tmp_path: Path, ink: Path) -> None:
     (tmp_path / "ink.comfy.safetensors").write_bytes(b"mine")
     line = refused(tmp_path, "convert", ink, "--to", "comfy")
-    assert line == "error: ink.comfy.safetensors exists; say where to write with -o"
+    assert line == "error: ink.comfy.safetensors exists; --force replaces it"
     line = refused(tmp_path, "convert", ink, "--to", "kohya", "-o", ink)
-    assert line.endswith("ink.safetensors: is what the conversion reads; nothing was written")
+    assert line.endswith("ink.safetensors is what the conversion reads; nothing was written")
 
 
 def test_wrong_usage(tmp_path: Path, ink: Path) -> None:
@@ -47,9 +47,9 @@ def test_wrong_usage(tmp_path: Path, ink: Path) -> None:
     assert "'koya' is not one of 'kohya', 'diffusers', 'peft', 'comfy'" in " ".join(
         done.stderr.replace("│", " ").split()
     )
-    line = refused(tmp_path, "convert", ink)
+    line = refused(tmp_path, "convert", ink, status=2)
     assert line == "error: say what to write: --to kohya, diffusers, peft, comfy"
-    line = refused(tmp_path, "convert", ink, "--to", "peft", "--from-pickle")
+    line = refused(tmp_path, "convert", ink, "--to", "peft", "--from-pickle", status=2)
     assert line == "error: --from-pickle only unpacks; convert the file it writes"
     line = refused(tmp_path, "convert", "none.safetensors", "--to", "peft")
     assert line == "error: none.safetensors: there is no such file or folder"
@@ -62,7 +62,7 @@ def test_a_pickle_is_unpacked(tmp_path: Path) -> None:
     assert (said["kind"], said["path"]) == ("embedding", "cat.safetensors")
     assert said["sha256"] == sha256_file(tmp_path / "cat.safetensors")
     line = refused(tmp_path, "convert", "--from-pickle", "cat.pt")
-    assert line == "error: cat.safetensors exists; say where to write with -o"
+    assert line == "error: cat.safetensors exists; --force replaces it"
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
     line = refused(tmp_path, "convert", "--from-pickle", "model.pt")
     assert "it holds an object of torch.nn.modules.linear.Linear, not only tensors" in line

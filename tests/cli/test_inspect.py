@@ -58,7 +58,27 @@ def test_what_strangers_wrote_does_not_steer_the_terminal(
     assert "\x1b" not in shown
     assert "[31m[bold]xxx" in shown
     assert "(513 characters" not in shown  # cut to one line, with its true length
-    assert "characters; --json prints all" in shown
+    assert "characters)\n" in shown
+    assert shown.endswith("--json prints all of it\n")
+
+
+def test_the_settings_of_a_training_share_a_paragraph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {f"ss_setting_{n}": str(n) for n in range(9)}
+    others = {"ss_sd_model_name": "v1-5", "ss_long": "x" * 25, "ss_no": "None", "a": "1\n 2"}
+    path = make_adapter(tmp_path / "f.safetensors", metadata=settings | others).path
+    assert _run(monkeypatch, str(path), "--no-hashes") == 0
+    lines = capsys.readouterr().out.splitlines()
+    shared = ", ".join(f"setting_{n} {n}" for n in range(9))
+    assert lines[-6:] == [
+        "a                 1 2",
+        "format            pt",
+        f"ss_long           {'x' * 25}",
+        "ss_sd_model_name  v1-5",
+        f"ss_…              {shared}",
+        "--json prints all of it",
+    ]
 
 
 def test_a_peft_folder_is_its_adapter_with_its_configuration(

@@ -43,11 +43,11 @@ def graft(folder: Path, *arguments: str | Path) -> "subprocess.CompletedProcess[
     return done
 
 
-def refused(folder: Path, *arguments: str | Path) -> str:
+def refused(folder: Path, *arguments: str | Path, status: int = 1) -> str:
     """The one sentence of a failure, after which nothing has changed."""
     before = sorted(p.name for p in folder.iterdir())
     done = graft(folder, *arguments)
-    assert done.returncode == 1
+    assert done.returncode == status
     assert sorted(p.name for p in folder.iterdir()) == before
     (line,) = done.stderr.splitlines()
     return line
@@ -175,27 +175,93 @@ def test_a_peft_adapter_of_another_name_needs_its_configuration_too(tmp_path: Pa
     assert not (tmp_path / "out.safetensors").exists()
 
 
+MERGE = ["merge", "ink.safetensors", "-o", "x"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["merge", "nope.safetensors", "-o", "x"], "nope.safetensors: there is no such file"),
-        (["merge", "ink.safetensors", "-o", "x", "--rank", "0"], "rank.fixed"),
-        (["merge", "ink.safetensors", "-o", "x", "--rank", "2", "--exact"], "exactly one of"),
-        (["merge", "ink.safetensors", "-o", "x", "--method", "ties"], "method.name"),
-        (["merge", "ink.safetensors", "-o", "x", "--to", "onnx"], "output.dialect"),
-        (["merge", "ink.safetensors", "-o", "x", "--block", "attn"], "write --block NAME=NUMBER"),
-        (["merge", "ink.safetensors", "-o", "x", "--block", "*.nope=1"], "matches no module"),
+        ([*MERGE, "--block", "*.nope=1"], "error: --block *.nope: matches no module"),
+        ([*MERGE, "--component", "vae=1"], "error: --component vae: matches no module"),
+        ([*MERGE, "--leave-out", "*.nope"], "error: --leave-out *.nope: matches no module"),
+        ([*MERGE, "--leave-out", "*"], "error: every module is left out"),
+        ([*MERGE, "--budget", "1"], "error: --budget: the smallest module needs"),
+        ([*MERGE, "--save-recipe", "ink.safetensors"], "is an input or the output"),
+        (["merge", PIPELINE, "-o", "x"], "is a whole pipeline; name one of its files"),
+        (["merge", PIPELINE / "vae", "-o", "x"], "depends on the base"),
+        (["merge", PIPELINE / "tokenizer", "-o", "x"], "is a folder with no safetensors file"),
         (["merge", "ink.safetensors", "-o", "no/x"], "the folder no does not exist"),
         (["merge", "ink.safetensors", "-o", "ink.safetensors"], "is an input"),
         (["bake", "ink.safetensors", "ink.safetensors", "-o", "x"], "in any layout we know"),
         (["bake", "nope", "ink.safetensors", "-o", "x"], "nope: there is no such file"),
-        (["recipe", "run", "nope.yaml", "-o", "x"], "cannot read nope.yaml"),
+        (["recipe", "run", "nope.yaml", "-o", "x"], "error: nope.yaml: there is no such file"),
+        (["recipe", "run", "ink.safetensors", "-o", "x"], "error: ink.safetensors is not text"),
+        (["recipe", "run", PIPELINE, "-o", "x"], "is a folder, not a recipe"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(
-    tmp_path: Path, ink: MadeAdapter, arguments: list[str], says: str
+    tmp_path: Path, ink: MadeAdapter, arguments: list[str | Path], says: str
 ) -> None:
     assert says in refused(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--rank", "0"], "--rank: Input should be greater than or equal to 1"),
+        (["--energy", "2"], "--energy: Input should be less than or equal to 1"),
+        (["--rank", "2", "--exact"], "say one of --rank, --energy, --budget and --exact"),
+        (["--method", "ties"], "--method: Input should be 'linear'"),
+        (["--to", "onnx"], "--to: Input should be 'kohya', 'diffusers', 'peft' or 'comfy'"),
+        (["--dtype", "int8"], "--dtype: Input should be 'keep', "),
+        (["--block", "attn"], "--block attn: write --block NAME=NUMBER"),
+        (["--block", "*=nan"], "--block *: Input should be a finite number"),
+        (["--leave-out", ""], "--leave-out: String should have at least 1 character"),
+        (["ink.safetensors=nan"], "ink.safetensors=nan: a strength is a number, as in REF=0.8"),
+        (["s3://bucket"], "s3://bucket: write s3://bucket/key"),
+    ],
+)
+def test_what_cannot_be_meant_is_wrong_usage_and_names_the_argument(
+    tmp_path: Path, ink: MadeAdapter, arguments: list[str], says: str
+) -> None:
+    line = refused(tmp_path, "merge", "ink.safetensors", *arguments, "-o", "x", status=2)
+    assert line.startswith(f"error: {says}")
+
+
+def test_a_wrong_recipe_is_named_with_its_field(tmp_path: Path, ink: MadeAdapter) -> None:
+    recipe = tmp_path / "wish.yaml"
+    recipe.write_text("kind: merge\ninputs: [{ref: ink.safetensors, strength: high}]")
+    line = refused(tmp_path, "recipe", "run", "wish.yaml", "-o", "x")
+    assert line == "error: wish.yaml: inputs[0].strength: Input should be a valid number"
+    recipe.write_text("kind: merge\ninputs: [{ref: ink.safetensors, blocks: {nope: 1}}]")
+    line = refused(tmp_path, "recipe", "run", "wish.yaml", "-o", "x")
+    assert line.startswith("error: wish.yaml: inputs[0].blocks.nope: matches no module")
+
+
+def test_nothing_is_replaced_unless_asked(tmp_path: Path, ink: MadeAdapter) -> None:
+    out, recipe = tmp_path / "out.safetensors", tmp_path / "wish.yaml"
+    recipe.write_text("kind: merge\ninputs: [{ref: ink.safetensors}]")
+    unet = PIPELINE / "unet" / "diffusion_pytorch_model.safetensors"
+    commands: list[list[str | Path]] = [
+        ["merge", "ink.safetensors", "-o", out],
+        ["bake", unet, "ink.safetensors", "-o", out, "--component", "unet=1"],
+        ["recipe", "run", recipe, "-o", out],
+        ["convert", "ink.safetensors", "--to", "comfy", "-o", out],
+        ["merge", "ink.safetensors", "-o", "new.safetensors", "--save-recipe", out],
+    ]
+    commands[1] += ["--leave-out", "text_encoder.*"]
+    (tmp_path / "folder").mkdir()
+    for command in commands:
+        out.write_text("mine")
+        assert refused(tmp_path, *command) == f"error: {out} exists; --force replaces it"
+        assert out.read_text() == "mine"
+        done = graft(tmp_path, *command, "-f")
+        assert done.returncode == 0, done.stderr
+        assert out.read_bytes() != b"mine"
+        if out in command[2:] and "--save-recipe" not in command:
+            folder = [tmp_path / "folder" if its == out else its for its in command]
+            assert "a folder of this name exists" in refused(tmp_path, *folder, "--force")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +270,7 @@ def test_what_cannot_be_done_is_one_sentence(
         ("ink.safetensors", "is an input or the output"),
         ("out.safetensors", "is an input or the output"),
         ("nowhere/recipe.yaml", "there is no folder nowhere"),
-        ("notes.txt", "exists and is no recipe"),
+        ("notes.txt", "notes.txt exists; --force replaces it"),
     ],
 )
 def test_a_recipe_is_saved_over_nothing_else(

@@ -86,7 +86,7 @@ def _s3(server: S3Server, bucket: str, blocks: Blocks) -> Place:
         return client.get_object(Bucket=bucket, Key=name)["Body"].read() if name in held else None
 
     def target(name: str) -> Target:
-        place = place_of(f"s3://{bucket}/{name}")
+        place = place_of(f"s3://{bucket}/{name}", force=True)
         assert not isinstance(place, Path)
         return place
 

@@ -158,9 +158,19 @@ def test_a_result_that_cannot_be_written_there_is_refused_before_anything_is_rea
     assert uploads(held) == []
 
 
+def test_an_object_is_replaced_only_where_that_is_asked(held: S3Server) -> None:
+    put(held, "out", b"old")
+    command = ("bake", "base.safetensors", "ink.safetensors", "-o", "s3://bucket/out")
+    with pytest.raises(CommandError, match=r"^s3://bucket/out exists; --force replaces it$"):
+        graft(*command)
+    assert content(held, "out") == b"old"
+    graft(*command, "--force")
+    assert len(content(held, "out") or b"") > BASE.stat().st_size
+
+
 def test_the_engine_does_not_write_over_an_input_either(held: S3Server) -> None:
     with Blocks() as blocks, pytest.raises(CannotWrite, match="is an input of the recipe itself"):
-        execute(planned(blocks), place_of("s3://bucket/in/base.safetensors"))
+        execute(planned(blocks), place_of("s3://bucket/in/base.safetensors", force=True))
 
 
 def test_a_folder_is_not_written_to_a_store(held: S3Server) -> None:
@@ -205,7 +215,7 @@ def test_an_object_that_changes_meanwhile_is_an_error(held: S3Server, when: str)
         if when == "before it is opened":
             change()
         with pytest.raises(BadFile, match=r"base\.safetensors: the object changed .*st_changed"):
-            execute(wish, place_of("s3://bucket/out"), change, workers=1)
+            execute(wish, place_of("s3://bucket/out", force=True), change, workers=1)
     assert content(held, "out") is None
     assert uploads(held) == []
 
@@ -232,7 +242,7 @@ def test_a_bake_that_is_stopped_leaves_what_was_there(
             raise error
 
     with Blocks() as blocks, pytest.raises(error):
-        execute(planned(blocks), place_of("s3://bucket/out"), progress, workers=2)
+        execute(planned(blocks), place_of("s3://bucket/out", force=True), progress, workers=2)
     assert content(held, "out") == b"old"
     assert uploads(held) == []
 
@@ -276,7 +286,7 @@ def test_a_server_that_dies_midway_is_one_sentence_and_shows_nothing(
     stop = threading.Event()
     with serve_s3(tmp_path / "other") as other:
         other.use(monkeypatch)
-        target = place_of("s3://bucket/out")
+        target = place_of("s3://bucket/out", force=True)
 
         def progress(done: int, total: int) -> None:
             other.process.kill()
@@ -309,7 +319,7 @@ def bake_through(held: S3Server, monkeypatch: pytest.MonkeyPatch, decide: Any) -
     with proxy_to(held.endpoint, decide) as address:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
         base, ink = "s3://bucket/in/base.safetensors", "s3://bucket/in/ink.safetensors=0.8"
-        graft("bake", base, ink, "-o", "s3://bucket/out", "--reproducible")
+        graft("bake", base, ink, "-o", "s3://bucket/out", "--reproducible", "-f")
 
 
 def test_broken_connections_and_slow_downs_are_tried_again(
