@@ -4,7 +4,7 @@ Memory above the imports, with w worker threads:
 a merge holds its output and, per worker, six copies of the largest module's stacked factors;
 a bake holds, per worker and once more, three copies of the largest patch's stacked factors (or four
 matrices as large as its weight, where the change is no low-rank product), one set of tile buffers
-(29 bytes for each of 256 Ki elements) and a block of 4 MiB, and for all of them two blocks more,
+(29 bytes for each of 256 Ki elements) and a block of 8 MiB, and for all of them two blocks more,
 however large the base is; blocks for another place may be larger, and more (its Target says).
 `plan.cost.memory_bytes` is this bound for two workers.
 """

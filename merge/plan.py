@@ -18,6 +18,7 @@ from merge.families import FAMILIES
 from merge.formats.adapters import AdapterLayout, Entry, read_config, read_layout
 from merge.formats.header import Header, read_header
 from merge.formats.sources import File, is_folder, shown_name
+from merge.formats.targets import BLOCK_BYTES, WAITING_THREADS
 from merge.modules import Module, lay_out
 from merge.patches import Patch, find_patches
 from merge.recipe import Input, Recipe
@@ -209,7 +210,8 @@ def _plan_bake(
     patches = [p for keys in found.patches.values() for its in keys.values() for p in its]
     largest = max((patch.working_elements for patch in patches), default=0) * working
     changed = {patch.name for patch in patches}
-    cost = Cost(len(changed), written, (_WORKERS + 1) * (largest + TILE_BYTES) + BLOCKS_BYTES)
+    blocks = _BLOCKS * min(BLOCK_BYTES, written)
+    cost = Cost(len(changed), written, _WRITERS * (largest + TILE_BYTES) + blocks)
     return BakePlan(
         recipe, adapters, left_out, base, found.patches, found.additions, found.notes, cost
     )
@@ -218,7 +220,9 @@ def _plan_bake(
 # Scratch of one bake thread: a tile as stored, in float64 twice, in float32, as stored again, a mask.
 TILE_ELEMENTS = 256 * 1024
 TILE_BYTES = TILE_ELEMENTS * (4 + 8 + 8 + 4 + 4 + 1)
-BLOCKS_BYTES = 6 * 4 * 2**20  # merge.blocks
+# Threads that fill and write blocks, and blocks that are alive at once (merge.blocks).
+_WRITERS = _WORKERS + WAITING_THREADS
+_BLOCKS = _WRITERS + 2
 
 
 def _open_adapter(source: Input, param: str, files: Mapping[str, File]) -> Adapter:

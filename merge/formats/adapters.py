@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from merge.errors import (
@@ -98,6 +99,9 @@ class AdapterLayout:
 
 def config_beside(file: File) -> File | None:
     """The adapter_config.json that `file` is read with; None without one. BadFile as for headers."""
+    # Here a look costs less than the header, elsewhere it costs a request.
+    if isinstance(file, Path) and beside(file, CONFIG_NAME) is None:
+        return None
     return beside(file, CONFIG_NAME) if takes_config(read_header(file)) else None
 
 

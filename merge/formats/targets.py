@@ -12,7 +12,10 @@ from typing import Protocol
 from merge.formats.positioned import DIRECT_ALIGNMENT, bypass_cache, write_at
 from merge.formats.writer import NewFile
 
-BLOCK_BYTES = 4 * 2**20
+# Of a file here: while one thread waits for the disk, as many as there are processors compute.
+# Smaller blocks take longer, larger ones and more of them take memory (benchmarks/bake.py).
+BLOCK_BYTES = 8 * 2**20
+WAITING_THREADS = 1
 
 
 class Output(Protocol):
@@ -55,7 +58,7 @@ class Disk:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
-        self.waiting_threads = 1
+        self.waiting_threads = WAITING_THREADS
 
     def block_bytes(self, size: int) -> int:
         return BLOCK_BYTES

@@ -934,7 +934,7 @@ def test_memory_is_bounded_for_changes_that_are_no_product(algorithm: str, tmp_p
     assert int(bound) < 600e6
 
 
-@pytest.mark.parametrize("steps", [1, 15, 60, 95])
+@pytest.mark.parametrize("steps", [1, 8, 30, 45])
 def test_a_process_that_is_killed_leaves_no_output(steps: int, tmp_path: Path) -> None:
     """At any moment; what was there before stays."""
     command = _large_bake(tmp_path)
