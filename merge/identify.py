@@ -42,7 +42,7 @@ class Identification:
     """The answer of `graft inspect`. `to_json` is its public form."""
 
     kind: str
-    algorithms: tuple[str, ...]  # by falling number of modules
+    algorithms: tuple[str, ...]  # by falling number of modules, values stored whole last
     dialect: str | None  # of an adapter's keys, or the layout of a checkpoint
     families: tuple[FamilyGuess, ...]  # likeliest first
     modules: int
@@ -192,7 +192,7 @@ def _adapter_facts(file: TensorFile, found: Survey, config: Mapping[str, Any] | 
     ranks = [its.rank for its in dims if its.rank is not None]
     return _Facts(
         kind=ADAPTER,
-        algorithms=tuple(name for name, _ in Counter(described.algorithms).most_common()),
+        algorithms=_by_weight(described.algorithms),
         dialect=dialect_of(groups),
         families=guess(file.header.metadata, groups, extents, described.fits, config),
         modules=len(groups),
@@ -259,6 +259,15 @@ def _try_layout(
         return resolve(found, file.header, name=file.name, config=config), None
     except BadAdapter as error:
         return None, doubts.of_refusal(error, file.name)
+
+
+# Norms and biases that come along, often more of them than of the layers an adapter is about.
+_STORED_WHOLE = frozenset({"full", "norm", "replacement", "ln-tuning", "tokens"})
+
+
+def _by_weight(names: Iterable[str]) -> tuple[str, ...]:
+    counts = Counter(names)
+    return tuple(sorted(counts, key=lambda name: (name in _STORED_WHOLE, -counts[name])))
 
 
 def _components(groups: Sequence[Group], layers: Sequence[Found | None]) -> dict[str, int]:

@@ -20,7 +20,22 @@ from hub.web.render import page
 
 router = APIRouter(include_in_schema=False, tags=["web"])
 
-ALGORITHM_TITLES = {"lora": "LoRA"}
+ALGORITHM_TITLES = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "adalora": "AdaLoRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "glora": "GLoRA",
+    "glora-paper": "GLoRA (paper)",
+    "vera": "VeRA",
+    "ia3": "IA³",
+    "oft": "OFT",
+    "boft": "BOFT",
+    "hra": "HRA",
+    "hira": "HiRA",
+    "full": "full difference",
+}
 SHOWN_VALUES = 8
 SORTS = (
     (Sort.RELEVANCE, "Best match"),

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from hub.adapters.items import AdapterItem
 from hub.adapters.models import Kind
+from merge.families import FAMILIES
 
 PEFT_CONFIG = "adapter_config.json"
 
@@ -38,6 +39,8 @@ def ways_to_use(
             found.append(Way("peft", _peft(item, base_model, base_url)))
         else:
             note = "" if base_model else "Put the base model that the adapter was made for first."
+            if item.algorithm not in (None, "lora"):
+                note = "diffusers loads LoRA alone: graft convert --algorithm lora, or graft bake."
             found.append(Way("diffusers", _diffusers(item, base_model, base_url), note))
     if item is not None or paths:
         found.append(Way("graft", _graft(repo, base_url)))
@@ -79,6 +82,15 @@ def _diffusers(item: AdapterItem, base_model: str | None, base_url: str) -> str:
 def _peft(item: AdapterItem, base_model: str | None, base_url: str) -> str:
     folder = item.file.rpartition("/")[0]
     subfolder = f", subfolder={_text(folder)}" if folder else ""
+    family = FAMILIES.get(item.family or "")
+    if family is not None:
+        model = f"pipe.{family.denoiser}"
+        return (
+            _environment(base_url) + "from diffusers import DiffusionPipeline\n"
+            "from peft import PeftModel\n\n"
+            f"pipe = DiffusionPipeline.from_pretrained({_text(base_model or 'BASE_MODEL')})\n"
+            f"{model} = PeftModel.from_pretrained({model}, {_text(item.repo)}{subfolder})\n"
+        )
     return (
         _environment(base_url) + "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n\n"

@@ -567,3 +567,14 @@ def test_nothing_imports_torch_or_numpy(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(made.path)], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_what_an_adapter_is_about_comes_before_norms_that_come_along(tmp_path: Path) -> None:
+    block = "double_blocks.0.img_attn"
+    shapes: Shapes = {
+        f"{block}.qkv.lora_A.weight": (16, 3072),
+        f"{block}.qkv.lora_B.weight": (9216, 16),
+        f"{block}.norm.query_norm.scale": (128,),
+        f"{block}.norm.key_norm.scale": (128,),
+    }
+    assert _identify(shapes, tmp_path).algorithms == ("lora", "replacement")
