@@ -556,7 +556,7 @@ def test_nan_and_inf_are_named_and_nothing_is_left(
 def test_a_value_too_large_for_the_outputs_dtype_is_refused(sd15: Family, tmp_path: Path) -> None:
     made = make_adapter(tmp_path / "a.safetensors", sd15, some_of(sd15), dtype=torch.float32)
     inputs = [(made.path, 1e12)]
-    with pytest.raises(Overflow, match="does not fit F16; choose a wider"):
+    with pytest.raises(Overflow, match="does not fit F16; a wider dtype"):
         run(tmp_path / "out.safetensors", inputs, output={"dtype": "float16"})
     assert not (tmp_path / "out.safetensors").exists()
     run(tmp_path / "out.safetensors", inputs, output={"dtype": "float32"})
