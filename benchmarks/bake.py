@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def main() -> None:
                     copies.append(_timed(lambda: _copy(base, out)))
                     _remove(out)
                     for mode in ("bake", "digest"):
-                        found = _timed(lambda mode=mode, recipe=recipe: _bake(recipe, out, mode))  # type: ignore[misc]
+                        found = _timed(partial(_bake, recipe, out, mode))
                         runs[mode].append(found)
                         _remove(out)
                 _print(model, base.stat().st_size, rank, n, runs)
@@ -346,9 +347,8 @@ def _print_peer(name: str, seconds: float, ours: float) -> None:
 
 def _script(script: str, arguments: Sequence[str]) -> float:
     command = [sys.executable, "-c", script, *arguments]
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    done = subprocess.run(command, check=True, cwd=ROOT, text=True, **quiet)  # type: ignore[call-overload]
-    return float(done.stdout.split()[-1])
+    said = subprocess.check_output(command, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
+    return float(said.split()[-1])
 
 
 def _as_single_file(target: Path, base: Path, model: Model) -> Path:

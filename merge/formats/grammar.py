@@ -109,8 +109,6 @@ LAYOUTS = frozenset(row.layout for row in ALGORITHMS if row.layout) | {
 }
 # Roles that mean what another one means, under which merge.algorithms reads them.
 SAME = {"ln_tuning_weight": "weight", "ln_tuning_bias": "bias", "scale": "weight"}
-# Roles that also occur in checkpoints, and so make no file an adapter.
-PLAIN_ROLES = frozenset({"weight", "bias", "scale"})
 # Roles that change another parameter than the row they stand beside, and make a part of their own.
 _APART = (frozenset({"diff", "diff_b"}), frozenset({"w_norm", "b_norm"}), frozenset({"bias"}))
 _WHOLE_LAYER = frozenset({"weight", "bias"})
