@@ -19,6 +19,7 @@ from merge.formats.adapters import AdapterLayout, Entry, read_config, read_layou
 from merge.formats.header import Header, read_header
 from merge.formats.sources import File, is_folder, shown_name
 from merge.formats.targets import BLOCK_BYTES, WAITING_THREADS
+from merge.method_parameters import Linear
 from merge.modules import Module, lay_out
 from merge.patches import Patch, find_patches
 from merge.recipe import Input, Recipe
@@ -124,6 +125,8 @@ def plan(recipe: Recipe, files: Mapping[str, File]) -> Plan:
     _check_selectors(inputs, adapters)
     families = _common_families(adapters)
     sources, left_out = gather(inputs, [adapter.layout for adapter in adapters])
+    if recipe.method != Linear() or recipe.kind in ("extract", "resize"):
+        raise BadRecipe("method", f"{recipe.kind} by {recipe.method.name} is not possible yet")
     if recipe.kind == "bake":
         return _plan_bake(recipe, files, adapters, sources, tuple(sorted(left_out)), families)
     return _plan_merge(recipe, adapters, sources, tuple(sorted(left_out)), families)

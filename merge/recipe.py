@@ -14,26 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from merge.errors import BadRecipe
+from merge.method_parameters import Linear, Method, Part, Space
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Strength = Annotated[float, Field(allow_inf_nan=False)]
 Glob = Annotated[str, StringConstraints(min_length=1)]
-
-
-class Part(BaseModel):
-    """What every object of a recipe has in common: strict types, unknown fields refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Pinned(Part):
@@ -77,6 +66,12 @@ class Input(Source):
     leave_out: tuple[Glob, ...] = Field(
         (), description="globs on component.module: modules that may be left out, and are"
     )
+    only: tuple[Glob, ...] = Field(
+        (), description="globs on component.module: all other modules are left out"
+    )
+    vectors: Source | None = Field(
+        None, description="strengths for every direction, row or column of a module"
+    )
 
     def strength_at(self, component: str, module: str) -> float:
         """The strength of this input on one module: the component's own, times every block's."""
@@ -87,17 +82,15 @@ class Input(Source):
         return strength
 
     def leaves_out(self, component: str, module: str) -> bool:
-        return any(fnmatchcase(f"{component}.{module}", glob) for glob in self.leave_out)
-
-
-class Linear(Part):
-    """The weighted sum of the deltas."""
-
-    name: Literal["linear"] = "linear"
+        name = f"{component}.{module}"
+        is_named = any(fnmatchcase(name, glob) for glob in self.leave_out)
+        return is_named or (
+            bool(self.only) and not any(fnmatchcase(name, glob) for glob in self.only)
+        )
 
 
 class Rank(Part):
-    """How large the merged factors are; exactly one of the four is said."""
+    """How large the merged factors are; exactly one of the five is said."""
 
     fixed: int | None = Field(None, ge=1, description="the best result of this rank per module")
     energy: float | None = Field(
@@ -106,12 +99,15 @@ class Rank(Part):
     budget_bytes: int | None = Field(
         None, ge=1, description="the best ranks over all modules within these bytes of factors"
     )
+    shared: int | None = Field(
+        None, ge=1, description="as many numbers as this rank everywhere, at the best ranks"
+    )
     exact: Literal[True] | None = Field(None, description="ranks add up, nothing is lost")
 
     @model_validator(mode="after")
     def _is_one_choice(self) -> Self:
         if len(self.model_fields_set) != 1 or None in self.model_dump(exclude_unset=True).values():
-            raise ValueError("needs exactly one of fixed, energy, budget_bytes, exact")
+            raise ValueError("needs exactly one of fixed, energy, budget_bytes, shared, exact")
         return self
 
 
@@ -130,13 +126,20 @@ class Output(Part):
 
 
 class Recipe(Part):
-    """A merge of adapters into one adapter, or a bake of adapters into a base."""
+    """What is made of which files: merge (adapters -> adapter), bake (base + adapters -> checkpoint),
+    extract (tuned checkpoint - base -> adapter), resize (an adapter at another rank).
+    """
 
     schema_: Literal[1] = Field(1, alias="schema", description="version of this format")
-    kind: Literal["merge", "bake"]
-    base: Source | None = Field(None, description="the checkpoint a bake changes")
-    inputs: Annotated[tuple[Input, ...], Field(min_length=1)]
-    method: Linear = Linear()
+    kind: Literal["merge", "bake", "extract", "resize"]
+    base: Source | None = Field(
+        None, description="the checkpoint that a bake changes, or that changes are evaluated on"
+    )
+    tuned: Source | None = Field(
+        None, description="the checkpoint that an adapter is extracted from"
+    )
+    inputs: tuple[Input, ...] = ()
+    method: Method = Linear()
     rank: Rank = Rank(exact=True)
     output: Output = Output()
     seed: int = Field(0, ge=0, lt=2**63, description="for methods that draw random numbers")
@@ -146,6 +149,19 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
+        is_extract = self.kind == "extract"
+        _refuse(
+            is_extract and bool(self.inputs), "inputs", "an extraction has none: base and tuned"
+        )
+        _refuse(not is_extract and not self.inputs, "inputs", "needs at least one adapter")
+        _refuse(is_extract != (self.tuned is not None), "tuned", _TUNED[is_extract])
+        _refuse(is_extract and self.base is None, "base", "an extraction needs what was tuned")
+        _refuse(is_extract and self.rank.exact is not None, "rank", "a difference has full rank")
+        if self.kind == "resize":
+            is_one = len(self.inputs) == 1 and self.inputs[0].strength == 1.0
+            _refuse(not is_one, "inputs", "a resize has one adapter, at strength 1")
+        if self.kind in ("extract", "resize"):
+            _refuse(self.method != Linear(), "method", f"{self.kind} combines nothing")
         if self.kind == "bake":
             _refuse(self.base is None, "base", "a bake needs the checkpoint it changes")
             _refuse(self.rank != Rank(exact=True), "rank", "a bake writes no factors")
@@ -153,8 +169,10 @@ class Recipe(Part):
             _refuse(not is_kept, "output", "a bake keeps the base's layout and dtypes")
         else:
             is_said = self.output.allow_loss is not None
-            _refuse(is_said, "output.allow_loss", "a merge writes no 8-bit weights")
-            _refuse(self.base is not None, "base", "a linear merge uses no base")
+            _refuse(is_said, "output.allow_loss", f"a {self.kind} writes no 8-bit weights")
+            is_full = self.method.space is Space.ELEMENTS and self.rank.exact is not None
+            detail = f"{self.method.name} makes changes of full rank; say one, or bake them"
+            _refuse(is_full, "rank", detail)
         return self
 
     @classmethod
@@ -183,8 +201,7 @@ class Recipe(Part):
 
     def refs(self) -> list[str]:
         """The distinct names a plan needs files for, the base first."""
-        sources: list[Source] = [*([self.base] if self.base else []), *self.inputs]
-        return list(dict.fromkeys(source.name for source in sources))
+        return list(dict.fromkeys(source.name for _, source in self._sources()))
 
     def pin(self, pins: Mapping[str, Pinned]) -> Self:
         """This recipe with the SHA-256 of every source filled in.
@@ -192,10 +209,11 @@ class Recipe(Part):
         A source that already has another SHA-256 is refused: the file is not what was meant.
         """
         inputs = tuple(
-            _pinned(source, pins, f"inputs[{i}]") for i, source in enumerate(self.inputs)
+            _pinned_input(source, pins, f"inputs[{i}]") for i, source in enumerate(self.inputs)
         )
         base = _pinned(self.base, pins, "base") if self.base else None
-        return self.model_copy(update={"inputs": inputs, "base": base})
+        tuned = _pinned(self.tuned, pins, "tuned") if self.tuned else None
+        return self.model_copy(update={"inputs": inputs, "base": base, "tuned": tuned})
 
     def canonical_json(self) -> str:
         """The text the digest is taken of: sorted keys, no names, inputs in a fixed order.
@@ -205,12 +223,13 @@ class Recipe(Part):
         for param, source in self._sources():
             if source.sha256 is None:
                 raise BadRecipe(f"{param}.sha256", "is not known yet, so there is no digest")
-        document = self.model_dump(mode="json", by_alias=True, exclude={"base", "inputs"})
+        document = self.model_dump(mode="json", by_alias=True, exclude={"base", "tuned", "inputs"})
         for field in ("method", "rank", "output"):
             document[field] = _without_absent(document[field])
         document["inputs"] = [_nameless(self.inputs[i]) for i in self.in_canonical_order()]
-        if self.base is not None:
-            document["base"] = _nameless(self.base)
+        for field, checkpoint in (("base", self.base), ("tuned", self.tuned)):
+            if checkpoint is not None:
+                document[field] = _nameless(checkpoint)
         return _canonical(document)
 
     def digest(self) -> str:
@@ -230,8 +249,13 @@ class Recipe(Part):
         )
 
     def _sources(self) -> list[tuple[str, Source]]:
-        inputs = [(f"inputs[{i}]", source) for i, source in enumerate(self.inputs)]
-        return [("base", self.base), *inputs] if self.base else list(inputs)
+        found: list[tuple[str, Source | None]] = [("base", self.base), ("tuned", self.tuned)]
+        for i, source in enumerate(self.inputs):
+            found += [(f"inputs[{i}]", source), (f"inputs[{i}].vectors", source.vectors)]
+        return [(param, source) for param, source in found if source is not None]
+
+
+_TUNED = ("only an extraction has it", "an extraction needs the checkpoint to take from")
 
 
 def _refuse(condition: bool, param: str, detail: str) -> None:
@@ -243,14 +267,24 @@ def _refuse(condition: bool, param: str, detail: str) -> None:
 def _raise_first(error: ValidationError) -> NoReturn:
     first, *others = error.errors(include_url=False, include_input=False)
     path = ""
-    for step in first["loc"]:
+    for step in _steps(first):
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
     # pydantic adds that a list is too short for every list that holds something wrong.
     more = sum(other["loc"] != first["loc"][: len(other["loc"])] for other in others)
-    detail = first["msg"].removeprefix("Value error, ") + (f" (and {more} more)" if more else "")
+    says = _WITHOUT_NAME if first["type"] == "union_tag_not_found" else first["msg"]
+    detail = says.removeprefix("Value error, ") + (f" (and {more} more)" if more else "")
     raise BadRecipe(path, detail) from error
 
 
+def _steps(error: ErrorDetails) -> tuple[int | str, ...]:
+    """Where in the document; pydantic names the method that was chosen as if it were a field."""
+    steps = error["loc"]
+    if error["type"].startswith("union_tag"):
+        return (*steps, "name")
+    return (steps[0], *steps[2:]) if len(steps) > 1 and steps[0] == "method" else steps
+
+
+_WITHOUT_NAME = "Field required"
 SourceT = TypeVar("SourceT", bound=Source)
 
 
@@ -267,8 +301,18 @@ def _pinned(source: SourceT, pins: Mapping[str, Pinned], param: str) -> SourceT:
     return source.model_copy(update=pin.model_dump())
 
 
+def _pinned_input(source: Input, pins: Mapping[str, Pinned], param: str) -> Input:
+    pinned = _pinned(source, pins, param)
+    if pinned.vectors is None:
+        return pinned
+    vectors = _pinned(pinned.vectors, pins, f"{param}.vectors")
+    return pinned.model_copy(update={"vectors": vectors})
+
+
 def _nameless(source: Source) -> dict[str, Any]:
     document = source.model_dump(mode="json", exclude={"ref"})
+    if document.get("vectors"):
+        document["vectors"] = {"sha256": document["vectors"]["sha256"]}
     return _without_absent(document)
 
 

@@ -1,12 +1,12 @@
 """Merge methods: pure tensor functions, one file per method.
 
-To add one: its parameters in merge.recipe, its module and its row here, its oracle in
-tests/oracles; `make docs` writes docs/methods.md from the rows.
+To add one: its parameters in merge.method_parameters, its module, its row here and in
+merge.methods.rules, its oracle in tests/oracles; `make docs` writes docs/methods.md from the rows.
 """
 
 from dataclasses import dataclass
 
-from merge import recipe
+from merge.method_parameters import Linear, Parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Method:
     name: str
     summary: str
     exactness: str
-    parameters: type[recipe.Part]
+    parameters: type[Parameters]
     reference: str
 
 
@@ -28,7 +28,7 @@ METHODS: dict[str, Method] = {
             summary="The sum of the adapters' changes, each times its strength.",
             exactness="Exact by concatenation (ranks add up), or the nearest result of the asked "
             "rank, energy or size; the error is in the certificate.",
-            parameters=recipe.Linear,
+            parameters=Linear,
             reference="Hu et al. 2021, https://arxiv.org/abs/2106.09685 (the change); Eckart & "
             "Young 1936, https://doi.org/10.1007/BF02288367 (the nearest lower rank)",
         ),

@@ -16,6 +16,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from merge.algorithms.lora import Factors
+from merge.method_parameters import Linear
+
+
+def coefficients(
+    gram: Float[Tensor, "n n"], strengths: Sequence[float], parameters: Linear
+) -> list[float]:
+    """The strengths themselves, or all divided by one number.
+
+    "energy" scales the sum to the norm that the changes at their strengths have apart,
+    sqrt(sum |s_i D_i|^2): what points the same way no longer adds up to more. Where the sum is 0
+    there is nothing to scale.
+    """
+    if parameters.normalise == "strengths":
+        total = sum(abs(strength) for strength in strengths)
+        return [strength / total for strength in strengths] if total else list(strengths)
+    if parameters.normalise == "energy":
+        s = torch.tensor(strengths, dtype=torch.float64)
+        apart, together = (s * s * gram.diagonal()).sum().item(), (s @ gram @ s).item()
+        # Below this nothing but rounding is left of the sum.
+        scale = sqrt(apart / together) if together > 1e-12 * apart else 1.0
+        return [scale * strength for strength in strengths]
+    return list(strengths)
 
 
 def concatenate(parts: Sequence[Factors], strengths: Sequence[float]) -> Factors:

@@ -9,8 +9,9 @@ from typing import get_args
 import pytest
 
 from merge.errors import BadRecipe
+from merge.method_parameters import Method
 from merge.methods import METHODS
-from merge.recipe import Input, Linear, Output, Pinned, Rank, Recipe
+from merge.recipe import Input, Output, Pinned, Rank, Recipe
 
 A, B = "a" * 64, "b" * 64
 PINS = {"ink": Pinned(sha256=A), "robot": Pinned(sha256=B)}
@@ -54,9 +55,17 @@ def test_what_is_written_for_people_reads_back() -> None:
 @pytest.mark.parametrize(
     ("text", "param", "says"),
     [
-        ("kind: extract\ninputs: [{ref: a}]", "kind", "'merge' or 'bake'"),
-        ("kind: merge", "inputs", "required"),
-        ("kind: merge\ninputs: []", "inputs", "at least 1"),
+        ("kind: mix\ninputs: [{ref: a}]", "kind", "'merge', 'bake', 'extract' or 'resize'"),
+        ("kind: extract\ninputs: [{ref: a}]", "inputs", "none"),
+        ("kind: extract\nbase: {ref: a}\nrank: {fixed: 4}", "tuned", "needs the checkpoint"),
+        ("kind: extract\ntuned: {ref: a}\nrank: {fixed: 4}", "base", "what was tuned"),
+        ("kind: extract\nbase: {ref: a}\ntuned: {ref: b}", "rank", "full rank"),
+        ("kind: merge\ntuned: {ref: b}\ninputs: [{ref: a}]", "tuned", "only an extraction"),
+        ("kind: resize\ninputs: [{ref: a}, {ref: b}]", "inputs", "one adapter"),
+        ("kind: resize\ninputs: [{ref: a, strength: 0.5}]", "inputs", "at strength 1"),
+        ("kind: resize\ninputs: [{ref: a}]\nmethod: {name: tsv}", "method", "combines nothing"),
+        ("kind: merge", "inputs", "at least one"),
+        ("kind: merge\ninputs: []", "inputs", "at least one"),
         ("kind: merge\ninputs: [{ref: a}, {ref: b, strenght: 1}]", "inputs[1].strenght", "Extra"),
         ("kind: merge\ninputs: [{ref: a}]\nrnak: {fixed: 2}", "rnak", "Extra"),
         ("kind: merge\ninputs: [{ref: a, strength: .nan}]", "inputs[0].strength", "finite"),
@@ -70,10 +79,12 @@ def test_what_is_written_for_people_reads_back() -> None:
         ("kind: merge\ninputs: [{ref: a}]\nrank: {fixed: 2, exact: true}", "rank", "exactly one"),
         ("kind: merge\ninputs: [{ref: a}]\nrank: {fixed: 0}", "rank.fixed", "greater than"),
         ("kind: merge\ninputs: [{ref: a}]\nrank: {energy: 1.5}", "rank.energy", "less than"),
-        ("kind: merge\ninputs: [{ref: a}]\nmethod: {name: ties}", "method.name", "'linear'"),
+        ("kind: merge\ninputs: [{ref: a}]\nmethod: {name: tie}", "method.name", "'linear'"),
+        ("kind: merge\ninputs: [{ref: a}]\nmethod: {density: 1}", "method.name", "required"),
+        ("kind: merge\ninputs: [{ref: a}]\nmethod: {name: svc, floor: 2}", "method.floor", "equal to 1"),
+        ("kind: merge\ninputs: [{ref: a}]\nmethod: {name: ties}", "rank", "full rank"),
         ("kind: merge\ninputs: [{ref: a}]\noutput: {dtype: int8}", "output.dtype", "'float16'"),
         ("kind: merge\ninputs: [{ref: a}]\nschema: 2", "schema", "1"),
-        ("kind: merge\ninputs: [{ref: a}]\nbase: {ref: b}", "base", "no base"),
         ("kind: bake\ninputs: [{ref: a}]", "base", "needs the checkpoint"),
         ("kind: bake\ninputs: [{ref: a}]\nbase: {ref: b}\nrank: {fixed: 2}", "rank", "no factors"),
         ("kind: bake\ninputs: [{ref: a}]\nbase: {ref: b}\noutput: {dtype: float16}", "output", "keep"),
@@ -193,7 +204,9 @@ def test_the_example_in_the_documents_is_a_recipe_and_shows_every_field() -> Non
 
 
 def test_every_method_a_recipe_may_name_is_in_the_table() -> None:
-    assert set(METHODS) == set(get_args(Linear.model_fields["name"].annotation))
+    classes = get_args(get_args(Method)[0])
+    named = {get_args(its.model_fields["name"].annotation)[0]: its for its in classes}
+    assert named.items() >= {name: row.parameters for name, row in METHODS.items()}.items()
     for name, method in METHODS.items():
         assert method.name == name
         assert all(f.description for n, f in method.parameters.model_fields.items() if n != "name")

@@ -1,0 +1,217 @@
+"""What `method:` of a recipe may say: one class for each row of merge.methods, without its mathematics.
+
+`space` is what a method works on, and decides how the engine runs it:
+
+COEFFICIENTS  one number for each adapter, from the inner products of the changes; a linear merge then
+CORE          the small cores of the stacked factors (merge.methods.core)
+ELEMENTS      every element of the dense change by itself, in tiles of rows
+"""
+
+from enum import StrEnum
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Part(BaseModel):
+    """What every object of a recipe has in common: strict types, unknown fields refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Space(StrEnum):
+    COEFFICIENTS = "coefficients"
+    CORE = "core"
+    ELEMENTS = "elements"
+
+
+class Parameters(Part):
+    """Of any method. `takes_shares`: strengths say how the adapters share one result and must be
+    positive and the same for all of a layer; otherwise each change enters at its strength.
+    """
+
+    space: ClassVar[Space]
+    takes_shares: ClassVar[bool] = False
+
+
+Density = Annotated[float, Field(gt=0, le=1, description="share of the elements that are kept")]
+Scale = Annotated[
+    float, Field(allow_inf_nan=False, description="factor on the result, the paper's lambda")
+]
+
+
+class Linear(Parameters):
+    """The weighted sum of the deltas."""
+
+    space: ClassVar = Space.COEFFICIENTS
+    name: Literal["linear"] = "linear"
+    normalise: Literal["strengths", "energy"] | None = Field(
+        None,
+        description="strengths: divide by the sum of their magnitudes; energy: scale every layer to "
+        "the energy that its changes have apart",
+    )
+
+
+class Slerp(Parameters):
+    space: ClassVar = Space.COEFFICIENTS
+    takes_shares: ClassVar = True
+    name: Literal["slerp"]
+
+
+class Karcher(Parameters):
+    space: ClassVar = Space.COEFFICIENTS
+    takes_shares: ClassVar = True
+    name: Literal["karcher"]
+
+
+class ModelStock(Parameters):
+    space: ClassVar = Space.COEFFICIENTS
+    name: Literal["model_stock"]
+
+
+class Svc(Parameters):
+    space: ClassVar = Space.CORE
+    name: Literal["svc"]
+    floor: float = Field(0.2, gt=0, le=1, description="least share that counts, the paper's alpha")
+
+
+class Cart(Parameters):
+    space: ClassVar = Space.CORE
+    name: Literal["cart"]
+    keep: float = Field(
+        0.5, gt=0, le=1, description="share of each centred change's rank that is kept"
+    )
+    scale: Scale = 1.0
+
+
+class Tsv(Parameters):
+    space: ClassVar = Space.CORE
+    name: Literal["tsv"]
+    keep: float = Field(1.0, gt=0, le=1, description="share of each adapter's rank that is kept")
+    scale: Scale = 1.0
+
+
+class IsoC(Parameters):
+    space: ClassVar = Space.CORE
+    name: Literal["iso_c"]
+    scale: Scale = 1.0
+
+
+class IsoCts(Parameters):
+    space: ClassVar = Space.CORE
+    name: Literal["iso_cts"]
+    common: float = Field(0.8, ge=0, le=1, description="share of the rank for what is common")
+    scale: Scale = 1.0
+
+
+class Ctm(Parameters):
+    space: ClassVar = Space.CORE
+    name: Literal["ctm"]
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="of the shared basis; the largest rank of the inputs where none is said",
+    )
+
+
+class KnotsTies(Parameters):
+    space: ClassVar = Space.CORE
+    name: Literal["knots_ties"]
+    density: Density = 0.2
+    scale: Scale = 1.0
+
+
+class KnotsDare(Parameters):
+    space: ClassVar = Space.CORE
+    name: Literal["knots_dare"]
+    density: Density = 0.5
+    elect: bool = Field(False, description="keep only what agrees with the elected sign, as TIES")
+    scale: Scale = 1.0
+
+
+class CoreTies(Parameters):
+    space: ClassVar = Space.CORE
+    name: Literal["core_ties"]
+    density: Density = 0.2
+    scale: Scale = 1.0
+
+
+class CoreDare(Parameters):
+    space: ClassVar = Space.CORE
+    name: Literal["core_dare"]
+    density: Density = 0.5
+    elect: bool = Field(False, description="keep only what agrees with the elected sign, as TIES")
+    scale: Scale = 1.0
+
+
+class Ties(Parameters):
+    space: ClassVar = Space.ELEMENTS
+    name: Literal["ties"]
+    density: Density = 0.2
+    vote: Literal["mass", "count"] = Field("mass", description="how the sign is elected")
+    combine: Literal["mean", "sum"] = Field("mean", description="of what agrees with the sign")
+    scale: Scale = 1.0
+
+
+class Dare(Parameters):
+    space: ClassVar = Space.ELEMENTS
+    name: Literal["dare"]
+    density: Density = 0.5
+    elect: bool = Field(False, description="then as TIES: keep only what agrees with the sign")
+    scale: Scale = 1.0
+
+
+class Della(Parameters):
+    space: ClassVar = Space.ELEMENTS
+    name: Literal["della"]
+    density: Density = 0.5
+    epsilon: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="probabilities reach from density - epsilon to density + epsilon",
+    )
+    elect: bool = Field(True, description="then as TIES: keep only what agrees with the sign")
+    scale: Scale = 1.0
+
+
+class Magnitude(Parameters):
+    space: ClassVar = Space.ELEMENTS
+    name: Literal["magnitude"]
+    density: Density = 0.5
+    scale: Scale = 1.0
+
+
+class Breadcrumbs(Parameters):
+    space: ClassVar = Space.ELEMENTS
+    name: Literal["breadcrumbs"]
+    density: Density = 0.9
+    gamma: float = Field(
+        0.01, ge=0, lt=1, description="share of the largest elements that is dropped"
+    )
+    elect: bool = Field(False, description="then as TIES: keep only what agrees with the sign")
+    scale: Scale = 1.0
+
+
+Method = Annotated[
+    Linear
+    | Slerp
+    | Karcher
+    | ModelStock
+    | Svc
+    | Cart
+    | Tsv
+    | IsoC
+    | IsoCts
+    | Ctm
+    | KnotsTies
+    | KnotsDare
+    | CoreTies
+    | CoreDare
+    | Ties
+    | Dare
+    | Della
+    | Magnitude
+    | Breadcrumbs,
+    Field(discriminator="name"),
+]

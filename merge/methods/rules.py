@@ -1,0 +1,29 @@
+"""Which function computes a method. Rows of merge.methods say what each does, for people.
+
+A method of COEFFICIENTS is given the inner products of the changes at strength 1 and their strengths,
+and gives the coefficients of a linear merge. One of the CORE is given the changes at their strengths
+and gives the spectrum of the result. One of ELEMENTS is given the changes at their strengths as
+rows that can be asked for, and gives the result as the same.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from merge.methods import linear
+from merge.methods.core import Core
+from merge.methods.draws import Draws
+from merge.methods.elements import Delta
+from merge.methods.linear import Spectrum
+
+Coefficients = Callable[[Float[Tensor, "n n"], Sequence[float], Any], list[float]]
+OnCore = Callable[[Core, Any, Draws], Spectrum]
+OnElements = Callable[[Sequence[Delta], Any, Draws], Delta]
+
+COEFFICIENTS: Mapping[str, Coefficients] = {
+    "linear": linear.coefficients,
+}
+CORE: Mapping[str, OnCore] = {}
+ELEMENTS: Mapping[str, OnElements] = {}
