@@ -201,7 +201,7 @@ class Recipe(Part):
 
     def refs(self) -> list[str]:
         """The distinct names a plan needs files for, the base first."""
-        return list(dict.fromkeys(source.name for _, source in self._sources()))
+        return list(dict.fromkeys(source.name for _, source in self.sources()))
 
     def pin(self, pins: Mapping[str, Pinned]) -> Self:
         """This recipe with the SHA-256 of every source filled in.
@@ -220,7 +220,7 @@ class Recipe(Part):
 
         Inputs are sorted by content because a sum has no order; execution follows this order.
         """
-        for param, source in self._sources():
+        for param, source in self.sources():
             if source.sha256 is None:
                 raise BadRecipe(f"{param}.sha256", "is not known yet, so there is no digest")
         document = self.model_dump(mode="json", by_alias=True, exclude={"base", "tuned", "inputs"})
@@ -248,7 +248,8 @@ class Recipe(Part):
             {"schema": self.schema_, **document}, sort_keys=False, allow_unicode=True
         )
 
-    def _sources(self) -> list[tuple[str, Source]]:
+    def sources(self) -> list[tuple[str, Source]]:
+        """Every file that is named, with its place in the recipe, the base first."""
         found: list[tuple[str, Source | None]] = [("base", self.base), ("tuned", self.tuned)]
         for i, source in enumerate(self.inputs):
             found += [(f"inputs[{i}]", source), (f"inputs[{i}].vectors", source.vectors)]

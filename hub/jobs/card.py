@@ -1,4 +1,4 @@
-"""The part of a repo's README that tells what a merge or a bake was made of.
+"""The part of a repo's README that tells what a result was made of.
 
 A card that people wrote stays as it is: our part sits between two comments that name the file,
 and only front-matter keys that the card lacks are added.
@@ -19,14 +19,16 @@ _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | r
 
 @dataclass(frozen=True, slots=True)
 class Ingredient:
-    """One file a result was made from; `file` is empty for a whole folder."""
+    """One file a result was made from, and its part in it: a strength, or what else it was.
+
+    `file` is empty for a whole folder.
+    """
 
     repo: str
     commit: str
     file: str
     sha256: str
-    strength: float | None
-    note: str = ""
+    part: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,7 @@ class Facts:
 
     kind: str
     path: str
-    base: Ingredient | None
-    inputs: Sequence[Ingredient]
+    ingredients: Sequence[Ingredient]
     method: str
     triggers: Sequence[str]
     losses: Sequence[str]
@@ -76,20 +77,28 @@ def _with_section(text: str, facts: Facts) -> str:
     return text.rstrip("\n") + f"\n\n{section}\n"
 
 
+_MADE = {
+    "merge": "Merged from",
+    "bake": "Baked from",
+    "extract": "Extracted from",
+    "resize": "Resized from",
+}
+
+
 def _section(facts: Facts) -> str:
-    made = "Merged from" if facts.kind == "merge" else "Baked from"
-    name = _code(facts.path) if facts.path else "This pipeline"
+    made = _MADE[facts.kind]
+    name = code(facts.path) if facts.path else "This pipeline"
     lines = [f"## {name}", "", f"{made}:", "", "| file | strength | SHA-256 |", "|---|---|---|"]
-    rows = [(facts.base, "base")] if facts.base else []
-    rows += [(item, f"{item.strength:g}{item.note}") for item in facts.inputs]
-    lines += [f"| {_link(item)} | {strength} | `{item.sha256[:16]}…` |" for item, strength in rows]
+    lines += [
+        f"| {_link(item)} | {item.part} | `{item.sha256[:16]}…` |" for item in facts.ingredients
+    ]
     lines += ["", f"Method: {facts.method}."]
     lines += [f"- {loss}" for loss in facts.losses]
     if facts.triggers:
-        words = ", ".join(_code(word) for word in facts.triggers)
+        words = ", ".join(code(word) for word in facts.triggers)
         lines += ["", f"Trigger words: {words}."]
     if facts.licenses:
-        names = ", ".join(_code(name) for name in facts.licenses)
+        names = ", ".join(code(name) for name in facts.licenses)
         lines += ["", f"Licences of what it was made from: {names}."]
     lines += ["", f"Recipe: `{facts.recipe_digest}`; it is also in the file's metadata."]
     return "\n".join(lines)
@@ -97,10 +106,10 @@ def _section(facts: Facts) -> str:
 
 def _link(item: Ingredient) -> str:
     shown = f"{item.repo}:{item.file}" if item.file else item.repo
-    return f"[{_code(shown)}](/{item.repo}) at `{item.commit[:7]}`"
+    return f"[{code(shown)}](/{item.repo}) at `{item.commit[:7]}`"
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     # Names and words come from files: nothing in them may end the code span or the table cell.
     plain = "".join(c if c.isprintable() else " " for c in text)
     return "`" + plain.replace("`", "'").replace("|", "/") + "`"

@@ -20,6 +20,7 @@ from merge.formats.folders import digest_of_files, files_of_base
 from merge.formats.header import PREFIX_BYTES, header_length, parse_header
 from merge.recipe import Pinned, Recipe, Source
 
+_CHECKPOINTS = ("base", "tuned")  # which may be whole folders
 _REF = re.compile(r"(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<file>.+))?")
 
 
@@ -60,15 +61,13 @@ class Resolved:
 
 
 def resolve(session: Session, store: BlobStore, viewer: Viewer, recipe: Recipe) -> list[Resolved]:
-    """Every distinct source of `recipe`, the base first; BadRecipe names the field.
+    """Every distinct file that `recipe` names, the base first; BadRecipe names the field.
 
     The header of a file beside an adapter_config.json is read, to tell whether it is PEFT's.
     """
     named: dict[str, tuple[str, Source]] = {}
-    if recipe.base is not None:
-        named[recipe.base.name] = ("base", recipe.base)
-    for number, source in enumerate(recipe.inputs):
-        named.setdefault(source.name, (f"inputs[{number}]", source))
+    for param, source in recipe.sources():
+        named.setdefault(source.name, (param, source))
     return [_resolve(session, store, viewer, param, source) for param, source in named.values()]
 
 
@@ -101,7 +100,7 @@ def _resolve(
     files = {item.path: item.sha256 for item in repos.entries(session, commit)}
     if match["file"] is not None:
         main = match["file"]
-    elif param == "base" and (parts := files_of_base(files)) is not None:
+    elif param in _CHECKPOINTS and (parts := files_of_base(files)) is not None:
         main, files = None, {path: files[path] for path in parts}
     else:
         main = _only_file(files, param, source.ref)

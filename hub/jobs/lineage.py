@@ -79,5 +79,9 @@ def _parents(
     by_name = {item.ref: item for item in resolved}
     if recipe.base is not None:
         yield by_name[recipe.base.name], Relation.BASE, None
+    if recipe.tuned is not None:
+        yield by_name[recipe.tuned.name], Relation.TUNED, None
     for source in recipe.inputs:
         yield by_name[source.name], Relation.INPUT, source.strength
+        if source.vectors is not None:
+            yield by_name[source.vectors.name], Relation.VECTORS, None

@@ -15,6 +15,8 @@ class JobKind(StrEnum):
 
     MERGE = "merge"
     BAKE = "bake"
+    EXTRACT = "extract"
+    RESIZE = "resize"
 
 
 class JobState(StrEnum):
@@ -83,6 +85,8 @@ class Relation(StrEnum):
 
     BASE = "base"
     INPUT = "input"
+    TUNED = "tuned"
+    VECTORS = "vectors"
 
 
 class Edge(SQLModel, table=True):

@@ -19,7 +19,7 @@ from hub.context import Hub
 from hub.errors import EntryNotFound, Forbidden, RepoNotFound, StaleParent
 from hub.jobs import lineage, queue
 from hub.jobs.attempt import UNREACHABLE
-from hub.jobs.card import Facts, Ingredient, write_card
+from hub.jobs.card import Facts, Ingredient, code, write_card
 from hub.jobs.inputs import Resolved
 from hub.jobs.models import Job, JobKind
 from hub.jobs.queue import Claim
@@ -33,7 +33,8 @@ from merge.errors import BadFile
 from merge.formats.folders import digest_of_files, is_weight_index
 from merge.formats.header import read_header
 from merge.formats.metadata import trigger_words
-from merge.recipe import Input, Recipe
+from merge.method_parameters import Linear, Parameters
+from merge.recipe import Input, Recipe, Source
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def _commit(
     head, old_card = _present(hub, viewer, namespace, name)
     cards = [_card_of(hub, item) for item in resolved]
     facts = _facts(hub, job, recipe, resolved, cards, manifest)
-    card = _new_card(hub, old_card, _front(job, resolved, cards, facts), facts, name)
+    card = _new_card(hub, old_card, _front(recipe, resolved, cards, facts), facts, name)
     everything = dict(stored)
     if card is not None:
         everything[_CARD] = hub.store.put([card])
@@ -173,7 +174,7 @@ def _commit(
             viewer,
             repo,
             operations=[*additions, *map(Delete, stale)],
-            message=target.message or f"{job.kind.capitalize()} {len(recipe.inputs)} adapters",
+            message=target.message or _message(recipe),
             description=f"Recipe {job.recipe_digest}",
             parent=head,
         )
@@ -273,15 +274,12 @@ def _facts(
     manifest: Mapping[str, Any],
 ) -> Facts:
     by_name = {item.ref: item for item in resolved}
-    triggers = [word for item in resolved for word in _triggers(hub, item)]
+    heard = dict.fromkeys(source.name for source in _heard(recipe))
+    triggers = [word for name in heard for word in _triggers(hub, by_name[name])]
     return Facts(
         kind=job.kind,
         path=_path(job),
-        base=_ingredient(by_name[recipe.base.name], None) if recipe.base is not None else None,
-        inputs=[
-            _ingredient(by_name[source.name], source.strength, _by_part(source))
-            for source in recipe.inputs
-        ],
+        ingredients=[_ingredient(by_name[name], part) for name, part in _parts(recipe)],
         method=_method(recipe),
         triggers=list(dict.fromkeys(triggers)),
         losses=_losses(manifest["certificate"]),
@@ -290,23 +288,74 @@ def _facts(
     )
 
 
-def _ingredient(item: Resolved, strength: float | None, note: str = "") -> Ingredient:
-    return Ingredient(item.repo, item.commit, item.main or "", item.digest, strength, note)
+def _heard(recipe: Recipe) -> Iterator[Source]:
+    """The sources whose trigger words the result answers to."""
+    if recipe.kind == "bake" and recipe.base is not None:
+        yield recipe.base
+    if recipe.tuned is not None:
+        yield recipe.tuned
+    yield from recipe.inputs
 
 
-def _by_part(source: Input) -> str:
-    parts = [f"{name} {strength:g}" for name, strength in sorted(source.components.items())]
-    parts += [f"{glob} \N{MULTIPLICATION SIGN} {f:g}" for glob, f in sorted(source.blocks.items())]
+def _message(recipe: Recipe) -> str:
+    if recipe.kind in ("extract", "resize"):
+        return f"{recipe.kind.capitalize()} an adapter"
+    n = len(recipe.inputs)
+    return f"{recipe.kind.capitalize()} {n} {'adapter' if n == 1 else 'adapters'}"
+
+
+def _ingredient(item: Resolved, part: str) -> Ingredient:
+    return Ingredient(item.repo, item.commit, item.main or "", item.digest, part)
+
+
+def _parts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every source and its part in the result."""
+    if recipe.base is not None:
+        yield recipe.base.name, "base"
+    if recipe.tuned is not None:
+        yield recipe.tuned.name, "tuned"
+    for source in recipe.inputs:
+        yield source.name, f"{source.strength:g}{_refined(source)}"
+        if source.vectors is not None:
+            yield source.vectors.name, f"strengths within {code(source.name)}"
+
+
+def _refined(source: Input) -> str:
+    components, blocks = sorted(source.components.items()), sorted(source.blocks.items())
+    parts = [f"{code(name)} {strength:g}" for name, strength in components]
+    parts += [f"{code(glob)} \N{MULTIPLICATION SIGN} {factor:g}" for glob, factor in blocks]
+    parts += [f"only {code(glob)}" for glob in source.only]
+    parts += [f"without {code(glob)}" for glob in source.leave_out]
     return f" ({', '.join(parts)})" if parts else ""
 
 
 def _method(recipe: Recipe) -> str:
-    if recipe.kind == "bake":
-        return "each adapter's change, times its strength, added to the base's weights"
     rank = recipe.rank.model_dump(exclude_none=True)
     (how, value), *_ = rank.items()
     kept = "ranks add up, nothing is cut" if how == "exact" else f"rank: {how} {value}"
-    return f"{recipe.method.name}; {kept}"
+    if recipe.kind in ("extract", "resize"):
+        return f"{_HOW[JobKind(recipe.kind)]}; {kept}"
+    if recipe.kind == "merge":
+        return f"{_named(recipe.method)}; {kept}"
+    if recipe.method == Linear():
+        return "each adapter's change, times its strength, added to the base's weights"
+    return (
+        f"the adapters' changes, combined by {_named(recipe.method)}, added to the base's weights"
+    )
+
+
+_HOW = {
+    JobKind.EXTRACT: "what separates the tuned checkpoint from its base, as factors",
+    JobKind.RESIZE: "the same change in factors of another rank",
+}
+
+
+def _named(method: Parameters) -> str:
+    """The method with what was chosen for it."""
+    said = method.model_dump(exclude={"name"}, exclude_none=True)
+    chosen = ", ".join(f"{name} {value}" for name, value in said.items())
+    name: str = method.model_dump()["name"]
+    return f"{name} ({chosen})" if chosen else name
 
 
 def _losses(certificate: Mapping[str, Any]) -> list[str]:
@@ -339,22 +388,29 @@ def _triggers(hub: Hub, item: Resolved) -> list[str]:
         return trigger_words(read_header(file).metadata)
 
 
+_TAGS = {
+    JobKind.MERGE: ("lora", "merge"),
+    JobKind.BAKE: ("baked",),
+    JobKind.EXTRACT: ("lora", "extracted"),
+    JobKind.RESIZE: ("lora", "resized"),
+}
+
+
 def _front(
-    job: Job, resolved: Sequence[Resolved], cards: Sequence[ParsedCard], facts: Facts
+    recipe: Recipe, resolved: Sequence[Resolved], cards: Sequence[ParsedCard], facts: Facts
 ) -> dict[str, Any]:
     """Front matter that Hugging Face tools understand; nothing that we do not know."""
     front: dict[str, Any] = {}
     license = _common(card.license for card in cards)
     if license is not None:
         front["license"] = license
-    if job.kind == JobKind.BAKE:
-        front["base_model"] = resolved[0].repo
-        front["tags"] = ["grafthub", "baked"]
-    else:
+    by_name = {item.ref: item for item in resolved}
+    base = by_name[recipe.base.name].repo if recipe.base is not None else None
+    if base is None:
         base = _common(card.base_model for card in cards)
-        if base is not None:
-            front["base_model"] = base
-        front["tags"] = ["grafthub", "lora", "merge"]
+    if base is not None:
+        front["base_model"] = base
+    front["tags"] = ["grafthub", *_TAGS[JobKind(recipe.kind)]]
     if facts.triggers:
         front["instance_prompt"] = ", ".join(facts.triggers)
     return front

@@ -1,4 +1,4 @@
-"""Merges and bakes over HTTP, and the jobs they become."""
+"""Merges, bakes and extractions over HTTP, and the jobs they become."""
 
 from typing import Annotated
 
@@ -27,8 +27,9 @@ def create_merge(
     body: JobRequest,
     idempotency_key: IdempotencyKey = None,
 ) -> JobPublic:
-    """Merge adapters into one; 422 at once when the recipe is impossible."""
-    job = service.submit(hub, viewer, JobKind.MERGE, body, idempotency_key)
+    """Merge adapters into one, or resize one; 422 at once when the recipe is impossible."""
+    kinds = (JobKind.MERGE, JobKind.RESIZE)
+    job = service.submit(hub, viewer, kinds, body, idempotency_key)
     return _accepted(request, response, job)
 
 
@@ -42,7 +43,21 @@ def create_bake(
     idempotency_key: IdempotencyKey = None,
 ) -> JobPublic:
     """Bake adapters into a base checkpoint; 422 at once when the recipe is impossible."""
-    job = service.submit(hub, viewer, JobKind.BAKE, body, idempotency_key)
+    job = service.submit(hub, viewer, (JobKind.BAKE,), body, idempotency_key)
+    return _accepted(request, response, job)
+
+
+@router.post("/extracts", status_code=202)
+def create_extract(
+    request: Request,
+    response: Response,
+    hub: HubDep,
+    viewer: WriterDep,
+    body: JobRequest,
+    idempotency_key: IdempotencyKey = None,
+) -> JobPublic:
+    """Make an adapter of what separates a tuned checkpoint from its base."""
+    job = service.submit(hub, viewer, (JobKind.EXTRACT,), body, idempotency_key)
     return _accepted(request, response, job)
 
 

@@ -8,9 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hub.jobs.models import Job, JobKind, Recipe
 
-# What merge.execute counts.
-_UNITS = {JobKind.MERGE: "modules", JobKind.BAKE: "bytes"}
-
 
 class Publish(BaseModel):
     """Where a result goes: one file, or for a baked folder the repo's root."""
@@ -87,7 +84,7 @@ class JobPublic(BaseModel):
         progress = {
             "done": job.progress_done,
             "total": job.progress_total,
-            "unit": _UNITS[JobKind(job.kind)],
+            "unit": "bytes" if job.kind == JobKind.BAKE else "modules",  # what merge.execute counts
             "eta_s": job.eta_s,
         }
         shown = job.model_dump(include=set(cls.model_fields) - {"progress", "publish"})

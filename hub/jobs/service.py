@@ -45,9 +45,14 @@ MAX_UNFINISHED = 100  # of one user; beyond that they are a flood and not a wish
 
 
 def submit(
-    hub: Hub, viewer: Viewer, kind: JobKind, request: JobRequest, idempotency_key: str | None
+    hub: Hub,
+    viewer: Viewer,
+    kinds: Sequence[JobKind],
+    request: JobRequest,
+    idempotency_key: str | None = None,
 ) -> Job:
-    """Plan `request` from headers and queue it; nothing is written when it is impossible.
+    """Plan `request` from headers and queue it; nothing is written when it is impossible, or when
+    its recipe is of none of `kinds`.
 
     A repeat of an idempotency key answers the first job; with another request it is KeyReused.
     BadRecipe and the other MergeErrors say what is wrong with the recipe.
@@ -55,14 +60,15 @@ def submit(
     user = viewer.require_write()
     assert user.id is not None
     user_id = user.id
-    request_digest = _request_digest(kind, request)
+    request_digest = _request_digest(request)
+    recipe = Recipe.parse(request.recipe)
+    if recipe.kind not in kinds:
+        what = f"is {recipe.kind}, but this address takes {' or '.join(kinds)}"
+        raise BadRecipe("kind", what)
     with hub.db.read() as session:
         earlier = _earlier(session, user_id, idempotency_key, request_digest)
         if earlier is not None:
             return earlier
-        recipe = Recipe.parse(request.recipe)
-        if recipe.kind != kind:
-            raise BadRecipe("kind", f"is {recipe.kind}, but this address makes a {kind}")
         resolved = inputs.resolve(session, hub.store, viewer, recipe)
         _check_target(session, viewer, request.publish, resolved)
     recipe = inputs.pin(recipe, resolved)
@@ -188,8 +194,8 @@ def _earlier(session: Session, user_id: int, key: str | None, digest: str) -> Jo
     return job
 
 
-def _request_digest(kind: JobKind, request: JobRequest) -> str:
-    text = json.dumps([kind, request.model_dump()], sort_keys=True)
+def _request_digest(request: JobRequest) -> str:
+    text = json.dumps(request.model_dump(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -108,7 +108,7 @@ def _rows(adapter: AdapterDetails, is_here: Callable[[str], bool]) -> Iterator[F
     yield FactRow(
         "Recipe",
         digest.removeprefix("sha256:")[:12],
-        "made by a merge or bake" if digest else "",
+        "rebuilds this file" if digest else "",
         sources.get("recipe_digest", ""),
         f"/api/recipes/{digest}" if digest else None,
     )

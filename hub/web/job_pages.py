@@ -16,7 +16,7 @@ from hub.web.render import page
 router = APIRouter(include_in_schema=False, tags=["web"])
 
 PAGE_OF_JOBS = 30
-KINDS = {"merge": "Merge", "bake": "Bake"}
+KINDS = {"merge": "Merge", "bake": "Bake", "extract": "Extraction", "resize": "Resize"}
 STATES = {
     JobState.QUEUED: ("waiting", ""),
     JobState.RUNNING: ("running", "good"),

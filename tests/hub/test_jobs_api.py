@@ -591,6 +591,48 @@ def test_a_reader_that_comes_back_gets_only_what_it_missed(ada: Person, done: st
             "BadRecipe",
             "kind",
         ),
+        (
+            {"recipe": {"kind": "resize", "inputs": [{"ref": "ada/ink", "strength": 2}]}},
+            422,
+            "BadRecipe",
+            "inputs",
+        ),
+        (
+            {
+                "recipe": {
+                    "kind": "extract",
+                    "base": {"ref": "ada/ink"},
+                    "tuned": {"ref": "ada/ink"},
+                    "rank": {"fixed": 2},
+                }
+            },
+            422,
+            "BadRecipe",
+            "kind",
+        ),
+        (
+            {
+                "recipe": {
+                    "kind": "merge",
+                    "inputs": [{"ref": "ada/ink", "vectors": {"ref": "ada/no"}}],
+                }
+            },
+            422,
+            "BadRecipe",
+            "inputs[0].vectors.ref",
+        ),
+        (
+            {
+                "recipe": {
+                    "kind": "merge",
+                    "inputs": [{"ref": "ada/ink"}],
+                    "method": {"name": "linear", "density": 0.5},
+                }
+            },
+            422,
+            "BadRecipe",
+            "method.density",
+        ),
         ({"publish": {"repo": "ada/x"}}, 422, "BadField", "publish.path"),
         ({"publish": {"repo": "ada/x", "path": "x.bin"}}, 422, "BadField", "publish.path"),
         (
@@ -626,6 +668,21 @@ def test_what_is_impossible_is_refused_before_a_row_is_written(
         assert error["param"] == param
     assert ada.get("/api/jobs").json() == before
     assert not list((ada.hub.data_dir / "scratch").glob("plan-*"))
+
+
+def test_an_extraction_is_asked_for_at_its_own_address(ada: Person, deltas: Deltas) -> None:
+    def ask(**recipe: Any) -> dict[str, Any]:
+        body = {"recipe": recipe, "publish": {"repo": "ada/x", "path": "x.safetensors"}}
+        answer = ada.post("/api/extracts", body)
+        assert answer.status_code == 422, answer.text
+        error: dict[str, Any] = answer.json()["error"]
+        return error
+
+    merge = ask(kind="merge", inputs=[{"ref": "ada/ink"}])
+    assert (merge["code"], merge["param"]) == ("BadRecipe", "kind")
+    base, rank = {"ref": "ada/ink"}, {"fixed": 2}
+    missing = ask(kind="extract", base=base, tuned={"ref": "ada/no"}, rank=rank)
+    assert (missing["code"], missing["param"]) == ("BadRecipe", "tuned.ref")
 
 
 def test_an_adapter_that_does_not_fit_the_base_is_refused_by_module(

@@ -1,5 +1,7 @@
 """The generated part of a card, and everything of a card that must survive it."""
 
+from dataclasses import replace
+
 import pytest
 
 from hub.adapters.card import parse_card
@@ -12,10 +14,9 @@ def facts(path: str = "both.safetensors", strength: float = 0.7) -> Facts:
     return Facts(
         kind="merge",
         path=path,
-        base=None,
-        inputs=[
-            Ingredient("acme/ink", "a" * 40, "ink.safetensors", "1" * 64, strength),
-            Ingredient("acme/robot", "b" * 40, "robot.safetensors", "2" * 64, 0.5, " (unet 0.2)"),
+        ingredients=[
+            Ingredient("acme/ink", "a" * 40, "ink.safetensors", "1" * 64, f"{strength:g}"),
+            Ingredient("acme/robot", "b" * 40, "robot.safetensors", "2" * 64, "0.5 (unet 0.2)"),
         ],
         method="linear; ranks add up, nothing is cut",
         triggers=["inkstyle", "a `robot` | here\nnow"],
@@ -39,6 +40,19 @@ def test_a_new_card_says_what_the_file_was_made_of() -> None:
         "Trigger words: `inkstyle`, `a 'robot' / here now`.",
     ):
         assert line in text.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("merge", "Merged from:"),
+        ("bake", "Baked from:"),
+        ("extract", "Extracted from:"),
+        ("resize", "Resized from:"),
+    ],
+)
+def test_a_card_says_how_it_was_made(kind: str, line: str) -> None:
+    assert line in write_card(None, FRONT, replace(facts(), kind=kind), "x").splitlines()
 
 
 CARDS = {

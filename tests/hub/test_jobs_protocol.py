@@ -186,7 +186,7 @@ def test_the_same_request_at_the_same_moment_is_one_job(
 
     def submit() -> None:
         start.wait()
-        found.append(service.submit(hub, admin, JobKind.MERGE, request, "key").id)
+        found.append(service.submit(hub, admin, (JobKind.MERGE,), request, "key").id)
 
     threads = [threading.Thread(target=submit) for _ in range(4)]
     for thread in threads:
@@ -211,12 +211,12 @@ def test_a_flood_of_jobs_of_one_user_is_refused(
             "publish": {"repo": "admin/result", "path": "merged.safetensors"},
         }
     )
-    first = service.submit(hub, admin, JobKind.MERGE, request, None)
-    service.submit(hub, admin, JobKind.MERGE, request, None)
+    first = service.submit(hub, admin, (JobKind.MERGE,), request)
+    service.submit(hub, admin, (JobKind.MERGE,), request)
     with pytest.raises(TooMany):
-        service.submit(hub, admin, JobKind.MERGE, request, None)
+        service.submit(hub, admin, (JobKind.MERGE,), request)
     service.cancel(hub, admin, first.id)
-    service.submit(hub, admin, JobKind.MERGE, request, None)
+    service.submit(hub, admin, (JobKind.MERGE,), request)
 
 
 def test_a_lapsed_lease_passes_the_job_on_and_the_old_attempt_may_change_nothing(
