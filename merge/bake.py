@@ -9,11 +9,10 @@ benchmarks/bake.py prints the ratio to a plain copy.
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,13 +32,12 @@ from merge.patches import Patch
 from merge.plan import TILE_ELEMENTS, BakePlan
 from merge.quantised import FP8, TOO_LARGE, Scales, as_groups, new_scales
 from merge.tally import Tally, Touched
+from merge.threads import Shared
 from merge.tiles import Ready, prepare
 
 __all__ = ["Options", "bake"]
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, **FP8}
-KeyT = TypeVar("KeyT")
-ValueT = TypeVar("ValueT")
 
 
 def bake(
@@ -52,7 +50,7 @@ def bake(
     """
     tally = Tally()
     digests: dict[str, str] = {}
-    with Inputs(plan.adapters) as inputs, OpenBase(plan.base) as base:
+    with OpenBase(plan.base) as base, Inputs(plan.adapters, plan.recipe, base) as inputs:
         for name, file in plan.base.files.items():
             target = _place(out, name) if plan.writes_folder else out
             if _is_rewritten(plan, name):
@@ -178,8 +176,8 @@ class _Rewrite:
         self._added = plan.additions.tensors.get(name, {})
         self._segments = list(_segments(self._layout, patches))
         self._begins = [segment.begin for segment in self._segments]
-        self._ready: _Shared[int, Ready] = _Shared()
-        self._new_scales: _Shared[str, Scales] = _Shared()
+        self._ready: Shared[int, Ready] = Shared()
+        self._new_scales: Shared[str, Scales] = Shared()
 
     def write(self, target: Path | Target, options: Options) -> str:
         """Write to `target`, whole or not at all; the SHA-256 in hex, or "" where none is wanted."""
@@ -415,27 +413,3 @@ def _holds_inf_or_nan(stored: NDArray[np.uint8], dtype: str) -> bool:
 def _bytes(array: NDArray[np.uint8]) -> memoryview:
     view: Any = array
     return memoryview(view)
-
-
-class _Shared(Generic[KeyT, ValueT]):
-    """What several threads need, computed by the first of them and then shared."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._held: dict[KeyT, Future[ValueT]] = {}
-
-    def get(self, key: KeyT, compute: Callable[[], ValueT]) -> ValueT:
-        with self._lock:
-            future = self._held.get(key)
-            if is_first := future is None:
-                future = self._held[key] = Future()
-        if is_first:
-            try:
-                future.set_result(compute())
-            except BaseException as error:
-                future.set_exception(error)
-                raise
-        return future.result()
-
-    def forget(self, key: KeyT) -> None:
-        self._held.pop(key, None)

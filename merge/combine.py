@@ -8,6 +8,7 @@ storage rounding changed, as a share of the Frobenius norm of the exact result.
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import hypot
 from pathlib import Path
@@ -23,11 +24,13 @@ from merge.errors import BadRecipe, Overflow, Unsupported
 from merge.families import FAMILIES
 from merge.formats.adapters import CONFIG_NAME, read_config
 from merge.formats.writer import write_file
-from merge.inputs import Inputs
+from merge.inputs import Inputs, OpenBase
 from merge.methods import linear
+from merge.methods.draws import Draws
 from merge.modules import Module
 from merge.packing import NotExact, Part
 from merge.plan import FACTOR_BYTES, MergePlan, alpha_bytes, planned_rank
+from merge.rangefinder import approximate, approximate_energy
 from merge.threads import run_in_order
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -66,10 +69,13 @@ def combine(
     """Write the merged adapter to the file `out` and give its certificate."""
     modules = plan.modules
     products = [module for module in modules if module.terms]
-    budget = plan.recipe.rank.budget_bytes
+    budget = _budget_bytes(plan, products)
     steps = len(modules) + (0 if budget is None else len(products))
     ranks: dict[str, int] = {}
-    with Inputs(plan.adapters) as inputs:
+    with (
+        nullcontext() if plan.base is None else OpenBase(plan.base) as base,
+        Inputs(plan.adapters, plan.recipe, base) as inputs,
+    ):
         if budget is not None:
             spectra = run_in_order(
                 products,
@@ -89,6 +95,16 @@ def combine(
     certificate = _certificate(plan, results)
     write_adapter(plan, out, results, certificate)
     return certificate
+
+
+def _budget_bytes(plan: MergePlan, products: Sequence[Module]) -> int | None:
+    """Bytes of factors that all modules share, where the recipe says so."""
+    shared = plan.recipe.rank.shared
+    if shared is None:
+        return plan.recipe.rank.budget_bytes
+    ranks = [min(shared, module.rank, *module.shape) for module in products]
+    numbers = sum(rank * sum(module.shape) for rank, module in zip(ranks, products, strict=True))
+    return numbers * FACTOR_BYTES[plan.dtype] + len(products) * alpha_bytes(plan.dialect)
 
 
 def _decompose(plan: MergePlan, module: Module, inputs: Inputs) -> linear.Spectrum:
@@ -140,7 +156,9 @@ def _merge_products(
 ) -> tuple[int, dict[str, Tensor], Lost]:
     """(rank, the tensors of plain LoRA, what was lost); rank 0 drops the product."""
     wanted = plan.recipe.rank
-    if wanted.exact:
+    if module.is_dense:
+        exact, norm, truncated = _approximate(plan, module, inputs)
+    elif wanted.exact:
         exact = linear.concatenate(*inputs.parts(module, _working_dtype(plan)))
         norm, truncated = lora.norm(exact), 0.0
     else:
@@ -161,6 +179,20 @@ def _merge_products(
     tensors["alpha"] = torch.tensor(alpha, dtype=torch.float32)
     rounded = lora.distance(stored, tensors) / share
     return exact.rank, tensors, Lost(norm, truncated, rounded)
+
+
+def _approximate(
+    plan: MergePlan, module: Module, inputs: Inputs
+) -> tuple[lora.Factors, float, float]:
+    """(factors, norm, truncated) of a change that is no low-rank product."""
+    wanted, delta = plan.recipe.rank, inputs.delta(module, _working_dtype(plan))
+    draws = Draws(plan.recipe.seed, module.name, ("range",))
+    if wanted.energy is not None:
+        found = approximate_energy(delta, draws, wanted.energy)
+    else:
+        found = approximate(delta, draws, planned_rank(plan.recipe, module))
+    rank = len(found.spectrum.values)
+    return linear.truncate(found.spectrum, rank), found.norm, found.lost(rank)
 
 
 def stored_alpha(plan: MergePlan, rank: int) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from merge.algorithms import lora, read_change
 from merge.algorithms.change import Change
+from merge.algorithms.weighed import Weighed
 from merge.bases import Base, Slice
 from merge.errors import BadFile, NotFinite, ShapeMismatch
 from merge.formats.adapters import Entry
@@ -19,10 +20,16 @@ from merge.formats.grammar import counts_alpha
 from merge.formats.header import Header
 from merge.formats.reader import TensorFile
 from merge.formats.sources import File
+from merge.joined import ReadChange, ReadWeight, delta_of, join_changes
+from merge.methods.elements import Delta
 from merge.modules import Module
 from merge.plan import Adapter
 from merge.quantised import as_groups, spread
+from merge.recipe import Recipe
 from merge.terms import Term
+from merge.threads import Shared
+from merge.units import Unit
+from merge.vectors import KINDS
 
 
 def open_as_planned(file: File, header: Header) -> TensorFile:
@@ -34,17 +41,33 @@ def open_as_planned(file: File, header: Header) -> TensorFile:
     return opened
 
 
-class Inputs:
-    """Opens every adapter once; may be used from several threads."""
+# Units that are kept while the layers made of them are computed, for each worker two.
+_UNITS = 16
 
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
-        self._adapters = adapters
+
+class Inputs:
+    """Opens every adapter once; may be used from several threads.
+
+    `base` is open for as long as this is, and is read for what depends on it.
+    """
+
+    def __init__(
+        self, adapters: Sequence[Adapter], recipe: Recipe, base: "OpenBase | None" = None
+    ) -> None:
+        self._adapters, self._recipe, self._base = adapters, recipe, base
+        self._units: Shared[tuple[str, torch.dtype], Change] = Shared(_UNITS)
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._files = [
                 stack.enter_context(open_as_planned(adapter.path, adapter.header))
+                for adapter in self._adapters
+            ]
+            self._vectors = [
+                None
+                if (found := adapter.vectors) is None
+                else stack.enter_context(open_as_planned(found.path, found.header))
                 for adapter in self._adapters
             ]
             self._stack = stack.pop_all()
@@ -60,6 +83,42 @@ class Inputs:
 
     def change(self, adapter: int, entry: Entry, dtype: torch.dtype) -> Change:
         """What an entry does at strength 1, computed in `dtype`; refuses NaN and Inf."""
+        if isinstance(entry, Unit):
+            return self._units.get((entry.name, dtype), lambda: self._join(entry, dtype))
+        return self._weighed(adapter, entry, self._read_change(adapter, entry, dtype))
+
+    def _join(self, unit: Unit, dtype: torch.dtype) -> Change:
+        return join_changes(unit, self._recipe, *self._readers(dtype))
+
+    def _readers(self, dtype: torch.dtype) -> tuple[ReadChange, ReadWeight]:
+        def read_change(term: Term) -> Change:
+            return self.change(term.adapter, term.entry, dtype)
+
+        def read_weight(entry: Entry) -> Tensor:
+            assert self._base is not None, f"{entry.name} was planned with a base"
+            weight = self._base.read(entry, "weight", dtype)
+            assert weight is not None, f"{entry.name} was planned to be in the base"
+            return weight
+
+        return read_change, read_weight
+
+    def delta(self, module: Module, dtype: torch.dtype) -> Delta:
+        """The change of a module in rows, where it is no low-rank product."""
+        return delta_of(module.shape, module.terms, *self._readers(dtype))
+
+    def _weighed(self, adapter: int, entry: Entry, change: Change) -> Change:
+        """The change with the vectors that the recipe gives its adapter."""
+        vectors, file = self._adapters[adapter].vectors, self._vectors[adapter]
+        if vectors is None or file is None or entry.name not in vectors.keys:
+            return change
+        read = {}
+        for kind, key in vectors.keys[entry.name].items():
+            read[kind] = file.read_tensor(key).to(torch.float64)
+            if not read[kind].isfinite().all():
+                raise NotFinite(file.name, key)
+        return Weighed(change, *(read.get(kind) for kind in KINDS))
+
+    def _read_change(self, adapter: int, entry: Entry, dtype: torch.dtype) -> Change:
         name = self._adapters[adapter].name
         unread = set() if counts_alpha(entry.keys) else {"alpha"}  # it may be Inf, and often is
         tensors = {

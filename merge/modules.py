@@ -16,15 +16,10 @@ from merge.formats.adapters import Entry
 from merge.formats.dialects import naming_of
 from merge.formats.grammar import NOTHING
 from merge.terms import Name, Source, Term, terms_in
+from merge.units import ELSEWHERE, Unit
 
 # Differences that are stored whole.
 _STORED = ("full", "norm")
-# Factors of something else than a layer's weight, which only PEFT can name.
-_ELSEWHERE = {
-    "lora-embedding": "an embedding",
-    "lora-experts": "packed experts",
-    "lora-mha": "the packed projection of an nn.MultiheadAttention",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +64,13 @@ class Module:
 
     @property
     def rank(self) -> int:
-        """The summed ranks: what an exact merge writes."""
-        return sum(its[0].entry.exact_rank or 0 for its in self.entries)
+        """The summed ranks: what an exact merge writes, or the most there can be."""
+        return sum(_most_rank(its[0].entry) for its in self.entries)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a part of it is no low-rank product, so that it has to be approximated."""
+        return any(its[0].entry.exact_rank is None for its in self.entries)
 
     @property
     def n_stored(self) -> int:
@@ -129,12 +129,18 @@ def _in_order(terms: Iterable[Term]) -> tuple[Term, ...]:
     return tuple(sorted(terms, key=lambda term: (term.adapter, term.entry.name, term.begin)))
 
 
+def _most_rank(entry: Entry) -> int:
+    return min(entry.layer.extent) if entry.exact_rank is None else entry.exact_rank
+
+
 def _check_mergeable(entry: Entry, name: str) -> None:
+    if isinstance(entry, Unit):
+        return
     if entry.needs != NOTHING:
-        why = f"what {entry.algorithm} does to {entry.name} depends on the base; bake it"
+        why = f"what {entry.algorithm} does to {entry.name} depends on the base; bake it, or name a base and a rank"
         raise Unsupported(name, why)
-    if entry.layout in _ELSEWHERE:
-        raise Unsupported(name, f"{entry.name} is {_ELSEWHERE[entry.layout]}; bake it")
+    if entry.layout in ELSEWHERE:
+        raise Unsupported(name, f"{entry.name} is {ELSEWHERE[entry.layout]}; bake it")
     if 0 in entry.layer.shape:
         why = (
             f"the factors of {entry.name} ({entry.algorithm}) do not show its whole shape; bake it"
@@ -142,7 +148,7 @@ def _check_mergeable(entry: Entry, name: str) -> None:
         raise Unsupported(name, why)
     is_product = entry.exact_rank is not None or not entry.touches_weight
     if not is_product and entry.layout not in _STORED:
-        why = f"the change of {entry.name} ({entry.algorithm}) is no low-rank product; bake it"
+        why = f"the change of {entry.name} ({entry.algorithm}) is no low-rank product; bake it, or say a rank"
         raise Unsupported(name, why)
 
 

@@ -131,14 +131,14 @@ class _Finder:
         if len(tokens) < len(on_weight):
             self._additions.keep_head(module)
         shape = self._base.shape(component, module, kind=kind)
-        on_weight = [_resolved(source, shape) for source in on_weight]
+        on_weight = [resolved(source, shape) for source in on_weight]
         self._check_rows(name, on_weight, pieces)
         for piece in pieces:
             self._add_piece(name, "weight", piece, on_weight)
         if tokens and (head := self._additions.copy_of(module)) is not None:
-            self._add_piece(name, "weight", head, [_resolved(source, shape) for source in tokens])
+            self._add_piece(name, "weight", head, [resolved(source, shape) for source in tokens])
         if on_bias:
-            self._add_bias(component, module, [_resolved(source, shape) for source in on_bias])
+            self._add_bias(component, module, [resolved(source, shape) for source in on_bias])
 
     def _check_replaced(self, module: str, sources: Sequence[Source]) -> None:
         """New values for a Conv1D are stored as it is itself, which no shape says of a square one."""
@@ -212,9 +212,9 @@ class _Finder:
                 why = f"packed experts ({name}) take low-rank factors of every expert and no other"
                 raise Unsupported(self._adapters[source.adapter], why)
             self._check_experts(name, source, experts)
-        resolved = [_resolved(source, experts.shape) for source in sources]
+        whole = [resolved(source, experts.shape) for source in sources]
         rows = experts.shape[0] * experts.shape[1]
-        runs = [replace(source, run=Run(module, 0, 0, rows)) for source in resolved]
+        runs = [replace(source, run=Run(module, 0, 0, rows)) for source in whole]
         for piece in experts.slices:
             target = self._target(piece, piece.columns, False)
             for term in terms_in(runs, piece.first, piece.rows, piece.first_row):
@@ -283,7 +283,7 @@ def _adds_bias(entry: Entry) -> bool:
     return bool(_ADDS_BIAS & entry.keys.keys())
 
 
-def _resolved(source: Source, shape: tuple[int, ...] | None) -> Source:
+def resolved(source: Source, shape: tuple[int, ...] | None) -> Source:
     """The source with the base's shape, which factors show a side of, or all but the kernel."""
     layer = source.entry.layer
     is_open = 0 in layer.shape or source.entry.layout == _EXPERTS

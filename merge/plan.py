@@ -5,9 +5,10 @@ the output is laid out and priced. Only headers and PEFT configs are read and no
 imported, so a web process can answer an impossible recipe at once. `merge.execute` decides nothing.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from merge.bases import Base, open_base
 from merge.errors import BadRecipe, Unsupported
 from merge.families import FAMILIES
 from merge.formats.adapters import AdapterLayout, Entry, read_config, read_layout
+from merge.formats.grammar import NOTHING
 from merge.formats.header import Header, read_header
 from merge.formats.sources import File, is_folder, shown_name
 from merge.formats.targets import BLOCK_BYTES, WAITING_THREADS
-from merge.method_parameters import Linear
 from merge.modules import Module, lay_out
 from merge.patches import Patch, find_patches
 from merge.recipe import Input, Recipe
 from merge.terms import Name, Source, gather
+from merge.units import Unit, join
+from merge.vectors import Vectors, read_vectors
 
 FACTOR_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -46,6 +49,7 @@ class Adapter:
     path: File
     header: Header
     layout: AdapterLayout
+    vectors: Vectors | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,9 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """Adapters into one adapter. `dtype` is the safetensors name of the factors' dtype."""
+    """Adapters into one adapter. `dtype` is the safetensors name of the factors' dtype; `base` is
+    what changes that depend on one are computed on.
+    """
 
     recipe: Recipe
     adapters: tuple[Adapter, ...]
@@ -69,6 +75,7 @@ class MergePlan:
     dialect: str
     dtype: str
     cost: Cost
+    base: Base | None = None
 
     @property
     def writes_folder(self) -> bool:
@@ -118,6 +125,8 @@ Plan = MergePlan | BakePlan
 
 def plan(recipe: Recipe, files: Mapping[str, File]) -> Plan:
     """The checked steps of a recipe; `files` has what every `recipe.refs()` names."""
+    if recipe.kind == "extract":
+        raise BadRecipe("kind", "an extraction is not possible yet")
     adapters = tuple(
         _open_adapter(recipe.inputs[i], f"inputs[{i}]", files) for i in recipe.in_canonical_order()
     )
@@ -125,15 +134,19 @@ def plan(recipe: Recipe, files: Mapping[str, File]) -> Plan:
     _check_selectors(inputs, adapters)
     families = _common_families(adapters)
     sources, left_out = gather(inputs, [adapter.layout for adapter in adapters])
-    if recipe.method != Linear() or recipe.kind in ("extract", "resize"):
-        raise BadRecipe("method", f"{recipe.kind} by {recipe.method.name} is not possible yet")
+    base = None
+    if recipe.base is not None:
+        base = open_base(_file(recipe.base.name, "base", files), families)
+    sources = join(sources, recipe, [adapter.name for adapter in adapters], base)
     if recipe.kind == "bake":
-        return _plan_bake(recipe, files, adapters, sources, tuple(sorted(left_out)), families)
-    return _plan_merge(recipe, adapters, sources, tuple(sorted(left_out)), families)
+        assert base is not None, "a bake without a base is no recipe"
+        return _plan_bake(recipe, base, adapters, sources, tuple(sorted(left_out)))
+    return _plan_merge(recipe, base, adapters, sources, tuple(sorted(left_out)), families)
 
 
 def _plan_merge(
     recipe: Recipe,
+    base: Base | None,
     adapters: tuple[Adapter, ...],
     sources: Mapping[Name, Sequence[Source]],
     left_out: tuple[str, ...],
@@ -153,14 +166,17 @@ def _plan_merge(
     if dialect == "peft" and len(components) > 1:
         detail = f"peft holds one model, not {', '.join(components)}; use leave_out or diffusers"
         raise BadRecipe("output.dialect", detail)
+    if base is not None and not any(_needs_base(source) for source in _all(sources)):
+        raise BadRecipe("base", "no input depends on one")
     dtype = _DTYPES.get(recipe.output.dtype) or _common_dtype(adapters)
     item, alpha = FACTOR_BYTES[dtype], alpha_bytes(dialect)
     written = sum(
         planned_rank(recipe, module) * sum(module.shape) * item + module.n_stored * item + alpha
         for module in modules
     )
+    if recipe.rank.budget_bytes is not None or recipe.rank.shared is not None:
+        _check_budget(recipe, modules, dialect)
     if recipe.rank.budget_bytes is not None:
-        _check_budget(modules, dialect)
         least = min(sum(module.shape) for module in modules if module.terms) * item + alpha
         if recipe.rank.budget_bytes < least:
             detail = f"the smallest module needs {least} bytes at rank 1"
@@ -168,18 +184,41 @@ def _plan_merge(
         stored = sum(module.n_stored for module in modules) * item
         written = min(written, recipe.rank.budget_bytes + stored)
     working = 8 if recipe.numerics == "reproducible" else 4
-    largest = max(sum(m.shape) * m.rank + m.n_stored for m in modules) * working
+    largest = max(_working_elements(module) for module in modules) * working
     cost = Cost(len(modules), written, written + _WORKERS * _WORKING_COPIES * largest)
-    return MergePlan(recipe, adapters, modules, left_out, family, dialect, dtype, cost)
+    return MergePlan(recipe, adapters, modules, left_out, family, dialect, dtype, cost, base)
 
 
-def _check_budget(modules: Sequence[Module], dialect: str) -> None:
+def _all(sources: Mapping[Name, Sequence[Source]]) -> Iterator[Source]:
+    return (source for its in sources.values() for source in its)
+
+
+def _needs_base(source: Source) -> bool:
+    entry = source.entry
+    if isinstance(entry, Unit):
+        return any(term.entry.needs != NOTHING for term in entry.terms)
+    return entry.needs != NOTHING
+
+
+def _working_elements(module: Module) -> int:
+    """Of a low-rank product: its factors. Else its rows and what they are computed from."""
+    if module.is_dense:
+        return prod(module.shape) + module.n_stored
+    return sum(module.shape) * module.rank + module.n_stored
+
+
+def _check_budget(recipe: Recipe, modules: Sequence[Module], dialect: str) -> None:
     """A budget is for factors, and may drop those of a layer."""
+    param = "rank.shared" if recipe.rank.budget_bytes is None else "rank.budget_bytes"
     if not any(module.terms for module in modules):
-        raise BadRecipe("rank.budget_bytes", "the inputs have no factors that could be smaller")
+        raise BadRecipe(param, "the inputs have no factors that could be smaller")
+    for module in modules:
+        if module.is_dense:
+            detail = f"the change of {module.name} has full rank; say a rank or an energy"
+            raise BadRecipe(param, detail)
     if dialect in ("diffusers", "peft") and any(module.biases for module in modules):
         detail = f"{dialect} keeps biases beside factors, which a budget may drop; say a rank"
-        raise BadRecipe("rank.budget_bytes", detail)
+        raise BadRecipe(param, detail)
 
 
 def alpha_bytes(dialect: str) -> int:
@@ -196,14 +235,11 @@ def planned_rank(recipe: Recipe, module: Module) -> int:
 
 def _plan_bake(
     recipe: Recipe,
-    files: Mapping[str, File],
+    base: Base,
     adapters: tuple[Adapter, ...],
     sources: Mapping[Name, Sequence[Source]],
     left_out: tuple[str, ...],
-    families: Sequence[str],
 ) -> BakePlan:
-    assert recipe.base is not None  # a bake without a base is no recipe
-    base = open_base(_file(recipe.base.name, "base", files), families)
     found = find_patches(base, sources, [adapter.name for adapter in adapters])
     written = sum(file.header.file_size for file in base.files.values()) + sum(
         (base.folder / name).stat().st_size for name in base.others
@@ -234,7 +270,11 @@ def _open_adapter(source: Input, param: str, files: Mapping[str, File]) -> Adapt
         raise BadRecipe(param, f"{source.name} is a folder, not an adapter file")
     header, name = read_header(file), shown_name(file)
     layout = read_layout(header, name=name, config=read_config(file))
-    adapter = Adapter(param, name, file, header, layout)
+    vectors = None
+    if source.vectors is not None:
+        where = f"{param}.vectors"
+        vectors = read_vectors(_file(source.vectors.name, where, files), layout.entries, where)
+    adapter = Adapter(param, name, file, header, layout, vectors)
     for entry in layout.entries:
         _check_dtypes(adapter, entry)
     return adapter
@@ -268,6 +308,7 @@ def _check_selectors(inputs: Iterable[Input], adapters: Iterable[Adapter]) -> No
             ("components", {component: f"{component}.*" for component in source.components}),
             ("blocks", {glob: glob for glob in source.blocks}),
             ("leave_out", {glob: glob for glob in source.leave_out}),
+            ("only", {glob: glob for glob in source.only}),
         ):
             for key, glob in globs.items():
                 said.setdefault((field, key), f"{adapter.param}.{field}.{key}")

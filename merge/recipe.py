@@ -272,7 +272,11 @@ def _raise_first(error: ValidationError) -> NoReturn:
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
     # pydantic adds that a list is too short for every list that holds something wrong.
     more = sum(other["loc"] != first["loc"][: len(other["loc"])] for other in others)
-    says = _WITHOUT_NAME if first["type"] == "union_tag_not_found" else first["msg"]
+    says = first["msg"]
+    if first["type"] == "union_tag_not_found":
+        says = "Field required"
+    elif first["type"] == "union_tag_invalid":
+        says = f"Input should be {first['ctx']['expected_tags']}"
     detail = says.removeprefix("Value error, ") + (f" (and {more} more)" if more else "")
     raise BadRecipe(path, detail) from error
 
@@ -285,7 +289,6 @@ def _steps(error: ErrorDetails) -> tuple[int | str, ...]:
     return (steps[0], *steps[2:]) if len(steps) > 1 and steps[0] == "method" else steps
 
 
-_WITHOUT_NAME = "Field required"
 SourceT = TypeVar("SourceT", bound=Source)
 
 

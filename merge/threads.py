@@ -3,12 +3,14 @@
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
 import torch
 
 ItemT = TypeVar("ItemT")
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
 ResultT = TypeVar("ResultT")
 
 
@@ -94,3 +96,34 @@ def run_in_order(
         return [done[index] for index in range(len(items))]
     finally:
         torch.set_num_threads(torch_threads)
+
+
+class Shared(Generic[KeyT, ValueT]):
+    """What several threads need, computed by the first of them and then shared.
+
+    With `most`, what was asked for longest ago is forgotten when there is more.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._lock = threading.Lock()
+        self._most = most
+        self._held: dict[KeyT, Future[ValueT]] = {}
+
+    def get(self, key: KeyT, compute: Callable[[], ValueT]) -> ValueT:
+        with self._lock:
+            future = self._held.pop(key, None)
+            is_first = future is None
+            self._held[key] = future = future or Future()
+            if self._most is not None and len(self._held) > self._most:
+                del self._held[next(iter(self._held))]
+        if is_first:
+            try:
+                future.set_result(compute())
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+        return future.result()
+
+    def forget(self, key: KeyT) -> None:
+        with self._lock:
+            self._held.pop(key, None)
