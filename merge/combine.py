@@ -218,6 +218,7 @@ def _certificate(plan: MergePlan, results: Sequence[Merged]) -> dict[str, Any]:
     rounded = hypot(*(its.rounded for its in lost))
     found = {
         "kind": "merge",
+        **provenance.facts(plan.recipe, plan.adapters),
         "numerics": plan.recipe.numerics,
         "dtype": plan.dtype,
         "norm": _digits(norm),

@@ -11,6 +11,7 @@ MergeError
 │   └── Unsupported    recognised, but not mergeable here  .why
 ├── BadCheckpoint      the base is not one we can bake     .file
 ├── BadRecipe          asks for something impossible       .param (path into the recipe)
+├── BadHistory         what a file says it was made of is not true   .file
 ├── Overflow           a value does not fit the output's dtype   .key
 └── CannotWrite        the output could not be written     .file
 """
@@ -109,6 +110,14 @@ class BadRecipe(MergeError):
         super().__init__(f"recipe field {param}: {detail}" if param else f"recipe: {detail}")
         self.param = param
         self.detail = detail
+
+
+class BadHistory(MergeError):
+    """The recipe that a file carries is not the one its digest names, or cannot be read."""
+
+    def __init__(self, file: str, detail: str) -> None:
+        super().__init__(f"{file}: {detail}")
+        self.file = file
 
 
 class Overflow(MergeError):

@@ -4,19 +4,20 @@ Nothing here is needed to use the file; all of it is needed to know what the fil
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from merge import lineage
 from merge.families import FAMILIES, Family
 from merge.formats import metadata as names
 from merge.packing import Notes
-from merge.plan import Adapter, BakePlan, MergePlan
-from merge.recipe import Recipe
+from merge.plan import Adapter, BakePlan, MergePlan, Plan
+from merge.recipe import Input, Recipe
 
 # Raised when the same recipe on the same inputs may give other bytes than before.
-_ENGINE = "2"
+ENGINE = "3"
 # Hashes of the file's own content that a change makes false.
 _STALE = ("sshs_", "modelspec.hash_sha256")
 
@@ -26,7 +27,7 @@ def of_merge(
 ) -> dict[str, str]:
     """`__metadata__` of a merged adapter; `ranks` are those written, `alpha` that of a kohya file."""
     words = triggers(plan.adapters)
-    found = _ours(plan.recipe) | {
+    found = _ours(plan.recipe, _histories(plan)) | {
         names.GRAFT_CERTIFICATE: json.dumps(certificate, sort_keys=True, separators=(",", ":")),
         names.GRAFT_TRIGGERS: json.dumps(words, ensure_ascii=False),
     }
@@ -52,10 +53,83 @@ def of_bake(plan: BakePlan, base: Mapping[str, str]) -> dict[str, str]:
     The certificate is not in it: it is known when the last byte is written, and the header, which
     comes first, is by then part of the file's SHA-256.
     """
-    kept = {key: value for key, value in base.items() if not key.startswith(_STALE)}
+    kept = {
+        key: value
+        for key, value in base.items()
+        if not key.startswith(_STALE) and key not in _OF_THE_SOURCE
+    }
     assert plan.recipe.base is not None  # a bake without a base is no recipe
     base_sha256 = plan.recipe.base.sha256 or ""
-    return kept | _ours(plan.recipe) | {names.GRAFT_BASE_SHA256: base_sha256}
+    files = {name: file.header.metadata for name, file in plan.base.files.items()}
+    histories = _histories(plan) | {base_sha256: lineage.believed(files, base_sha256)}
+    return kept | _ours(plan.recipe, histories) | {names.GRAFT_BASE_SHA256: base_sha256}
+
+
+def facts(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What every certificate says beside its figures, all of it known before anything is computed.
+
+    `inputs` are in the recipe's canonical order, and so are the numbers of `coverage` (modules that
+    an input changes, by component) and of `strengths` (the modules in which one takes part at
+    another strength than the recipe's first number for it; null where it has no such module).
+    """
+    wanted = [recipe.inputs[i] for i in recipe.in_canonical_order()]
+    method = recipe.method.model_dump(mode="json", exclude_none=True)
+    inputs = [
+        _input(its, adapter.header.file_size) for its, adapter in zip(wanted, adapters, strict=True)
+    ]
+    found = {"engine": ENGINE, "method": method, "inputs": inputs}
+    at = _strengths(wanted, adapters)
+    coverage = {
+        component: [sum(row[i] is not None for row in its.values()) for i in range(len(wanted))]
+        for component, its in at.items()
+    }
+    groups = _groups(at, [its.strength for its in wanted])
+    return found | {"coverage": coverage} | ({"strengths": groups} if groups else {})
+
+
+def _input(wanted: Input, size: int) -> dict[str, Any]:
+    pins = {"sha256": wanted.sha256, "config_sha256": wanted.config_sha256}
+    said = {name: digest for name, digest in pins.items() if digest is not None}
+    return {**said, "size_bytes": size, "strength": wanted.strength}
+
+
+_Row = tuple[float | None, ...]  # by input
+
+
+def _strengths(wanted: Sequence[Input], adapters: Sequence[Adapter]) -> dict[str, dict[str, _Row]]:
+    """Component -> module -> the strength of each input there, where one is not 0."""
+    found: dict[str, dict[str, list[float | None]]] = defaultdict(dict)
+    for i, (its, adapter) in enumerate(zip(wanted, adapters, strict=True)):
+        for entry in adapter.layout.entries:
+            for run in entry.layer.runs:
+                strength = its.strength_at(entry.component, run.module)
+                if strength != 0 and not its.leaves_out(entry.component, run.module):
+                    row = found[entry.component].setdefault(run.module, [None] * len(wanted))
+                    row[i] = strength
+    return {
+        component: {module: tuple(row) for module, row in sorted(rows.items())}
+        for component, rows in sorted(found.items())
+    }
+
+
+def _groups(at: Mapping[str, Mapping[str, _Row]], asked: Sequence[float]) -> list[dict[str, Any]]:
+    """Modules with the same strengths together, a whole component as `component.*`."""
+    groups: dict[_Row, list[str]] = defaultdict(list)
+    for component, rows in at.items():
+        alike = len(set(rows.values())) == 1
+        for module, row in list(rows.items())[: 1 if alike else None]:
+            if any(its not in (None, said) for its, said in zip(row, asked, strict=True)):
+                groups[row].append(f"{component}.{'*' if alike else module}")
+    return [{"of_inputs": list(row), "modules": names} for row, names in groups.items()]
+
+
+def _histories(plan: Plan) -> dict[str, lineage.History | None]:
+    """What every adapter says about itself, by its SHA-256."""
+    wanted = [plan.recipe.inputs[i] for i in plan.recipe.in_canonical_order()]
+    return {
+        its.sha256 or "": lineage.believed({"": adapter.header.metadata}, adapter.name)
+        for its, adapter in zip(wanted, plan.adapters, strict=True)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +153,7 @@ _OF_THE_SOURCE = (
     names.GRAFT_RECIPE,
     names.GRAFT_RECIPE_DIGEST,
     names.GRAFT_CERTIFICATE,
+    names.GRAFT_PARENTS,
     names.GRAFT_PACKED,
 )
 _NETWORK = (names.NETWORK_MODULE, names.NETWORK_DIM, names.NETWORK_ALPHA, names.NETWORK_ARGS)
@@ -149,10 +224,11 @@ def triggers(adapters: Sequence[Adapter]) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def _ours(recipe: Recipe) -> dict[str, str]:
-    return {
+def _ours(recipe: Recipe, histories: Mapping[str, lineage.History | None]) -> dict[str, str]:
+    parents = lineage.parents_of(recipe, histories)
+    return ({names.GRAFT_PARENTS: lineage.write_parents(parents)} if parents else {}) | {
         names.FORMAT: "pt",
-        names.GRAFT_VERSION: _ENGINE,
+        names.GRAFT_VERSION: ENGINE,
         names.GRAFT_RECIPE: recipe.canonical_json(),
         names.GRAFT_RECIPE_DIGEST: recipe.digest(),
         # By digest: names are not in the recipe's digest, so they must not decide bytes either.

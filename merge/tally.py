@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
+from merge import provenance
 from merge.errors import BadRecipe
 from merge.plan import BakePlan
 
@@ -47,6 +48,7 @@ class Tally:
         unchanged = sum(touched.unchanged for touched in self._found.values())
         return {
             "kind": "bake",
+            **provenance.facts(plan.recipe, plan.adapters),
             "numerics": plan.recipe.numerics,
             "elements": elements,
             "unchanged": unchanged / elements if elements else 0.0,
