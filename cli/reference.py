@@ -51,7 +51,8 @@ def methods() -> str:
         ]
         head = ["| parameter | default | meaning |", "|---|---|---|"]
         lines += [*head, *fields] if fields else ["It has no parameters."]
-        lines += ["", f"Source: {method.reference}."]
+        deviation = [f"Where it departs: {method.deviation}"] if method.deviation else []
+        lines += ["", f"Source: {method.reference}.", *deviation]
     return "\n".join([*lines, ""])
 
 

@@ -53,12 +53,16 @@ class Linear(Parameters):
 
 
 class Slerp(Parameters):
+    """Of two adapters. Strengths are shares: 0.7 and 0.3 lean to the first, as 7 and 3 do."""
+
     space: ClassVar = Space.COEFFICIENTS
     takes_shares: ClassVar = True
     name: Literal["slerp"]
 
 
 class Karcher(Parameters):
+    """Of any number of adapters. Strengths are shares."""
+
     space: ClassVar = Space.COEFFICIENTS
     takes_shares: ClassVar = True
     name: Literal["karcher"]
@@ -67,21 +71,42 @@ class Karcher(Parameters):
 class ModelStock(Parameters):
     space: ClassVar = Space.COEFFICIENTS
     name: Literal["model_stock"]
+    least: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="least share of the average that stays, where the adapters hardly agree",
+    )
 
 
 class Svc(Parameters):
     space: ClassVar = Space.CORE
     name: Literal["svc"]
-    floor: float = Field(0.2, gt=0, le=1, description="least share that counts, the paper's alpha")
+    floor: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="least times that a change counts as found in the sum, the paper's alpha; "
+        "below 1 what only some adapters have is raised too",
+    )
 
 
 class Cart(Parameters):
+    """Differs from the average for three adapters and more."""
+
     space: ClassVar = Space.CORE
     name: Literal["cart"]
     keep: float = Field(
-        0.5, gt=0, le=1, description="share of each centred change's rank that is kept"
+        0.5,
+        gt=0,
+        le=1,
+        description="share of the rank that is kept of what an adapter has beyond the average",
     )
-    scale: Scale = 1.0
+    scale: float = Field(
+        1.0,
+        allow_inf_nan=False,
+        description="factor on what the adapters have beyond the average, the paper's lambda",
+    )
 
 
 class Tsv(Parameters):
@@ -111,6 +136,13 @@ class Ctm(Parameters):
         None,
         ge=1,
         description="of the shared basis; the largest rank of the inputs where none is said",
+    )
+    balance: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="how alike the adapters count for the choice of the basis, the paper's 1 - "
+        "beta; 0: by the energy of their changes",
     )
 
 

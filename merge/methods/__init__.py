@@ -6,18 +6,45 @@ merge.methods.rules, its oracle in tests/oracles; `make docs` writes docs/method
 
 from dataclasses import dataclass
 
-from merge.method_parameters import Linear, Parameters
+from merge.method_parameters import (
+    Cart,
+    Ctm,
+    IsoC,
+    IsoCts,
+    Karcher,
+    Linear,
+    ModelStock,
+    Parameters,
+    Slerp,
+    Svc,
+    Tsv,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What a reader of docs/methods.md learns about a method."""
+    """What a reader of docs/methods.md learns about a method.
+
+    `deviation`: where the result is not that of the published code, and why.
+    """
 
     name: str
     summary: str
     exactness: str
     parameters: type[Parameters]
     reference: str
+    deviation: str = ""
+
+
+_LINEAR = (
+    "One factor for each adapter and layer, from the inner products of the changes; then linear."
+)
+_CORE = "Exact in the adapters' span, computed on cores as small as their ranks."
+_SPAN = (
+    "The published code averages over all min(out, in) singular values and so makes directions as "
+    "strong as others that no adapter has; here only those of the adapters' span count. The "
+    "strengths of papers do not carry over."
+)
 
 
 METHODS: dict[str, Method] = {
@@ -31,6 +58,91 @@ METHODS: dict[str, Method] = {
             parameters=Linear,
             reference="Hu et al. 2021, https://arxiv.org/abs/2106.09685 (the change); Eckart & "
             "Young 1936, https://doi.org/10.1007/BF02288367 (the nearest lower rank)",
+        ),
+        Method(
+            name="slerp",
+            summary="The point on the arc between two changes, at the share of the second; it keeps "
+            "the norm that a straight line between unrelated changes loses.",
+            exactness=_LINEAR,
+            parameters=Slerp,
+            reference="Shoemake 1985, https://doi.org/10.1145/325165.325242",
+        ),
+        Method(
+            name="karcher",
+            summary="The centre of the changes' directions on the sphere, by shares, with their mean "
+            "norm: slerp for any number of adapters.",
+            exactness=_LINEAR,
+            parameters=Karcher,
+            reference="Karcher 1977, https://doi.org/10.1002/cpa.3160300502; Buss & Fillmore 2001, "
+            "https://doi.org/10.1145/502122.502124 (the iteration)",
+        ),
+        Method(
+            name="model_stock",
+            summary="The average, shortened by how little the changes agree: for several adapters of "
+            "one subject. Of unrelated adapters it leaves almost nothing, unless `least` says so; "
+            "the certificate has the factor of every layer.",
+            exactness=_LINEAR,
+            parameters=ModelStock,
+            reference="Jang et al. 2024, https://arxiv.org/abs/2403.19522",
+            deviation="A negative mean cosine counts as 0, where the formula would turn the result "
+            "around or divide by 0.",
+        ),
+        Method(
+            name="svc",
+            summary="The sum, in which a direction that several adapters share counts once.",
+            exactness=_CORE,
+            parameters=Svc,
+            reference="Li et al. 2026, https://arxiv.org/abs/2602.05536",
+            deviation="The published code sums at 0.3; here changes enter at their strengths. An "
+            "adapter's answer below 1e-5 of its norm is nothing, where rounding would otherwise "
+            "erase the direction.",
+        ),
+        Method(
+            name="cart",
+            summary="The average, plus the strongest part of what each adapter has beyond it. With "
+            "two adapters it is the average: what they have beyond it cancels.",
+            exactness=_CORE,
+            parameters=Cart,
+            reference="Choi et al. 2024, https://arxiv.org/abs/2412.12153",
+            deviation="`keep` is a share of the rank that a change has and not of the layer's side.",
+        ),
+        Method(
+            name="tsv",
+            summary="Every adapter keeps the strengths of its directions, and the directions of all "
+            "are made orthogonal to each other; what adapters share is averaged.",
+            exactness=_CORE,
+            parameters=Tsv,
+            reference="Gargiulo et al. 2025, https://arxiv.org/abs/2412.00081",
+            deviation="The published code keeps min(out, in) / N directions of each adapter. Above "
+            "its rank those are arbitrary vectors, which turn the result; here `keep` is a share of "
+            "the rank.",
+        ),
+        Method(
+            name="iso_c",
+            summary="The sum with all its singular values made equal: weak directions count as much "
+            "as strong ones.",
+            exactness=_CORE,
+            parameters=IsoC,
+            reference="Marczak et al. 2025, https://arxiv.org/abs/2502.04959",
+            deviation=_SPAN,
+        ),
+        Method(
+            name="iso_cts",
+            summary="As iso_c, with room for directions that only one adapter has.",
+            exactness=_CORE,
+            parameters=IsoCts,
+            reference="Marczak et al. 2025, https://arxiv.org/abs/2502.04959, algorithm 1",
+            deviation=_SPAN,
+        ),
+        Method(
+            name="ctm",
+            summary="All adapters in one shared basis of low rank, summed there: the rank is chosen "
+            "before the merge and not after it.",
+            exactness=_CORE + " What the basis leaves out is the method's doing and no truncation: "
+            "the certificate's errors start from there.",
+            parameters=Ctm,
+            reference="He et al. 2026, https://arxiv.org/abs/2606.03723",
+            deviation="Of the rules that the paper merges by inside of the basis, the sum.",
         ),
     )
 }

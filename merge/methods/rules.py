@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from merge.methods import linear
+from merge.methods import cart, ctm, iso, karcher, linear, model_stock, slerp, svc, tsv
 from merge.methods.core import Core
 from merge.methods.draws import Draws
 from merge.methods.elements import Delta
@@ -24,6 +24,16 @@ OnElements = Callable[[Sequence[Delta], Any, Draws], Delta]
 
 COEFFICIENTS: Mapping[str, Coefficients] = {
     "linear": linear.coefficients,
+    "slerp": slerp.coefficients,
+    "karcher": karcher.coefficients,
+    "model_stock": model_stock.coefficients,
 }
-CORE: Mapping[str, OnCore] = {}
+CORE: Mapping[str, OnCore] = {
+    "svc": svc.merge,
+    "cart": cart.merge,
+    "tsv": tsv.merge,
+    "iso_c": iso.merge_common,
+    "iso_cts": iso.merge_common_and_specific,
+    "ctm": ctm.merge,
+}
 ELEMENTS: Mapping[str, OnElements] = {}
