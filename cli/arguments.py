@@ -13,16 +13,26 @@ if TYPE_CHECKING:
 
 _OPTIONS = {
     "method.name": "--method",
-    "rank": "--rank, --energy, --budget, --exact",
+    "rank": "--rank, --energy, --budget, --shared, --exact",
     "rank.fixed": "--rank",
     "rank.energy": "--energy",
     "rank.budget_bytes": "--budget",
+    "rank.shared": "--shared",
+    "method.normalise": "--normalise",
+    "base": "--base",
+    "seed": "--seed",
     "output": "--dtype",
     "output.dialect": "--to",
     "output.dtype": "--dtype",
     "output.allow_loss": "--allow-loss",
 }
-_SELECTORS = {"blocks": "--block", "components": "--component", "leave_out": "--leave-out"}
+_SELECTORS = {
+    "blocks": "--block",
+    "components": "--component",
+    "leave_out": "--leave-out",
+    "only": "--only",
+    "vectors": "--vectors",
+}
 _INPUT = re.compile(r"inputs\[(\d+)\]\.(\w+)(?:\.(.+)|\[.*)?", re.DOTALL)
 
 
@@ -61,7 +71,8 @@ def _argument(param: str, inputs: Sequence[str]) -> str:
     """What was typed for a field; "" where the detail names it, or where it is about all inputs."""
     found = _INPUT.fullmatch(param)
     if found is None:
-        return _OPTIONS.get(param, "")
+        field = param.removeprefix("method.")
+        return _OPTIONS.get(param, f"--param {field}" if field != param else "")
     index, field, key = found.groups()
     if field not in _SELECTORS:
         return inputs[int(index)]

@@ -1,8 +1,9 @@
 """graft merge, bake, recipe run: wishes on the command line, results with their certificate."""
 
 import importlib
+import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +66,33 @@ Components = Annotated[
 LeaveOut = Annotated[
     list[str] | None, typer.Option(metavar="GLOB", help="Modules to leave out, by name.")
 ]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Modules to keep: all others are left out."),
+]
+Vectors = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REF=FILE", help="Strengths of an adapter's directions, rows or columns (ZipLoRA)."
+    ),
+]
+StyleContent = Annotated[
+    bool,
+    typer.Option(
+        "--style-content",
+        help="The style of the first adapter on the content of the second: B-LoRA's blocks of SDXL.",
+    ),
+]
+MethodName = Annotated[str, typer.Option(metavar="NAME", help="How; docs/methods.md lists them.")]
+MethodParameters = Annotated[
+    list[str] | None,
+    typer.Option("--param", metavar="NAME=VALUE", help="A parameter of the method."),
+]
+Normalise = Annotated[
+    str | None,
+    typer.Option(metavar="BY", help="Of a linear merge: by the strengths or the energy."),
+]
+Seed = Annotated[int, typer.Option(help="For methods that draw random numbers.")]
 Reproducible = Annotated[
     bool, typer.Option("--reproducible", help="The same bytes for any number of threads.")
 ]
@@ -85,9 +113,9 @@ def register(app: typer.Typer) -> None:
 def merge(
     inputs: Inputs,
     to: Out,
-    method: Annotated[
-        str, typer.Option(metavar="NAME", help="How; docs/methods.md lists them.")
-    ] = "linear",
+    method: MethodName = "linear",
+    param: MethodParameters = None,
+    normalise: Normalise = None,
     rank: Annotated[int | None, typer.Option(help="The best result of this rank.")] = None,
     energy: Annotated[
         float | None, typer.Option(help="Keep this share of each module's squared norm.")
@@ -95,10 +123,22 @@ def merge(
     budget: Annotated[
         int | None, typer.Option(metavar="BYTES", help="The best ranks within so many bytes.")
     ] = None,
+    shared: Annotated[
+        int | None,
+        typer.Option(metavar="RANK", help="As many numbers as this rank, shared over all layers."),
+    ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Ranks add up; the default.")] = False,
     block: Blocks = None,
     component: Components = None,
     leave_out: LeaveOut = None,
+    only: Only = None,
+    vectors: Vectors = None,
+    style_content: StyleContent = False,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="REF", help="The base that changes depend on, as those of DoRA do."),
+    ] = None,
+    seed: Seed = 0,
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="keep, float16, bfloat16 or float32.")
     ] = "keep",
@@ -112,15 +152,18 @@ def merge(
     as_json: AsJSON = False,
 ) -> None:
     """Combine adapters into one: graft merge ink.safetensors=0.7 robot.safetensors=0.5 -o OUT."""
-    ranks = {"fixed": rank, "energy": energy, "budget_bytes": budget, "exact": exact or None}
+    ranks = {"fixed": rank, "energy": energy, "budget_bytes": budget, "shared": shared}
     said = {name: value for name, value in ranks.items() if value is not None}
+    said |= {"exact": True} if exact else {}
     if len(said) > 1:
-        raise WrongUsage("say one of --rank, --energy, --budget and --exact")
+        raise WrongUsage("say one of --rank, --energy, --budget, --shared and --exact")
     recipe = make_recipe(
         {
             "kind": "merge",
-            "inputs": _inputs(inputs, block, component, leave_out),
-            "method": {"name": method},
+            **({"base": {"ref": base}} if base else {}),
+            "inputs": _inputs(inputs, block, component, leave_out, only, vectors, style_content),
+            "method": _method(method, param, normalise),
+            "seed": seed,
             "rank": said or {"exact": True},
             "output": {"dialect": dialect, "dtype": dtype},
             "numerics": "reproducible" if reproducible else "fast",
@@ -142,9 +185,16 @@ def bake(
     ],
     inputs: Inputs,
     to: Out,
+    method: MethodName = "linear",
+    param: MethodParameters = None,
+    normalise: Normalise = None,
     block: Blocks = None,
     component: Components = None,
     leave_out: LeaveOut = None,
+    only: Only = None,
+    vectors: Vectors = None,
+    style_content: StyleContent = False,
+    seed: Seed = 0,
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="Only keep: every tensor keeps its own.")
     ] = "keep",
@@ -164,7 +214,9 @@ def bake(
         {
             "kind": "bake",
             "base": {"ref": base},
-            "inputs": _inputs(inputs, block, component, leave_out),
+            "inputs": _inputs(inputs, block, component, leave_out, only, vectors, style_content),
+            "method": _method(method, param, normalise),
+            "seed": seed,
             "output": {"dtype": dtype} | ({"allow_loss": True} if allow_loss else {}),
             "numerics": "reproducible" if reproducible else "fast",
         },
@@ -197,20 +249,53 @@ def run_recipe(
 
 
 def _inputs(
-    weighted: Iterable[str],
+    weighted: Sequence[str],
     block: list[str] | None,
     component: list[str] | None,
     leave_out: list[str] | None,
+    only: list[str] | None,
+    vectors: list[str] | None,
+    style_content: bool,
 ) -> list[dict[str, Any]]:
     shared = {
         "blocks": _factors(block, "--block"),
         "components": _factors(component, "--component"),
         "leave_out": leave_out or [],
     }
+    if style_content and (len(weighted) != 2 or only):
+        raise WrongUsage("--style-content takes two adapters, the style first, and no --only")
+    kept = [["@style"], ["@content"]] if style_content else [only or []] * len(weighted)
+    parsed = [parse_weighted(text) for text in weighted]
+    beside = _vectors(vectors, [ref for ref, _ in parsed])
     return [
-        {"ref": ref, "strength": strength, **shared}
-        for ref, strength in map(parse_weighted, weighted)
+        {"ref": ref, "strength": strength, **shared, "only": its, **beside.get(ref, {})}
+        for (ref, strength), its in zip(parsed, kept, strict=True)
     ]
+
+
+def _vectors(texts: list[str] | None, refs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for text in texts or []:
+        ref = next((ref for ref in refs if text.startswith(f"{ref}=")), None)
+        if ref is None or len(text) == len(ref) + 1:
+            raise WrongUsage(
+                f"--vectors {text}: write --vectors REF=FILE, with one of the adapters"
+            )
+        found[ref] = {"vectors": {"ref": text[len(ref) + 1 :]}}
+    return found
+
+
+def _method(name: str, parameters: list[str] | None, normalise: str | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": name}
+    for text in parameters or []:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise WrongUsage(f"--param {text}: write --param NAME=VALUE")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found | ({"normalise": normalise} if normalise else {})
 
 
 def _factors(texts: list[str] | None, option: str) -> dict[str, float]:

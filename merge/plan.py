@@ -23,6 +23,7 @@ from merge.formats.sources import File, is_folder, shown_name
 from merge.formats.targets import BLOCK_BYTES, WAITING_THREADS
 from merge.modules import Module, lay_out
 from merge.patches import Patch, find_patches
+from merge.presets import expand
 from merge.recipe import Input, Recipe
 from merge.terms import Name, Source, gather
 from merge.units import Unit, join
@@ -130,7 +131,10 @@ def plan(recipe: Recipe, files: Mapping[str, File]) -> Plan:
     adapters = tuple(
         _open_adapter(recipe.inputs[i], f"inputs[{i}]", files) for i in recipe.in_canonical_order()
     )
-    inputs = [recipe.inputs[i] for i in recipe.in_canonical_order()]
+    inputs = [
+        expand(recipe.inputs[i], adapter.layout.family, adapter.param)
+        for i, adapter in zip(recipe.in_canonical_order(), adapters, strict=True)
+    ]
     _check_selectors(inputs, adapters)
     families = _common_families(adapters)
     sources, left_out = gather(inputs, [adapter.layout for adapter in adapters])
