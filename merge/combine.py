@@ -108,7 +108,7 @@ def _budget_bytes(plan: MergePlan, products: Sequence[Module]) -> int | None:
 
 
 def _decompose(plan: MergePlan, module: Module, inputs: Inputs) -> linear.Spectrum:
-    return linear.decompose(*inputs.parts(module, _working_dtype(plan)))
+    return inputs.spectrum(module, _working_dtype(plan))
 
 
 def _working_dtype(plan: MergePlan) -> torch.dtype:

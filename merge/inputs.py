@@ -20,8 +20,10 @@ from merge.formats.grammar import counts_alpha
 from merge.formats.header import Header
 from merge.formats.reader import TensorFile
 from merge.formats.sources import File
-from merge.joined import ReadChange, ReadWeight, delta_of, join_changes
+from merge.joined import Merged, ReadChange, ReadWeight, delta_of, join_changes
+from merge.methods import linear
 from merge.methods.elements import Delta
+from merge.methods.linear import Spectrum
 from merge.modules import Module
 from merge.plan import Adapter
 from merge.quantised import as_groups, spread
@@ -145,6 +147,16 @@ class Inputs:
                 products.append(_moved(factors, terms, module.shape[0]))
                 strengths.append(1.0)
         return products, strengths
+
+    def spectrum(self, module: Module, dtype: torch.dtype) -> Spectrum:
+        """The spectrum of all products of a module; that of a unit, where it is one, is known."""
+        if len(module.terms) == 1 and isinstance(module.terms[0].entry, Unit):
+            (term,) = module.terms
+            change = self.change(term.adapter, term.entry, dtype)
+            is_whole = term.rows == term.entry.layer.extent[0] == module.shape[0]
+            if is_whole and isinstance(change, Merged) and change.spectrum is not None:
+                return change.spectrum
+        return linear.decompose(*self.parts(module, dtype))
 
     def summed(self, terms: Sequence[Term], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The weighted sum of changes that are stored whole, as a matrix of `shape`."""

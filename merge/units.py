@@ -129,7 +129,8 @@ def _needs_unit(sources: Sequence[Source], recipe: Recipe) -> bool:
     if recipe.method != Linear():
         return True
     is_dense = any(_is_dense(source.entry) for source in sources)
-    return recipe.kind != "bake" and is_dense and recipe.rank != Rank(exact=True)
+    is_said = recipe.base is not None or recipe.rank != Rank(exact=True)
+    return recipe.kind != "bake" and is_dense and is_said
 
 
 def _is_dense(entry: Entry) -> bool:

@@ -211,7 +211,7 @@ def test_what_cannot_be_done_is_one_sentence(
     [
         (["--rank", "0"], "--rank: Input should be greater than or equal to 1"),
         (["--energy", "2"], "--energy: Input should be less than or equal to 1"),
-        (["--rank", "2", "--exact"], "say one of --rank, --energy, --budget and --exact"),
+        (["--rank", "2", "--exact"], "say one of --rank, --energy, --budget, --shared and --exact"),
         (["--method", "tie"], "--method: Input should be 'linear'"),
         (["--to", "onnx"], "--to: Input should be 'kohya', 'diffusers', 'peft' or 'comfy'"),
         (["--dtype", "int8"], "--dtype: Input should be 'keep', "),

@@ -12,8 +12,7 @@ from merge.errors import Unsupported
 from merge.families import FAMILIES, Family
 from merge.plan import BakePlan, plan
 from tests.fixtures.engine import make_recipe, run
-from tests.fixtures.families import single_file_places
-from tests.fixtures.packed import packed_family
+from tests.fixtures.packed import own_state, packed_family, packed_state
 
 State = dict[str, torch.Tensor]
 PREFIX = "transformer."
@@ -27,38 +26,14 @@ def family(monkeypatch: pytest.MonkeyPatch) -> Family:
     return found
 
 
-def _random(*shape: int, seed: int) -> torch.Tensor:
+def _some(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _own_state(family: Family, dtype: torch.dtype) -> State:
-    state: State = {}
-    for number, (path, module) in enumerate(family.components["transformer"].items()):
-        state[f"{path}.weight"] = _random(*module.shape, seed=number).to(dtype)
-        if module.has_bias:
-            state[f"{path}.bias"] = _random(module.shape[0], seed=100 + number).to(dtype)
-    return state
-
-
-def _packed_state(family: Family, own: State) -> State:
-    """The same weights in the original layout, row by row."""
-    rows: dict[str, dict[int, torch.Tensor]] = {}
-    for key, tensor in own.items():
-        module, _, parameter = key.rpartition(".")
-        for place in single_file_places(family, "transformer", module, parameter):
-            begin, end = place.rows or (0, len(tensor))
-            taken = tensor[place.first : place.first + end - begin]
-            for offset, row in enumerate(taken):
-                rows.setdefault(place.key, {})[begin + offset] = row
-    return {
-        key: torch.stack([its[number] for number in range(len(its))]) for key, its in rows.items()
-    }
-
-
 def _bases(folder: Path, family: Family, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
-    own = _own_state(family, dtype)
+    own = own_state(family, dtype)
     save_file(own, folder / "own.safetensors")
-    save_file(_packed_state(family, own), folder / "packed.safetensors")
+    save_file(packed_state(family, own), folder / "packed.safetensors")
     return folder / "own.safetensors", folder / "packed.safetensors"
 
 
@@ -70,7 +45,7 @@ def _baked_alike(folder: Path, family: Family, inputs: list[Any], dtype: torch.d
         run(out, inputs, base=base, numerics="reproducible")
         found.append(load_file(out))
     own, packed = found
-    expected = _packed_state(family, own)
+    expected = packed_state(family, own)
     assert packed.keys() == expected.keys()
     for key, tensor in packed.items():
         assert torch.equal(tensor, expected[key]), key
@@ -88,7 +63,7 @@ def _factors(algorithm: str, out: int, inner: int) -> State:
     make = iter(range(7, 99))
 
     def some(*shape: int) -> torch.Tensor:
-        return _random(*shape, seed=next(make))
+        return _some(*shape, seed=next(make))
 
     return {
         "lora": lambda: {
@@ -140,7 +115,7 @@ def test_a_packed_layer_of_any_algorithm_in_either_base(
 ) -> None:
     adapter = _write(tmp_path, "diffusion_model.layers.0.linear1", _factors(algorithm, 40, 8))
     after = _baked_alike(tmp_path, family, [(adapter, -0.7)], dtype)
-    before = _own_state(family, dtype)
+    before = own_state(family, dtype)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     parameters = ("weight", "bias") if algorithm == "full" else ("weight",)
     assert changed == {f"{module}.{parameter}" for module in LINEAR1 for parameter in parameters}
@@ -152,7 +127,7 @@ def test_one_part_of_a_packed_layer_in_either_base(
 ) -> None:
     adapter = _write(tmp_path, f"{PREFIX}blocks.0.attn.to_k", _factors(algorithm, 8, 8))
     after = _baked_alike(tmp_path, family, [(adapter, 0.5)], torch.float32)
-    before = _own_state(family, torch.float32)
+    before = own_state(family, torch.float32)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     names = {"blocks.0.attn.to_k.weight"}
     assert changed == names | ({"blocks.0.attn.to_k.bias"} if algorithm == "full" else set())
@@ -164,7 +139,7 @@ def test_halves_that_a_naming_swaps_end_where_they_belong(family: Family, tmp_pa
     after = _baked_alike(tmp_path, family, [(adapter, 1.0)], torch.float32)
     delta = 0.5 * tensors["lora_up.weight"].double() @ tensors["lora_down.weight"].double()
     swapped = torch.cat([delta[8:], delta[:8]])
-    before = _own_state(family, torch.float32)["norm_out.linear.weight"].double()
+    before = own_state(family, torch.float32)["norm_out.linear.weight"].double()
     wanted = (before + swapped).float()
     assert torch.equal(after["norm_out.linear.weight"], wanted)
 
@@ -179,7 +154,7 @@ def test_halves_and_the_whole_of_one_module_add_up(family: Family, tmp_path: Pat
         up, down = (tensors[f"lora_{side}.weight"].double() for side in ("up", "down"))
         deltas.append(0.5 * up @ down)
     after = _baked_alike(tmp_path, family, inputs, torch.float32)
-    before = _own_state(family, torch.float32)["norm_out.linear.weight"].double()
+    before = own_state(family, torch.float32)["norm_out.linear.weight"].double()
     wanted = before + torch.cat([deltas[0][8:], deltas[0][:8]]) + deltas[1]
     np.testing.assert_allclose(after["norm_out.linear.weight"], wanted, rtol=0, atol=1e-6)
 
@@ -192,7 +167,7 @@ def test_a_block_strength_on_q_reaches_only_its_rows_of_a_packed_layer(
     source = {"ref": str(adapter), "strength": 0.5, "blocks": {"*.to_q": 2.0, "*.to_v": 0.0}}
     after = _baked_alike(tmp_path, family, [source], torch.float32)
     delta = 0.5 * tensors["lora_up.weight"].double() @ tensors["lora_down.weight"].double()
-    before = _own_state(family, torch.float32)
+    before = own_state(family, torch.float32)
     for part, (module, strength) in enumerate(zip(LINEAR1, (1.0, 0.5, 0.0, 0.5), strict=True)):
         rows = delta[8 * part : 8 * part + len(before[f"{module}.weight"])]
         wanted = (before[f"{module}.weight"].double() + strength * rows).float()
@@ -208,10 +183,10 @@ def test_adapters_that_overlap_in_some_rows_add_up(family: Family, tmp_path: Pat
         (tmp_path / name).mkdir()
         inputs.append((_write(tmp_path / name, stems[name], its), 1.0))
     (tmp_path / "k").mkdir()
-    values = {"set_weight": _random(8, 8, seed=50)}
+    values = {"set_weight": _some(8, 8, seed=50)}
     inputs.append((_write(tmp_path / "k", f"{PREFIX}blocks.0.attn.to_k", values), 1.0))
     after = _baked_alike(tmp_path, family, inputs, torch.float32)
-    before = _own_state(family, torch.float32)
+    before = own_state(family, torch.float32)
     up, down = (tensors["packed"][f"lora_{side}.weight"].double() for side in ("up", "down"))
     delta = 0.5 * up @ down
     a, b, c, d = (
@@ -233,8 +208,8 @@ def test_a_replacement_at_strength_one_is_its_own_bytes(
     state = load_file(own)
     state["blocks.0.attn.to_q.weight"].fill_(3e4)
     save_file(state, own)
-    values = (_random(8, 8, seed=3) * 1e-4).to(dtype)
-    bias = (_random(8, seed=4) * 1e-4).to(dtype)
+    values = (_some(8, 8, seed=3) * 1e-4).to(dtype)
+    bias = (_some(8, seed=4) * 1e-4).to(dtype)
     path = tmp_path / "a.safetensors"
     stem = f"{PREFIX}blocks.0.attn.to_q"
     save_file({f"{stem}.weight": values, f"{stem}.bias": bias}, path)
@@ -256,9 +231,9 @@ def test_a_bias_for_a_layer_without_one_is_refused(family: Family, tmp_path: Pat
 
 def test_a_norm_takes_new_values(family: Family, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    save_file({f"{PREFIX}blocks.0.norm.diff": _random(8, seed=1)}, path)
+    save_file({f"{PREFIX}blocks.0.norm.diff": _some(8, seed=1)}, path)
     after = _baked_alike(tmp_path, family, [(path, 1.0)], torch.float32)
-    wanted = _own_state(family, torch.float32)["blocks.0.norm.weight"] + _random(8, seed=1)
+    wanted = own_state(family, torch.float32)["blocks.0.norm.weight"] + _some(8, seed=1)
     assert torch.equal(after["blocks.0.norm.weight"], wanted)
 
 
