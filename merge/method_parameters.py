@@ -8,9 +8,9 @@ ELEMENTS      every element of the dense change by itself, in tiles of rows
 """
 
 from enum import StrEnum
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Part(BaseModel):
@@ -38,6 +38,7 @@ Density = Annotated[float, Field(gt=0, le=1, description="share of the elements 
 Scale = Annotated[
     float, Field(allow_inf_nan=False, description="factor on the result, the paper's lambda")
 ]
+_ELECT = "then the mean of what has the elected sign, as TIES, in place of the sum"
 
 
 class Linear(Parameters):
@@ -157,7 +158,7 @@ class KnotsDare(Parameters):
     space: ClassVar = Space.CORE
     name: Literal["knots_dare"]
     density: Density = 0.5
-    elect: bool = Field(False, description="keep only what agrees with the elected sign, as TIES")
+    elect: bool = Field(False, description=_ELECT)
     scale: Scale = 1.0
 
 
@@ -172,7 +173,7 @@ class CoreDare(Parameters):
     space: ClassVar = Space.CORE
     name: Literal["core_dare"]
     density: Density = 0.5
-    elect: bool = Field(False, description="keep only what agrees with the elected sign, as TIES")
+    elect: bool = Field(False, description=_ELECT)
     scale: Scale = 1.0
 
 
@@ -180,8 +181,12 @@ class Ties(Parameters):
     space: ClassVar = Space.ELEMENTS
     name: Literal["ties"]
     density: Density = 0.2
-    vote: Literal["mass", "count"] = Field("mass", description="how the sign is elected")
-    combine: Literal["mean", "sum"] = Field("mean", description="of what agrees with the sign")
+    vote: Literal["mass", "count"] = Field(
+        "mass", description="the sign of the sum of the values is elected, or the most frequent one"
+    )
+    combine: Literal["mean", "sum"] = Field(
+        "mean", description="of what has the elected sign; the mean is of as many as agree"
+    )
     scale: Scale = 1.0
 
 
@@ -189,7 +194,7 @@ class Dare(Parameters):
     space: ClassVar = Space.ELEMENTS
     name: Literal["dare"]
     density: Density = 0.5
-    elect: bool = Field(False, description="then as TIES: keep only what agrees with the sign")
+    elect: bool = Field(False, description=_ELECT)
     scale: Scale = 1.0
 
 
@@ -201,10 +206,17 @@ class Della(Parameters):
         0.1,
         ge=0,
         lt=1,
-        description="probabilities reach from density - epsilon to density + epsilon",
+        description="from the smallest to the largest element of a row, the probability to be kept "
+        "grows from density - epsilon to density + epsilon",
     )
-    elect: bool = Field(True, description="then as TIES: keep only what agrees with the sign")
+    elect: bool = Field(True, description=_ELECT)
     scale: Scale = 1.0
+
+    @model_validator(mode="after")
+    def _are_probabilities(self) -> Self:
+        if not 0 < self.density - self.epsilon <= self.density + self.epsilon <= 1:
+            raise ValueError("density - epsilon must be above 0 and density + epsilon at most 1")
+        return self
 
 
 class Magnitude(Parameters):
@@ -221,8 +233,14 @@ class Breadcrumbs(Parameters):
     gamma: float = Field(
         0.01, ge=0, lt=1, description="share of the largest elements that is dropped"
     )
-    elect: bool = Field(False, description="then as TIES: keep only what agrees with the sign")
+    elect: bool = Field(False, description=_ELECT)
     scale: Scale = 1.0
+
+    @model_validator(mode="after")
+    def _fits_into_all(self) -> Self:
+        if self.density + self.gamma > 1:
+            raise ValueError("density + gamma must be at most 1: what is dropped is not kept")
+        return self
 
 
 Method = Annotated[

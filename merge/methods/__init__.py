@@ -7,16 +7,21 @@ merge.methods.rules, its oracle in tests/oracles; `make docs` writes docs/method
 from dataclasses import dataclass
 
 from merge.method_parameters import (
+    Breadcrumbs,
     Cart,
     Ctm,
+    Dare,
+    Della,
     IsoC,
     IsoCts,
     Karcher,
     Linear,
+    Magnitude,
     ModelStock,
     Parameters,
     Slerp,
     Svc,
+    Ties,
     Tsv,
 )
 
@@ -44,6 +49,10 @@ _SPAN = (
     "The published code averages over all min(out, in) singular values and so makes directions as "
     "strong as others that no adapter has; here only those of the adapters' span count. The "
     "strengths of papers do not carry over."
+)
+_ELEMENTS = (
+    "Exact where it is baked. The result has full rank, and the nearest adapter of a rank near the "
+    "inputs' is close to their plain sum again: the certificate says what was lost."
 )
 
 
@@ -143,6 +152,60 @@ METHODS: dict[str, Method] = {
             parameters=Ctm,
             reference="He et al. 2026, https://arxiv.org/abs/2606.03723",
             deviation="Of the rules that the paper merges by inside of the basis, the sum.",
+        ),
+        Method(
+            name="ties",
+            summary="Keeps the largest elements of each change, lets them elect a sign for every "
+            "element, and takes the mean of those that agree: for several adapters whose changes "
+            "undo each other in a sum.",
+            exactness=_ELEMENTS,
+            parameters=Ties,
+            reference="Yadav et al. 2023, https://arxiv.org/abs/2306.01708, algorithm 1",
+            deviation="Every layer is trimmed by itself, not the model as a whole, and exactly as many "
+            "elements are kept as the density says. A vote without a winner keeps nothing, as the "
+            "paper's formula says, where its authors' code, PEFT and mergekit choose a sign. Changes "
+            "vote at their strengths; PEFT lets them vote before.",
+        ),
+        Method(
+            name="dare",
+            summary="Drops elements at random and enlarges the rest, so that the expectation is the "
+            "sum: fewer elements of different changes meet, for a noise of sqrt(1 / density - 1) "
+            "times the change.",
+            exactness=_ELEMENTS,
+            parameters=Dare,
+            reference="Yu et al. 2023, https://arxiv.org/abs/2311.03099, equations 1 and 2",
+            deviation="What is drawn depends on the seed, the layer, the adapter's bytes and the "
+            "element alone, so an adapter and its opposite cancel. mergekit rescales each draw to "
+            "the sum of magnitudes before it.",
+        ),
+        Method(
+            name="della",
+            summary="As dare, but the larger an element is within its row, the likelier it stays; "
+            "then a vote as in ties.",
+            exactness=_ELEMENTS,
+            parameters=Della,
+            reference="Deep et al. 2024, https://arxiv.org/abs/2406.11617, sections 3.1 and 3.2",
+            deviation="`epsilon` is half the paper's. A row of one element has the density as its "
+            "probability, where the authors' code divides by zero. mergekit rescales as for dare.",
+        ),
+        Method(
+            name="magnitude",
+            summary="The sum of the largest elements of each change.",
+            exactness=_ELEMENTS,
+            parameters=Magnitude,
+            reference="Han et al. 2015, https://arxiv.org/abs/1506.02626 (of weights); PEFT 0.21.2, "
+            "https://github.com/huggingface/peft, `magnitude_prune` (of changes)",
+        ),
+        Method(
+            name="breadcrumbs",
+            summary="The sum of each change without its smallest elements and without its few "
+            "largest, which are taken for outliers.",
+            exactness=_ELEMENTS,
+            parameters=Breadcrumbs,
+            reference="Davari & Belilovsky 2023, https://arxiv.org/abs/2312.06795, section 3",
+            deviation="`density` is the share that is kept, as in mergekit, and `gamma` the share that is "
+            "dropped on top; what else is dropped is the smallest. mergekit keeps nothing of a layer "
+            "so small that gamma of it rounds to no element.",
         ),
     )
 }

@@ -12,7 +12,22 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from merge.methods import cart, ctm, iso, karcher, linear, model_stock, slerp, svc, tsv
+from merge.methods import (
+    breadcrumbs,
+    cart,
+    ctm,
+    dare,
+    della,
+    iso,
+    karcher,
+    linear,
+    magnitude,
+    model_stock,
+    slerp,
+    svc,
+    ties,
+    tsv,
+)
 from merge.methods.core import Core
 from merge.methods.draws import Draws
 from merge.methods.elements import Delta
@@ -36,4 +51,10 @@ CORE: Mapping[str, OnCore] = {
     "iso_cts": iso.merge_common_and_specific,
     "ctm": ctm.merge,
 }
-ELEMENTS: Mapping[str, OnElements] = {}
+ELEMENTS: Mapping[str, OnElements] = {
+    "ties": ties.merge,
+    "dare": dare.merge,
+    "della": della.merge,
+    "magnitude": magnitude.merge,
+    "breadcrumbs": breadcrumbs.merge,
+}
