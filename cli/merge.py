@@ -446,6 +446,8 @@ def _print(planned: "Plan", to: str, outcome: "Outcome") -> None:
         table.add_row(component, str(len(modules)), *cells)
     if certificate["modules"]:
         out.print(table)
+    if certificate["method"] != {"name": "linear"}:
+        out.print(_method_lines(certificate, [plain(its.name) for its in planned.adapters]))
     if summed := certificate.get("summed"):
         out.print(f"stored whole: {counted(summed, 'sum', 'sums')} of norms, biases or weights")
     if left_out := certificate["left_out"]:
@@ -471,12 +473,29 @@ _COLUMNS = {
 }
 
 
+def _method_lines(certificate: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The method with its parameters, and the coefficients that it has found, input by input."""
+    method, *parameters = certificate["method"].values()
+    said = [key for key in certificate["method"] if key != "name"]
+    settings = ", ".join(f"{key} {value}" for key, value in zip(said, parameters, strict=True))
+    line = f"method  {method}" + (f" ({settings})" if settings else "")
+    found = [
+        its["coefficients"] for its in certificate["modules"].values() if "coefficients" in its
+    ]
+    for name, column in zip(names, zip(*found, strict=True), strict=False):
+        numbers = [number for number in column if number is not None]
+        line += f"\n        {name} at {_range(numbers, '{:.3g}')}" if numbers else ""
+    return line
+
+
 def _verdict(certificate: Mapping[str, Any]) -> str:
     if certificate["kind"] == "merge":
         if certificate["truncation"] == 0:
             return f"exact, but for storage rounding of {certificate['rounding']:.3%}"
+        method = certificate["method"]["name"]
+        whole = "the exact sum" if method == "linear" else f"what {method} gives"
         return (
-            f"error {certificate['error']:.2%} of the exact sum: "
+            f"error {certificate['error']:.2%} of {whole}: "
             f"truncation {certificate['truncation']:.2%}, rounding {certificate['rounding']:.3%}"
         )
     if certificate["elements"] == 0:

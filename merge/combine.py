@@ -25,6 +25,7 @@ from merge.families import FAMILIES
 from merge.formats.adapters import CONFIG_NAME, read_config
 from merge.formats.writer import write_file
 from merge.inputs import Inputs, OpenBase
+from merge.joined import Given
 from merge.methods import linear
 from merge.methods.draws import Draws
 from merge.modules import Module
@@ -57,6 +58,7 @@ class Merged:
     factors: dict[str, Tensor]
     stored: dict[str, Tensor]
     lost: dict[str, Lost]  # of "product", "weight", "bias"
+    given: Given | None = None  # coefficients that the method has found, by adapter
 
 
 def combine(
@@ -148,7 +150,7 @@ def _merge_module(
     for role, tensor in [*factors.items(), *stored.items()]:
         if not tensor.isfinite().all():
             raise Overflow(out, f"{module.name} ({role})", plan.dtype)
-    return Merged(module, rank, factors, stored, lost)
+    return Merged(module, rank, factors, stored, lost, inputs.given(module, dtype))
 
 
 def _merge_products(
@@ -227,7 +229,9 @@ def _certificate(plan: MergePlan, results: Sequence[Merged]) -> dict[str, Any]:
         "error": _share(hypot(truncated, rounded), norm),
         "left_out": list(plan.left_out),
         "modules": {
-            result.module.name: {"rank": result.rank} | _described(result.lost["product"])
+            result.module.name: {"rank": result.rank}
+            | _described(result.lost["product"])
+            | ({} if result.given is None else {"coefficients": _listed(result.given, plan)})
             for result in results
             if "product" in result.lost
         },
@@ -239,6 +243,12 @@ def _certificate(plan: MergePlan, results: Sequence[Merged]) -> dict[str, Any]:
         if kind != "product"
     }
     return found | ({"summed": summed} if summed else {})
+
+
+def _listed(given: Given, plan: MergePlan) -> list[float | None]:
+    """In the recipe's canonical order; null for an input that does not change the layer."""
+    numbers = (given.get(adapter) for adapter in range(len(plan.adapters)))
+    return [None if number is None else _digits(number) for number in numbers]
 
 
 def _described(lost: Lost) -> dict[str, float]:

@@ -20,7 +20,7 @@ from merge.formats.grammar import counts_alpha
 from merge.formats.header import Header
 from merge.formats.reader import TensorFile
 from merge.formats.sources import File
-from merge.joined import Merged, ReadChange, ReadWeight, delta_of, join_changes
+from merge.joined import Dense, Given, Merged, ReadChange, ReadWeight, delta_of, join_changes
 from merge.methods import linear
 from merge.methods.elements import Delta
 from merge.methods.linear import Spectrum
@@ -157,6 +157,17 @@ class Inputs:
             if is_whole and isinstance(change, Merged) and change.spectrum is not None:
                 return change.spectrum
         return linear.decompose(*self.parts(module, dtype))
+
+    def given(self, module: Module, dtype: torch.dtype) -> Given | None:
+        """The coefficients that the method has given the adapters, where they are not their strengths
+        and all of the module is of one unit.
+        """
+        units = {term.entry.name: term for term in module.terms if isinstance(term.entry, Unit)}
+        if len(units) != 1:
+            return None
+        (term,) = units.values()
+        change = self.change(term.adapter, term.entry, dtype)
+        return change.given if isinstance(change, Merged | Dense) else None
 
     def summed(self, terms: Sequence[Term], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The weighted sum of changes that are stored whole, as a matrix of `shape`."""

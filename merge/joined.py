@@ -4,7 +4,7 @@ Where the method stays in the factors the result is factors again. Element-wise 
 a part that is no low-rank product, give a change that is computed in rows when they are asked for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -31,12 +31,18 @@ ReadChange = Callable[[Term], Change]
 ReadWeight = Callable[[Entry], Tensor]
 
 
+# By adapter: what a method that gives coefficients has given each.
+Given = Mapping[int, float]
+
+
 class Merged(LowRank):
     """A change that a method has made in the factors, with its spectrum if it has one already."""
 
-    def __init__(self, factors: Factors, spectrum: Spectrum | None = None) -> None:
+    def __init__(
+        self, factors: Factors, spectrum: Spectrum | None = None, given: Given | None = None
+    ) -> None:
         super().__init__(factors)
-        self.spectrum = spectrum
+        self.spectrum, self.given = spectrum, given
 
 
 class Dense(Change):
@@ -44,8 +50,8 @@ class Dense(Change):
 
     needs = Needs.NOTHING
 
-    def __init__(self, delta: Delta) -> None:
-        self.delta = delta
+    def __init__(self, delta: Delta, given: Given | None = None) -> None:
+        self.delta, self.given = delta, given
 
     def weight(
         self, first: int, rows: int, base: Float[Tensor, "_ in"] | None
@@ -108,11 +114,21 @@ def _weighted(
             _delta(shape, its, read_weight, strength)
             for its, strength in zip(by_adapter, strengths, strict=True)
         ]
-        return Dense(Sum(deltas, rule(_inner_products(deltas), strengths, method)))
+        coefficients = rule(_inner_products(deltas), strengths, method)
+        return Dense(Sum(deltas, coefficients), _given(unit, strengths, coefficients))
     parts = [
         _product(unit, its, strength) for its, strength in zip(by_adapter, strengths, strict=True)
     ]
-    return Merged(linear.concatenate(parts, rule(gram(parts), strengths, method)))
+    coefficients = rule(gram(parts), strengths, method)
+    given = _given(unit, strengths, coefficients)
+    return Merged(linear.concatenate(parts, coefficients), given=given)
+
+
+def _given(unit: Unit, strengths: Sequence[float], coefficients: Sequence[float]) -> Given | None:
+    """What each adapter has been given, where that is not its strength."""
+    if list(strengths) == list(coefficients):
+        return None
+    return dict(zip(unit.adapters, coefficients, strict=True))
 
 
 def _one_strength(its: Changed) -> float:
