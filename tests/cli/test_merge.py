@@ -76,6 +76,35 @@ def test_merge_writes_the_adapter_and_its_recipe(
     assert sha256_file(tmp_path / "again.safetensors") == digest
 
 
+def test_a_method_and_its_parameters_reach_the_recipe(
+    tmp_path: Path, ink: MadeAdapter, robot: MadeAdapter
+) -> None:
+    done = graft(
+        tmp_path,
+        *("merge", "ink.safetensors=0.7", "robot.safetensors=0.5", "-o", "out.safetensors"),
+        *("--method", "ties", "--param", "density=0.5", "--param", "vote=count", "--rank", "4"),
+        *("--only", "unet.*", "--seed", "7", "--save-recipe", "recipe.yaml"),
+    )
+    assert done.returncode == 0, done.stderr
+    recipe = Recipe.load(tmp_path / "recipe.yaml")
+    said = {"name": "ties", "density": 0.5, "vote": "count", "combine": "mean", "scale": 1.0}
+    assert recipe.method.model_dump() == said
+    assert recipe.seed == 7
+    assert all(source.only == ("unet.*",) for source in recipe.inputs)
+    assert "method  ties (density 0.5, vote count" in done.stdout
+    assert "of what ties gives" in done.stdout
+
+
+def test_shares_and_what_became_of_them_are_named(
+    tmp_path: Path, ink: MadeAdapter, robot: MadeAdapter
+) -> None:
+    inputs = ("ink.safetensors=3", "robot.safetensors=1")
+    done = graft(tmp_path, "merge", *inputs, "--normalise", "strengths", "-o", "out.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert "ink.safetensors at 0.75" in done.stdout
+    assert "robot.safetensors at 0.25" in done.stdout
+
+
 def test_every_option_of_merge_reaches_the_recipe(
     tmp_path: Path, ink: MadeAdapter, robot: MadeAdapter
 ) -> None:
@@ -213,6 +242,13 @@ def test_what_cannot_be_done_is_one_sentence(
         (["--energy", "2"], "--energy: Input should be less than or equal to 1"),
         (["--rank", "2", "--exact"], "say one of --rank, --energy, --budget, --shared and --exact"),
         (["--method", "tie"], "--method: Input should be 'linear'"),
+        (["--method", "ties"], "--rank, --energy, --budget, --shared, --exact: ties makes changes"),
+        (["--method", "svc", "--param", "floor=2"], "--param floor: Input should be less than"),
+        (["--method", "svc", "--param", "flor=0.1"], "--param flor: Extra inputs"),
+        (["--param", "floor"], "--param floor: write --param NAME=VALUE"),
+        (["--normalise", "rank"], "--normalise: Input should be 'strengths' or 'energy'"),
+        (["--vectors", "robot.safetensors=v"], "--vectors robot.safetensors=v: write"),
+        (["--style-content"], "--style-content takes two adapters"),
         (["--to", "onnx"], "--to: Input should be 'kohya', 'diffusers', 'peft' or 'comfy'"),
         (["--dtype", "int8"], "--dtype: Input should be 'keep', "),
         (["--block", "attn"], "--block attn: write --block NAME=NUMBER"),
