@@ -128,15 +128,7 @@ def plan(recipe: Recipe, files: Mapping[str, File]) -> Plan:
     """The checked steps of a recipe; `files` has what every `recipe.refs()` names."""
     if recipe.kind == "extract":
         raise BadRecipe("kind", "an extraction is not possible yet")
-    adapters = tuple(
-        _open_adapter(recipe.inputs[i], f"inputs[{i}]", files) for i in recipe.in_canonical_order()
-    )
-    inputs = [
-        expand(recipe.inputs[i], adapter.layout.family, adapter.param)
-        for i, adapter in zip(recipe.in_canonical_order(), adapters, strict=True)
-    ]
-    _check_selectors(inputs, adapters)
-    families = _common_families(adapters)
+    adapters, inputs, families = open_inputs(recipe, files, recipe.in_canonical_order())
     sources, left_out = gather(inputs, [adapter.layout for adapter in adapters])
     base = None
     if recipe.base is not None:
@@ -146,6 +138,21 @@ def plan(recipe: Recipe, files: Mapping[str, File]) -> Plan:
         assert base is not None, "a bake without a base is no recipe"
         return _plan_bake(recipe, base, adapters, sources, tuple(sorted(left_out)))
     return _plan_merge(recipe, base, adapters, sources, tuple(sorted(left_out)), families)
+
+
+def open_inputs(
+    recipe: Recipe, files: Mapping[str, File], order: Sequence[int]
+) -> tuple[tuple[Adapter, ...], list[Input], list[str]]:
+    """The files of the recipe's inputs in an order of their indices, the inputs with their presets
+    spelled out, and the families that all of them fit.
+    """
+    adapters = tuple(_open_adapter(recipe.inputs[i], f"inputs[{i}]", files) for i in order)
+    inputs = [
+        expand(recipe.inputs[i], adapter.layout.family, adapter.param)
+        for i, adapter in zip(order, adapters, strict=True)
+    ]
+    _check_selectors(inputs, adapters)
+    return adapters, inputs, _common_families(adapters)
 
 
 def _plan_merge(
