@@ -28,7 +28,7 @@ def rank_of(values: Float[Tensor, " j"], scale: float) -> int:
 
 
 def part_of(rank: int, share: float) -> int:
-    """This share of a rank, rounded up; 0.1 of 30 is 3, whatever binary fractions make of it."""
+    """This share of a rank, rounded up; 0.28 of 25 is 7, where binary fractions make it a bit more."""
     return ceil(share * rank - 1e-9)
 
 

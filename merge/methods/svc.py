@@ -33,8 +33,8 @@ def merge(core: Core, parameters: Svc, draws: Draws) -> Spectrum:
     # What rounding has left of nothing would say that the sum holds it a million times.
     least = (NEGLIGIBLE * torch.linalg.vector_norm(stacked, dim=(1, 2))).square()
     answers = squares > least[:, None]
-    found = (alone * together).sum(-1) / torch.where(answers, squares, 1.0)
-    times = torch.where(answers, found, 0.0).clamp(min=parameters.floor).mean(0)
+    found = (alone * together).sum(-1) / torch.where(answers, squares, torch.inf)
+    times = found.clamp(min=parameters.floor).mean(0)
     values, order = (spectrum.values / times).sort(descending=True, stable=True)
     return Spectrum(
         core.up, spectrum.inner_up[:, order], values, spectrum.inner_down[order], core.down

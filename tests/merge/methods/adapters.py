@@ -63,9 +63,19 @@ def dense(parts: Sequence[Factors], strengths: Sequence[float] | None = None) ->
 
 
 def whole(spectrum: Spectrum) -> Array:
-    """The merged change, multiplied out, through the step that files are written by."""
+    """The merged change, multiplied out, through the step that files are written by.
+
+    It must be a spectrum: values that fall, at least one, and orthonormal vectors.
+    """
+    assert len(spectrum.values) > 0
     assert (spectrum.values.diff() <= 0).all()
     assert (spectrum.values >= 0).all()
+    for vectors in (
+        spectrum.outer_up @ spectrum.inner_up,
+        (spectrum.inner_down @ spectrum.outer_down).mT,
+    ):
+        away = vectors.mT @ vectors - torch.eye(len(spectrum.values), dtype=vectors.dtype)
+        assert away.abs().max() < 100 * torch.finfo(vectors.dtype).eps
     return delta(truncate(spectrum, len(spectrum.values))).double().numpy()
 
 

@@ -120,6 +120,25 @@ def test_karcher_refuses_changes_that_surround_the_centre() -> None:
         _coefficients(KARCHER, around, [1.0, 1.0, 1.0])
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda: [_unit(0), _unit(0), _unit(0, 2, 180)],  # one lies opposite to the centre
+        lambda: [_unit(0, 2), _unit(0, 2, 180 - 1e-5)],  # the centre is anywhere around them
+    ],
+)
+def test_karcher_refuses_what_has_a_centre_by_rounding_only(parts: Any) -> None:
+    with pytest.raises(ValueError, match="too far apart"):
+        _coefficients(KARCHER, parts(), [1.0] * len(parts()))
+
+
+def test_karcher_takes_directions_that_repeat() -> None:
+    first, second = adapters(20, 30, (4, 6))
+    parts, shares = [first, second, first, second, first], [1.0, 0.5, 1.0, 0.5, 1.0]
+    found = _merged(KARCHER, parts, shares)
+    assert_close(found, _merged(KARCHER, [first, second], [3.0, 1.0]), 1e-7)
+
+
 def test_slerp_refuses_three() -> None:
     parts = adapters(20, 30, (4, 4, 4))
     with pytest.raises(ValueError, match="takes two adapters, not 3"):

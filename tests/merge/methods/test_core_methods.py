@@ -155,6 +155,14 @@ def test_opposite_changes_leave_the_third_adapters_directions_alone(
     assert_close(both, wanted, 1e-4 if dtype == torch.float32 else 1e-10)
 
 
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("parameters", METHODS)
+def test_a_change_and_its_opposite_cancel(parameters: Any, rank: int) -> None:
+    (part,) = adapters(20, 30, (rank,))
+    found = _merged(parameters, [part, part], [1.0, -1.0])
+    assert np.linalg.norm(found) < 1e-12 * np.linalg.norm(dense([part])[0])
+
+
 @pytest.mark.parametrize("parameters", METHODS)
 def test_float32_gives_the_same_to_its_precision(parameters: Any) -> None:
     parts, strengths = adapters(40, 64, (6, 8)), [0.7, 1.0]
@@ -236,6 +244,14 @@ def test_iso_cts_is_iso_c_where_everything_is_common() -> None:
     assert_close(common, _merged(IsoC(name="iso_c"), parts))
 
 
+def test_iso_cts_never_promises_more_directions_than_there_are() -> None:
+    """3 for two adapters: the paper's rounding would give each 2 and leave -1 in common."""
+    parts = adapters(20, 30, (1, 2))
+    without = _merged(IsoCts(name="iso_cts", common=0.0), parts)
+    assert_close(without, _merged(IsoCts(name="iso_cts", common=0.5), parts))
+    assert np.linalg.matrix_rank(without) == 3
+
+
 def test_ctm_has_the_rank_that_was_asked_and_keeps_more_than_any_other_basis() -> None:
     parts = adapters(20, 30, (4, 7))
     changes = dense(parts)
@@ -266,7 +282,7 @@ def test_ctm_balances_a_faint_adapter_against_a_loud_one() -> None:
 
 
 def test_a_share_of_a_rank_is_rounded_up_from_the_decimal_that_was_asked() -> None:
-    assert [part_of(30, share) for share in (0.1, 0.5, 0.51, 1.0)] == [3, 15, 16, 30]
+    assert [part_of(25, share) for share in (0.28, 0.5, 0.04, 1.0)] == [7, 13, 1, 25]
     assert part_of(0, 0.5) == 0
 
 
