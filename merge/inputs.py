@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from merge.algorithms import lora, read_change
-from merge.algorithms.change import Change
+from merge.algorithms.change import Change, Needs
 from merge.algorithms.weighed import Weighed
 from merge.bases import Base, Slice
 from merge.errors import BadFile, NotFinite, ShapeMismatch
@@ -43,8 +43,8 @@ def open_as_planned(file: File, header: Header) -> TensorFile:
     return opened
 
 
-# Units that are kept while the layers made of them are computed, for each worker two.
-_UNITS = 16
+# Units that are kept while the layers made of them are computed.
+_UNITS = 8
 
 
 class Inputs:
@@ -182,11 +182,20 @@ class Inputs:
         """The weighted sum of changes of a bias."""
         total = torch.zeros(rows, dtype=dtype)
         for term in terms:
-            bias = self.change(term.adapter, term.entry, dtype).bias(None, None)
-            assert bias is not None, f"{term.entry.name} was planned to change the bias"
+            bias = self._bias(term, dtype)
+            if bias is None:  # IA3 on the inputs, which only its factors' shape shows
+                continue
             taken = bias[term.first : term.first + term.rows]
             total[term.begin : term.begin + term.rows] += term.strength * taken
         return total
+
+    def _bias(self, term: Term, dtype: torch.dtype) -> Tensor | None:
+        change = self.change(term.adapter, term.entry, dtype)
+        if change.needs is Needs.NOTHING:
+            return change.bias(None, None)
+        assert self._base is not None, f"{term.entry.name} was planned with a base"
+        bias = self._base.read(term.entry, "bias", dtype)
+        return change.bias(bias, self._base.read(term.entry, "weight", dtype))
 
     def _read(self, adapter: int, key: str, dtype: torch.dtype) -> Tensor:
         stored = self._files[adapter].read_tensor(key)

@@ -16,7 +16,7 @@ from merge.formats.adapters import Entry
 from merge.formats.dialects import naming_of
 from merge.formats.grammar import NOTHING
 from merge.terms import Name, Source, Term, terms_in
-from merge.units import ELSEWHERE, Unit
+from merge.units import ELSEWHERE, BiasOf, Unit
 
 # Differences that are stored whole.
 _STORED = ("full", "norm")
@@ -91,6 +91,8 @@ def lay_out(
     names: Sequence[str],
     family: str | None,
     dialect: str,
+    *,
+    has_base: bool = False,
 ) -> tuple[Module, ...]:
     """The layers of the output with a contribution, by name; `names` are the inputs' files."""
     if family is None and dialect != "peft":
@@ -99,7 +101,7 @@ def lay_out(
     found: dict[Name, _Gathered] = {}
     for name, its in sources.items():
         for source in its:
-            _check_mergeable(source.entry, names[source.adapter])
+            _check_mergeable(source.entry, names[source.adapter], has_base)
         _check_shapes(".".join(name), its, names)
         active = [source for source in its if source.strength != 0]
         for layer, first, rows, begin in _targets(name, active, family, dialect):
@@ -133,9 +135,12 @@ def _most_rank(entry: Entry) -> int:
     return min(entry.layer.extent) if entry.exact_rank is None else entry.exact_rank
 
 
-def _check_mergeable(entry: Entry, name: str) -> None:
-    if isinstance(entry, Unit):
+def _check_mergeable(entry: Entry, name: str, has_base: bool) -> None:
+    if isinstance(entry, Unit) or (isinstance(entry, BiasOf) and has_base):
         return
+    if entry.needs != NOTHING and has_base:
+        why = f"{entry.name} gets new values ({entry.algorithm}), which no factors hold; bake it"
+        raise Unsupported(name, why)
     if entry.needs != NOTHING:
         why = f"what {entry.algorithm} does to {entry.name} depends on the base; bake it, or name a base and a rank"
         raise Unsupported(name, why)

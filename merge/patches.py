@@ -179,7 +179,7 @@ class _Finder:
             for piece in pieces:
                 self._add_piece(name, "bias", piece, sources)
             return
-        adding = [source for source in sources if _adds_bias(source.entry)]
+        adding = [source for source in sources if adds_bias(source.entry)]
         if not adding:
             return
         added = self._additions.bias(module)
@@ -279,7 +279,8 @@ class _Finder:
         raise ShapeMismatch(self._adapters[source.adapter], name, detail)
 
 
-def _adds_bias(entry: Entry) -> bool:
+def adds_bias(entry: Entry) -> bool:
+    """Whether a layer without a bias would get one."""
     return bool(_ADDS_BIAS & entry.keys.keys())
 
 

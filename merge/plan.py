@@ -26,7 +26,7 @@ from merge.patches import Patch, find_patches
 from merge.presets import expand
 from merge.recipe import Input, Recipe
 from merge.terms import Name, Source, gather
-from merge.units import Unit, join
+from merge.units import join
 from merge.vectors import Vectors, read_vectors
 
 FACTOR_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
@@ -132,6 +132,8 @@ def plan(recipe: Recipe, files: Mapping[str, File]) -> Plan:
     sources, left_out = gather(inputs, [adapter.layout for adapter in adapters])
     base = None
     if recipe.base is not None:
+        if recipe.kind != "bake" and not any(_needs_base(source) for source in _all(sources)):
+            raise BadRecipe("base", "no input depends on one")
         base = open_base(_file(recipe.base.name, "base", files), families)
     sources = join(sources, recipe, [adapter.name for adapter in adapters], base)
     if recipe.kind == "bake":
@@ -165,7 +167,8 @@ def _plan_merge(
 ) -> MergePlan:
     dialect = recipe.output.dialect or _common_dialect(adapters)
     family = families[0] if families else None
-    modules = lay_out(sources, [adapter.name for adapter in adapters], family, dialect)
+    names = [adapter.name for adapter in adapters]
+    modules = lay_out(sources, names, family, dialect, has_base=base is not None)
     if not modules:
         why = (
             "every module is left out"
@@ -177,8 +180,6 @@ def _plan_merge(
     if dialect == "peft" and len(components) > 1:
         detail = f"peft holds one model, not {', '.join(components)}; use leave_out or diffusers"
         raise BadRecipe("output.dialect", detail)
-    if base is not None and not any(_needs_base(source) for source in _all(sources)):
-        raise BadRecipe("base", "no input depends on one")
     dtype = _DTYPES.get(recipe.output.dtype) or _common_dtype(adapters)
     item, alpha = FACTOR_BYTES[dtype], alpha_bytes(dialect)
     written = sum(
@@ -205,10 +206,8 @@ def _all(sources: Mapping[Name, Sequence[Source]]) -> Iterator[Source]:
 
 
 def _needs_base(source: Source) -> bool:
-    entry = source.entry
-    if isinstance(entry, Unit):
-        return any(term.entry.needs != NOTHING for term in entry.terms)
-    return entry.needs != NOTHING
+    """Whether a base decides what it does, or what shape it has."""
+    return source.entry.needs != NOTHING or 0 in source.entry.layer.shape
 
 
 def _working_elements(module: Module) -> int:

@@ -20,7 +20,7 @@ from merge.families import Layer
 from merge.formats.adapters import Entry
 from merge.formats.grammar import NOTHING
 from merge.method_parameters import Linear, Parameters, Space
-from merge.patches import resolved
+from merge.patches import adds_bias, resolved
 from merge.recipe import Rank, Recipe
 from merge.terms import Name, Source, Term, terms_in
 
@@ -84,11 +84,11 @@ def join(
     for name, its in sources.items():
         for source in its:
             _check(source.entry, recipe, names[source.adapter])
+            taken = source if base is None else resolved(source, _shape(base, name, source))
             if _is_joined(source):
-                taken = source if base is None else resolved(source, _shape(base, name, source))
                 joined.setdefault(name, []).append(taken)
             else:
-                found[name].append(source)
+                found[name].append(source if recipe.kind == "bake" else taken)
     for component, modules in _connected(joined):
         its = [source for module in modules for source in joined[component, module]]
         if not _needs_unit(its, recipe):
@@ -97,7 +97,7 @@ def join(
             continue
         unit = _unit(component, modules, joined, recipe, names)
         for source in its:
-            if source.entry.touches_bias:
+            if source.entry.touches_bias and not _is_idle(source, component, recipe, base):
                 kept = Source(source.adapter, _bias_of(source.entry), source.run, source.strength)
                 found[component, source.run.module].append(kept)
         for run in unit.layer.runs:
@@ -122,6 +122,13 @@ def _check(entry: Entry, recipe: Recipe, name: str) -> None:
             f"{entry.name} is {ELSEWHERE[entry.layout]}, which {recipe.method.name} cannot combine"
         )
         raise Unsupported(name, f"{why}; linear can, in a bake")
+
+
+def _is_idle(source: Source, component: str, recipe: Recipe, base: Base | None) -> bool:
+    """Whether what it does to a bias finds none in the base that an adapter is made for."""
+    if recipe.kind == "bake" or base is None or adds_bias(source.entry):
+        return False
+    return not base.find(component, source.run.module, "bias")
 
 
 def _needs_unit(sources: Sequence[Source], recipe: Recipe) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from merge.bake import bake
 from merge.blocks import Options
+from merge.errors import BadRecipe, Unsupported
+from merge.execute import execute
 from merge.plan import BakePlan, plan
 from tests.fixtures.engine import make_recipe, run
 from tests.fixtures.factors import Layer, layers, write_base, write_factors
@@ -46,6 +49,90 @@ def test_every_layer_becomes_what_the_oracle_says(layout: str, tmp_path: Path) -
             if bias is not None:
                 np.testing.assert_allclose(after[f"{name}.bias"], bias, rtol=0, atol=slack)
         assert torch.equal(after["untouched.weight"], torch.arange(10.0))
+
+
+# Of one adapter with nothing pruned they are the plain sum, computed in another way.
+PLAIN = [
+    {"name": "ties", "density": 1.0},
+    {"name": "linear", "normalise": "energy"},
+    {"name": "karcher"},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", PLAIN, ids=lambda method: method["name"])
+def test_one_adapter_is_itself_by_any_method_whatever_its_algorithm(
+    method: dict[str, Any], layout: str, tmp_path: Path
+) -> None:
+    held = layers(layout)
+    base = write_base(tmp_path / "base.safetensors", held)
+    adapter = write_factors(tmp_path / "adapter.safetensors", layout, held)
+    recipe, files = make_recipe([(adapter, 1.0)], base=base, method=method)
+    if layout == "lora-embedding":
+        with pytest.raises(Unsupported, match="an embedding, which"):
+            plan(recipe, files)
+        return
+    out = tmp_path / "out.safetensors"
+    run(out, [(adapter, 1.0)], base=base, method=method, numerics="reproducible")
+    after = load_file(out)
+    for name, layer in held.items():
+        weight, bias = _expected(layer, 1.0)
+        slack = 4e-6 * max(1.0, float(np.abs(weight).max()))
+        np.testing.assert_allclose(after[f"{name}.weight"], weight, rtol=0, atol=slack)
+        if bias is not None:
+            np.testing.assert_allclose(after[f"{name}.bias"], bias, rtol=0, atol=slack)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_adapter_of_any_algorithm_becomes_plain_lora_on_its_base(
+    layout: str, tmp_path: Path
+) -> None:
+    """At full rank nothing is lost; what PEFT's LoRA has no place for is refused by name."""
+    held = layers(layout)
+    base = write_base(tmp_path / "base.safetensors", held)
+    adapter = write_factors(tmp_path / "adapter.safetensors", layout, held)
+    fields: dict[str, Any] = {"kind": "merge", "rank": {"fixed": 999}}
+    fields["output"] = {"dtype": "float32"}
+    if layout in NEED_BASE:
+        fields["base"] = base
+    recipe, files = make_recipe([(adapter, 0.5)], **fields)
+    if layout in REFUSED:
+        with pytest.raises((BadRecipe, Unsupported), match=REFUSED[layout]):
+            plan(recipe, files)
+        return
+    execute(plan(recipe, files), tmp_path / "merged")
+    merged = tmp_path / "merged" / "adapter_model.safetensors"
+    out, two = tmp_path / "out.safetensors", tmp_path / "two.safetensors"
+    run(out, [(adapter, 0.5)], base=base, numerics="reproducible")
+    run(two, [(merged, 1.0)], base=base, numerics="reproducible")
+    at_once, in_two = load_file(out), load_file(two)
+    for key, tensor in at_once.items():
+        slack = 4e-6 * max(1.0, float(tensor.abs().max()))
+        torch.testing.assert_close(in_two[key], tensor, rtol=0, atol=slack)
+
+
+NEED_BASE = [
+    *(
+        "lora",
+        "loha",
+        "vera",
+        "full",
+        "replacement",
+        "glora",
+        "glora-paper",
+        "oft",
+        "oft-legacy",
+        "boft",
+        "boft-legacy",
+    ),
+    *("ia3", "ia3-peft", "oft-peft", "boft-peft", "hra", "hira"),
+]
+REFUSED = {
+    "full": "gets new values",
+    "replacement": "gets new values",
+    "norm": "a difference that is stored whole",
+    "lora-embedding": "is an embedding",
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
