@@ -65,7 +65,8 @@ def bake(
             else:
                 digests[name] = copy_file(plan.base.folder / name, _place(out, name), options)
     tally.check(plan)
-    return (digests if options.digest else {}), tally.certificate(plan)
+    certificate = tally.certificate(plan, inputs.coefficients)
+    return (digests if options.digest else {}), certificate
 
 
 def _place(folder: Path | Target, name: str) -> Path:

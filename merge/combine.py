@@ -231,7 +231,11 @@ def _certificate(plan: MergePlan, results: Sequence[Merged]) -> dict[str, Any]:
         "modules": {
             result.module.name: {"rank": result.rank}
             | _described(result.lost["product"])
-            | ({} if result.given is None else {"coefficients": _listed(result.given, plan)})
+            | (
+                {}
+                if result.given is None
+                else {"coefficients": provenance.by_input(plan, result.given)}
+            )
             for result in results
             if "product" in result.lost
         },
@@ -243,12 +247,6 @@ def _certificate(plan: MergePlan, results: Sequence[Merged]) -> dict[str, Any]:
         if kind != "product"
     }
     return found | ({"summed": summed} if summed else {})
-
-
-def _listed(given: Given, plan: MergePlan) -> list[float | None]:
-    """In the recipe's canonical order; null for an input that does not change the layer."""
-    numbers = (given.get(adapter) for adapter in range(len(plan.adapters)))
-    return [None if number is None else _digits(number) for number in numbers]
 
 
 def _described(lost: Lost) -> dict[str, float]:

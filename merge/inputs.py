@@ -58,6 +58,8 @@ class Inputs:
     ) -> None:
         self._adapters, self._recipe, self._base = adapters, recipe, base
         self._units: Shared[tuple[str, torch.dtype], Change] = Shared(_UNITS)
+        # By module: the coefficients that the method has given, by adapter.
+        self.coefficients: dict[str, Given] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -90,7 +92,11 @@ class Inputs:
         return self._weighed(adapter, entry, self._read_change(adapter, entry, dtype))
 
     def _join(self, unit: Unit, dtype: torch.dtype) -> Change:
-        return join_changes(unit, self._recipe, *self._readers(dtype))
+        change = join_changes(unit, self._recipe, *self._readers(dtype))
+        if isinstance(change, Merged | Dense) and change.given is not None:
+            for run in unit.layer.runs:
+                self.coefficients[f"{unit.component}.{run.module}"] = change.given
+        return change
 
     def _readers(self, dtype: torch.dtype) -> tuple[ReadChange, ReadWeight]:
         def read_change(term: Term) -> Change:

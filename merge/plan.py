@@ -42,10 +42,11 @@ _WORKERS = 2
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """One input whose header kept every rule; `param` is its place in the recipe, `path` where it
-    lies, on this machine or not.
+    lies, on this machine or not, `wanted` what the recipe says of it, presets written out.
     """
 
     param: str
+    wanted: Input
     name: str
     path: File
     header: Header
@@ -284,7 +285,8 @@ def _open_adapter(source: Input, param: str, files: Mapping[str, File]) -> Adapt
     if source.vectors is not None:
         where = f"{param}.vectors"
         vectors = read_vectors(_file(source.vectors.name, where, files), layout.entries, where)
-    adapter = Adapter(param, name, file, header, layout, vectors)
+    wanted = expand(source, layout.family, param)
+    adapter = Adapter(param, wanted, name, file, header, layout, vectors)
     for entry in layout.entries:
         _check_dtypes(adapter, entry)
     return adapter

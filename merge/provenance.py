@@ -78,13 +78,19 @@ def facts(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, Any]:
         _input(its, adapter.header.file_size) for its, adapter in zip(wanted, adapters, strict=True)
     ]
     found = {"engine": ENGINE, "method": method, "inputs": inputs}
-    at = _strengths(wanted, adapters)
+    at = _strengths(adapters)
     coverage = {
         component: [sum(row[i] is not None for row in its.values()) for i in range(len(wanted))]
         for component, its in at.items()
     }
     groups = _groups(at, [its.strength for its in wanted])
     return found | {"coverage": coverage} | ({"strengths": groups} if groups else {})
+
+
+def by_input(plan: Plan, numbers: Mapping[int, float]) -> list[float | None]:
+    """Numbers of some adapters in the recipe's canonical order, null for the others."""
+    found = (numbers.get(adapter) for adapter in range(len(plan.adapters)))
+    return [None if number is None else float(f"{number:.4g}") for number in found]
 
 
 def _input(wanted: Input, size: int) -> dict[str, Any]:
@@ -96,15 +102,16 @@ def _input(wanted: Input, size: int) -> dict[str, Any]:
 _Row = tuple[float | None, ...]  # by input
 
 
-def _strengths(wanted: Sequence[Input], adapters: Sequence[Adapter]) -> dict[str, dict[str, _Row]]:
+def _strengths(adapters: Sequence[Adapter]) -> dict[str, dict[str, _Row]]:
     """Component -> module -> the strength of each input there, where one is not 0."""
     found: dict[str, dict[str, list[float | None]]] = defaultdict(dict)
-    for i, (its, adapter) in enumerate(zip(wanted, adapters, strict=True)):
+    for i, adapter in enumerate(adapters):
+        its = adapter.wanted
         for entry in adapter.layout.entries:
             for run in entry.layer.runs:
                 strength = its.strength_at(entry.component, run.module)
                 if strength != 0 and not its.leaves_out(entry.component, run.module):
-                    row = found[entry.component].setdefault(run.module, [None] * len(wanted))
+                    row = found[entry.component].setdefault(run.module, [None] * len(adapters))
                     row[i] = strength
     return {
         component: {module: tuple(row) for module, row in sorted(rows.items())}

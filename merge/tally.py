@@ -2,6 +2,7 @@
 
 import threading
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -43,7 +44,10 @@ class Tally:
             )
             raise BadRecipe("output.allow_loss", detail)
 
-    def certificate(self, plan: BakePlan) -> dict[str, Any]:
+    def certificate(
+        self, plan: BakePlan, coefficients: Mapping[str, Mapping[int, float]]
+    ) -> dict[str, Any]:
+        """`coefficients` are those that a method has found, by module and adapter."""
         elements = sum(touched.elements for touched in self._found.values())
         unchanged = sum(touched.unchanged for touched in self._found.values())
         return {
@@ -55,8 +59,19 @@ class Tally:
             **({} if self.gain is None else {"gain": _digits(self.gain)}),
             "left_out": list(plan.left_out),
             "notes": list(plan.notes),
-            "modules": {name: touched.described() for name, touched in sorted(self._found.items())},
+            "modules": {
+                name: touched.described() | _found(name, plan, coefficients)
+                for name, touched in sorted(self._found.items())
+            },
         }
+
+
+def _found(
+    name: str, plan: BakePlan, coefficients: Mapping[str, Mapping[int, float]]
+) -> dict[str, Any]:
+    if name not in coefficients:
+        return {}
+    return {"coefficients": provenance.by_input(plan, coefficients[name])}
 
 
 @dataclass(slots=True)

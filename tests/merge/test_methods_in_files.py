@@ -214,7 +214,7 @@ def test_an_element_wise_method_as_an_adapter_is_its_nearest_of_that_rank(
 
 @pytest.mark.parametrize("normalise", ["strengths", "energy"])
 def test_the_certificate_names_the_coefficients_that_a_method_has_found(
-    normalise: str, packed: Path, tmp_path: Path
+    normalise: str, packed: Path, own_base: Path, tmp_path: Path
 ) -> None:
     second = lora("lora_unet_layers_0_linear1", 40, 8, 2, seed=11, dtype=torch.float32)
     other = write(tmp_path / "other.safetensors", second)
@@ -231,6 +231,10 @@ def test_the_certificate_names_the_coefficients_that_a_method_has_found(
         factor = apart / np.linalg.norm(0.7 * deltas[0] - 0.5 * deltas[1])
     expected = [factor * recipe.inputs[i].strength for i in recipe.in_canonical_order()]
     assert module["coefficients"] == pytest.approx(expected, rel=1e-3)
+    baked = run(tmp_path / "b", [(packed, 0.7), (other, -0.5)], base=own_base, method=method)
+    assert set(baked.certificate["modules"]) == {f"transformer.{path}" for path in LINEAR1}
+    for its in baked.certificate["modules"].values():
+        assert its["coefficients"] == module["coefficients"]
     total = factor * (0.7 * deltas[0] - 0.5 * deltas[1])
     np.testing.assert_allclose(_dense(out), total, atol=1e-6)
 
@@ -407,6 +411,8 @@ def test_a_preset_keeps_the_blocks_that_the_family_names(
     assert refused.value.param.endswith("].only")
     globs = {"@style": ("*.to_q",), "@content": ("*.to_out.0", "*.to_k")}
     monkeypatch.setitem(presets.PRESETS, "packed", globs)  # type: ignore[arg-type]
+    outcome = run(tmp_path / "certified.safetensors", inputs, base=own_base)
+    assert sorted(outcome.certificate["coverage"]["transformer"]) == [1, 2]
     found = _changes(tmp_path / "out.safetensors", own_base, inputs)
     changed = {path for path, change in found.items() if np.any(change)}
     assert changed == {"blocks.0.attn.to_q", "blocks.0.attn.to_k", "blocks.0.attn.to_out.0"}
