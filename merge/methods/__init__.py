@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from merge.method_parameters import (
     Breadcrumbs,
     Cart,
+    CoreDare,
+    CoreTies,
     Ctm,
     Dare,
     Della,
     IsoC,
     IsoCts,
     Karcher,
+    KnotsDare,
+    KnotsTies,
     Linear,
     Magnitude,
     ModelStock,
@@ -53,6 +57,15 @@ _SPAN = (
 _ELEMENTS = (
     "Exact where it is baked. The result has full rank, and the nearest adapter of a rank near the "
     "inputs' is close to their plain sum again: the certificate says what was lost."
+)
+_ALIGNED = (
+    "Exact in the adapters' span. Directions of equal strength have no basis of their own, and which "
+    "one is chosen shows in the result: the same on one machine, not always on another."
+)
+_EVEN = (
+    "The published code takes the directions from the factors as they are stored, so the same change "
+    "in other factors gives another result; here every change is first split evenly between both of "
+    "its factors. A vote without a winner keeps nothing, as in ties."
 )
 
 
@@ -154,6 +167,42 @@ METHODS: dict[str, Method] = {
             deviation="Of the rules that the paper merges by inside of the basis, the sum.",
         ),
         Method(
+            name="knots_ties",
+            summary="TIES on what each adapter sends into output directions that all share, which one "
+            "decomposition of all changes gives. Unlike ties it stays an adapter of the summed ranks.",
+            exactness=_ALIGNED,
+            parameters=KnotsTies,
+            reference="Stoica et al. 2024, https://arxiv.org/abs/2410.19735",
+            deviation="Every layer is trimmed by itself, not the model as a whole; a vote without a "
+            "winner keeps nothing, as in ties.",
+        ),
+        Method(
+            name="knots_dare",
+            summary="DARE in the same shared output directions.",
+            exactness=_ALIGNED,
+            parameters=KnotsDare,
+            reference="Stoica et al. 2024, https://arxiv.org/abs/2410.19735",
+            deviation="What is drawn depends on the seed, the layer, the adapter's bytes and the "
+            "element alone.",
+        ),
+        Method(
+            name="core_ties",
+            summary="TIES on small matrices that say how each adapter connects input to output "
+            "directions which all share: the cheapest of its kind.",
+            exactness=_ALIGNED,
+            parameters=CoreTies,
+            reference="Panariello et al. 2025, https://arxiv.org/abs/2509.17786",
+            deviation=_EVEN,
+        ),
+        Method(
+            name="core_dare",
+            summary="DARE on the same small matrices.",
+            exactness=_ALIGNED,
+            parameters=CoreDare,
+            reference="Panariello et al. 2025, https://arxiv.org/abs/2509.17786",
+            deviation=_EVEN,
+        ),
+        Method(
             name="ties",
             summary="Keeps the largest elements of each change, lets them elect a sign for every "
             "element, and takes the mean of those that agree: for several adapters whose changes "
@@ -173,7 +222,7 @@ METHODS: dict[str, Method] = {
             "times the change.",
             exactness=_ELEMENTS,
             parameters=Dare,
-            reference="Yu et al. 2023, https://arxiv.org/abs/2311.03099, equations 1 and 2",
+            reference="Yu et al. 2023, https://arxiv.org/abs/2311.03099",
             deviation="What is drawn depends on the seed, the layer, the adapter's bytes and the "
             "element alone, so an adapter and its opposite cancel. mergekit rescales each draw to "
             "the sum of magnitudes before it.",
@@ -184,7 +233,7 @@ METHODS: dict[str, Method] = {
             "then a vote as in ties.",
             exactness=_ELEMENTS,
             parameters=Della,
-            reference="Deep et al. 2024, https://arxiv.org/abs/2406.11617, sections 3.1 and 3.2",
+            reference="Deep et al. 2024, https://arxiv.org/abs/2406.11617",
             deviation="`epsilon` is half the paper's. A row of one element has the density as its "
             "probability, where the authors' code divides by zero. mergekit rescales as for dare.",
         ),
@@ -202,7 +251,7 @@ METHODS: dict[str, Method] = {
             "largest, which are taken for outliers.",
             exactness=_ELEMENTS,
             parameters=Breadcrumbs,
-            reference="Davari & Belilovsky 2023, https://arxiv.org/abs/2312.06795, section 3",
+            reference="Davari & Belilovsky 2023, https://arxiv.org/abs/2312.06795",
             deviation="`density` is the share that is kept, as in mergekit, and `gamma` the share that is "
             "dropped on top; what else is dropped is the smallest. mergekit keeps nothing of a layer "
             "so small that gamma of it rounds to no element.",

@@ -1,6 +1,6 @@
 """Model breadcrumbs: the sum of each change without its smallest and without its largest elements.
 
-Davari & Belilovsky 2023, arXiv:2312.06795, section 3: a mask per layer that leaves out the share
+Davari & Belilovsky 2023, arXiv:2312.06795: a mask per layer that leaves out the share
 gamma of the largest (outliers) and what is smallest. Here `density` says what is kept, as in
 mergekit, whose code keeps nothing of a layer so small that gamma of it rounds to no element.
 """

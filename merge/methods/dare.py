@@ -1,17 +1,16 @@
 """DARE: drop elements at random and rescale the rest.
 
-Yu et al. 2023, arXiv:2311.03099, equations 1 and 2: each element is kept with probability `density`
+Yu et al. 2023, arXiv:2311.03099: each element is kept with probability `density`
 (the paper's 1 - p) and divided by it, so that the expectation is the change itself. mergekit divides
 by what brings back the sum of magnitudes of that draw instead.
 """
 
 from collections.abc import Sequence
 
-import numpy as np
 from torch import Tensor
 
 from merge.method_parameters import Dare
-from merge.methods.consensus import added, elected, merged
+from merge.methods.consensus import added, elected, mask, merged
 from merge.methods.draws import Draws
 from merge.methods.elements import Delta
 
@@ -21,9 +20,7 @@ def merge(deltas: Sequence[Delta], parameters: Dare, draws: Draws) -> Delta:
 
     def sparsify(adapter: int, tile: Tensor, element: int) -> Tensor:
         drawn = draws.uniform(adapter, element, tile.numel()).numpy().reshape(tile.shape)
-        values = tile.numpy()
-        np.multiply(values, drawn < parameters.density, out=values)
-        return tile.div_(parameters.density)
+        return mask(tile, drawn < parameters.density).div_(parameters.density)
 
     combine = elected if parameters.elect else added
     return merged(deltas, sparsify, combine, parameters.scale)

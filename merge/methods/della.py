@@ -1,21 +1,23 @@
 """DELLA: as DARE, but large elements of a row are kept with a higher probability than small ones.
 
-Deep et al. 2024, arXiv:2406.11617, section 3.1 (MagPrune): the elements of each row are ranked by
+Deep et al. 2024, arXiv:2406.11617 (MagPrune): the elements of each row are ranked by
 magnitude, and the probability to be kept grows evenly with the rank from density - epsilon to
 density + epsilon (half the paper's epsilon). What is kept is divided by its own probability, so
 that the expectation is the change itself; mergekit divides all by one number instead. The authors'
-code divides 0 by 0 for rows of one element, whose probability is `density` here.
+code (https://github.com/declare-lab/della at 8067515) divides 0 by 0 for rows of one element, whose
+probability is `density` here.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from merge.method_parameters import Della
-from merge.methods.consensus import added, elected, merged
+from merge.methods.consensus import added, elected, mask, merged
 from merge.methods.draws import Draws
 from merge.methods.elements import Delta
 
@@ -26,10 +28,7 @@ def merge(deltas: Sequence[Delta], parameters: Della, draws: Draws) -> Delta:
     def sparsify(adapter: int, tile: Tensor, element: int) -> Tensor:
         chances = _probabilities(tile, parameters)
         drawn = draws.uniform(adapter, element, tile.numel()).numpy().reshape(tile.shape)
-        values = tile.numpy()
-        np.multiply(values, drawn < chances, out=values)
-        np.divide(values, chances, out=values)
-        return tile
+        return mask(tile, drawn < chances).div_(torch.from_numpy(chances))
 
     combine = elected if parameters.elect else added
     return merged(deltas, sparsify, combine, parameters.scale)
@@ -42,10 +41,10 @@ def _probabilities(tile: Float[Tensor, "count in"], parameters: Della) -> NDArra
         return np.full(tile.shape, parameters.density, dtype=tile.numpy().dtype)
     magnitudes = tile.abs().neg_().numpy()
     order = magnitudes.argsort(1)
+    # Sorting without regard to ties is five times as fast, and few rows have any.
     ordered = np.take_along_axis(magnitudes, order, 1)
-    # Sorting without regard to ties is five times as fast, and ties are rare.
-    if np.any((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != 0)):
-        order = magnitudes.argsort(1, kind="stable")
+    tied = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != 0)).any(1)
+    order[tied] = magnitudes[tied].argsort(1, kind="stable")
     highest, lowest = (
         parameters.density + parameters.epsilon,
         parameters.density - parameters.epsilon,

@@ -11,7 +11,6 @@ those bits may be chosen differently.
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from math import isfinite
 
 import torch
 from jaxtyping import Float
@@ -82,11 +81,3 @@ def tiles(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
     step = tile_rows(shape)
     for first in range(0, shape[0], step):
         yield first, min(step, shape[0] - first)
-
-
-def read(delta: Delta, first: int, count: int) -> Float[Tensor, "count in"]:
-    """Rows of a change; OverflowError where they are not finite, which no rule must hide."""
-    tile = delta.rows(first, count)
-    if not isfinite(tile.sum().item()) and not tile.isfinite().all():
-        raise OverflowError("a change does not fit the numbers that it is computed in")
-    return tile

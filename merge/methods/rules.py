@@ -15,11 +15,13 @@ from torch import Tensor
 from merge.methods import (
     breadcrumbs,
     cart,
+    core_space,
     ctm,
     dare,
     della,
     iso,
     karcher,
+    knots,
     linear,
     magnitude,
     model_stock,
@@ -50,6 +52,10 @@ CORE: Mapping[str, OnCore] = {
     "iso_c": iso.merge_common,
     "iso_cts": iso.merge_common_and_specific,
     "ctm": ctm.merge,
+    "knots_ties": knots.merge_ties,
+    "knots_dare": knots.merge_dare,
+    "core_ties": core_space.merge_ties,
+    "core_dare": core_space.merge_dare,
 }
 ELEMENTS: Mapping[str, OnElements] = {
     "ties": ties.merge,

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from merge.methods.elements import Delta, read, tiles
+from merge.methods.elements import Delta, tiles
 
 _DIGIT = 16
 _FEW = 2**17  # elements that are collected rather than counted
@@ -82,7 +82,7 @@ def cuts(delta: Delta, kept: Sequence[int]) -> list[Cut]:
 def _tiles(delta: Delta) -> Iterator[tuple[int, Int[Tensor, " elements"]]]:
     """The first element of every tile, and the bits of its magnitudes."""
     for first, rows in tiles(delta.shape):
-        tile = read(delta, first, rows)
+        tile = delta.rows(first, rows)
         yield first * delta.shape[1], tile.abs_().view(-1).view(_INTEGERS[tile.dtype])
 
 

@@ -33,13 +33,17 @@ def without_tails(change: Array, density: float, gamma: float) -> Array:
 
 
 def elected(changes: list[Array], vote: str = "mass", combine: str = "mean") -> Array:
-    """Yadav et al. 2023, algorithm 1: for every element the sign, then what has it."""
+    """Yadav et al. 2023, algorithm 1: for every element the sign, then what has it.
+
+    A sum of less than 1e-5 of its terms is a draw.
+    """
     result = np.zeros_like(changes[0])
     for index in np.ndindex(*result.shape):
         values = [change[index] for change in changes]
         total = sum(values) if vote == "mass" else sum(np.sign(value) for value in values)
-        agreeing = [value for value in values if total != 0 and np.sign(value) == np.sign(total)]
-        if agreeing:
+        agreeing = [value for value in values if np.sign(value) == np.sign(total)]
+        is_drawn = vote == "mass" and abs(total) <= 1e-5 * sum(abs(value) for value in values)
+        if agreeing and total != 0 and not is_drawn:
             result[index] = sum(agreeing) / (len(agreeing) if combine == "mean" else 1)
     return result
 

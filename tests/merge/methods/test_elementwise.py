@@ -214,10 +214,20 @@ def test_breadcrumbs_keep_a_layer_so_small_that_no_outlier_is_left_out() -> None
     np.testing.assert_array_equal(found, oracle.trimmed(change.dense(), 0.9))
 
 
-def test_an_overflow_is_refused_by_what_does_not_look_at_magnitudes() -> None:
-    change = torch.tensor([[1.0, float("inf")]])
-    with pytest.raises(OverflowError, match="does not fit"):
-        merge(Dare(name="dare"), [Dense(change)]).rows(0, 1)
+@EACH
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_is_not_trimmed_away(value: float, parameters: Parameters) -> None:
+    """So that whoever writes the result can refuse it, as after a linear merge."""
+    changes = [Dense(torch.from_numpy(change.dense())) for change in random_changes((5, 8), 3)]
+    broken = torch.ones(5, 8, dtype=torch.float64)
+    broken[1, 3] = value
+    assert not np.isfinite(whole(merge(parameters, [*changes, Dense(broken)]))).all()
+
+
+def test_a_vote_is_a_draw_where_only_rounding_is_left_of_it() -> None:
+    changes = [Dense(torch.tensor([row])) for row in ([1.0, 3.0, 1.0], [-1.0 - 1e-7, -2.0, 1e-30])]
+    found = whole(merge(Ties(name="ties", density=1.0), changes))
+    np.testing.assert_array_equal(found, [[0.0, 3.0, np.float32(0.5)]])
 
 
 @pytest.mark.parametrize(

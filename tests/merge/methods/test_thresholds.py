@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from merge.methods import thresholds
-from merge.methods.elements import Delta, Dense, read, tiles
+from merge.methods.elements import Delta, Dense, tiles
 from merge.methods.thresholds import cuts, share_of
 from tests.merge.methods.changes import SHAPES, random_changes
 from tests.oracles import elementwise as oracle
@@ -83,19 +83,6 @@ def test_a_share_is_the_nearest_number_and_at_least_one(
     share: float, elements: int, count: int
 ) -> None:
     assert share_of(share, elements) == oracle.kept_count(share, elements) == count
-
-
-@pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_what_overflowed_is_refused_and_not_trimmed_away(value: float) -> None:
-    dense = torch.ones(2, 3)
-    dense[1, 1] = value
-    with pytest.raises(OverflowError, match="does not fit"):
-        cuts(Dense(dense), [2])
-
-
-def test_a_sum_that_overflows_is_no_overflow_of_the_change() -> None:
-    dense = torch.full((2, 3), 3e38)
-    assert torch.equal(read(Dense(dense), 0, 2), dense)
 
 
 def test_magnitudes_are_told_apart_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
