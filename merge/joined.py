@@ -72,8 +72,11 @@ def join_changes(
             return Dense(ELEMENTS[method.name](deltas, method, draws))
         if method.space is Space.CORE:
             parts = [_product(unit, its) for its in by_adapter]
-            merged = CORE[method.name](core_of(parts, [1.0] * len(parts)), method, draws)
-            return Merged(linear.truncate(merged, len(merged.values)), merged)
+            # In float64 whatever the numerics: which directions count as zero decides the result.
+            core = core_of([_double(part) for part in parts], [1.0] * len(parts))
+            merged = CORE[method.name](core, method, draws)
+            whole, dtype = linear.truncate(merged, len(merged.values)), parts[0].up.dtype
+            return Merged(Factors(whole.up.to(dtype), whole.down.to(dtype)), merged)
         return _weighted(unit, recipe, by_adapter, read_weight)
     except ValueError as error:
         raise BadRecipe("method", f"{unit.name}: {error}") from error
@@ -100,6 +103,10 @@ def _changes(terms: Sequence[Term], read_change: ReadChange) -> list[tuple[Term,
         if name not in read:
             read[name] = read_change(term)
     return [(term, read[term.adapter, term.entry.name]) for term in terms]
+
+
+def _double(part: Factors) -> Factors:
+    return Factors(part.up.double(), part.down.double(), part.scale)
 
 
 def _weighted(
