@@ -205,7 +205,7 @@ def stored_alpha(plan: MergePlan, rank: int) -> float:
     """
     if plan.dialect != "kohya":
         return float(rank)
-    return float(max(planned_rank(plan.recipe, module) for module in plan.modules if module.terms))
+    return float(plan.most_rank)
 
 
 def _rounded(exact: Tensor, stored: Tensor) -> Lost:

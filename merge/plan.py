@@ -65,8 +65,9 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """Adapters into one adapter. `dtype` is the safetensors name of the factors' dtype; `base` is
-    what changes that depend on one are computed on.
+    """Adapters into one adapter. `dtype` is the safetensors name of the factors' dtype; `most_rank`
+    the largest rank that a layer may be written with; `base` what changes that depend on one are
+    computed on.
     """
 
     recipe: Recipe
@@ -76,6 +77,7 @@ class MergePlan:
     family: str | None
     dialect: str
     dtype: str
+    most_rank: int
     cost: Cost
     base: Base | None = None
 
@@ -183,9 +185,10 @@ def _plan_merge(
         raise BadRecipe("output.dialect", detail)
     dtype = _DTYPES.get(recipe.output.dtype) or _common_dtype(adapters)
     item, alpha = FACTOR_BYTES[dtype], alpha_bytes(dialect)
+    ranks = [planned_rank(recipe, module) for module in modules]
     written = sum(
-        planned_rank(recipe, module) * sum(module.shape) * item + module.n_stored * item + alpha
-        for module in modules
+        rank * sum(module.shape) * item + module.n_stored * item + alpha
+        for rank, module in zip(ranks, modules, strict=True)
     )
     if recipe.rank.budget_bytes is not None or recipe.rank.shared is not None:
         _check_budget(recipe, modules, dialect)
@@ -199,7 +202,9 @@ def _plan_merge(
     working = 8 if recipe.numerics == "reproducible" else 4
     largest = max(_working_elements(module) for module in modules) * working
     cost = Cost(len(modules), written, written + _WORKERS * _WORKING_COPIES * largest)
-    return MergePlan(recipe, adapters, modules, left_out, family, dialect, dtype, cost, base)
+    return MergePlan(
+        recipe, adapters, modules, left_out, family, dialect, dtype, max(ranks), cost, base
+    )
 
 
 def _all(sources: Mapping[Name, Sequence[Source]]) -> Iterator[Source]:
