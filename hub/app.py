@@ -24,6 +24,9 @@ from hub.hf import routing as hf
 from hub.http import EveryResponse, Traffic
 from hub.jobs import routes as jobs
 from hub.jobs.dispatcher import LocalDispatcher
+from hub.reports import routes as reports
+from hub.reports.pool import Pool
+from hub.reports.service import Reports
 from hub.settings import Settings
 from hub.users import routes as users
 from hub.web import routes as web
@@ -36,6 +39,7 @@ ROUTERS = (
     adapters.router,
     adapters.thumbs,
     jobs.router,
+    reports.router,
     hf_routes.router,
     hf_routes.fallback,  # It answers whatever else is asked for under /api.
     *web.ROUTERS,  # Last: the page of a repo has an address of any two names.
@@ -55,6 +59,7 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
         with nullcontext(hub) if hub is not None else open_hub(settings) as opened:
             app.state.hub = opened
             app.state.jobs = LocalDispatcher(opened, settings.workers, stopping=app.state.stopping)
+            app.state.reports = Reports(Pool(opened))
             async with create_task_group() as background:
                 background.start_soon(_count_downloads, opened)
                 background.start_soon(run_in_threadpool, _catch_up, opened, app.state.stopping)
@@ -62,6 +67,7 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
                 try:
                     yield
                 finally:
+                    await run_in_threadpool(app.state.reports.pool.stop)
                     await run_in_threadpool(app.state.jobs.stop)
                 background.cancel_scope.cancel()
 

@@ -13,7 +13,7 @@ HubError
 ├── TooLarge            more bytes than a setting allows
 ├── TooMany             of this user's jobs are not finished yet
 ├── NoSpace             the disk is, or would become, full
-├── Busy                the database did not become free in time
+├── Busy                the database or a process did not become free in time
 ├── NotImplementedHere  a feature of the protocol that this hub does not have
 └── CannotStart         the hub cannot open its data; never reaches a client
 
@@ -165,6 +165,7 @@ def status_of(error: type[HubError]) -> HTTPStatus:
     return next(STATUS[cls] for cls in error.__mro__ if cls in STATUS)
 
 
+RETRY_AFTER_S = "2"
 Renderer = Callable[[Request, HubError, HTTPStatus], Response]
 
 
@@ -181,7 +182,10 @@ def install(app: FastAPI, renderers: Mapping[str, Renderer]) -> None:
     def answer(request: Request, error: HubError, status: HTTPStatus | None = None) -> Response:
         tags = getattr(request.scope.get("route"), "tags", None) or []
         chosen = next((renderers[tag] for tag in tags if tag in renderers), render)
-        return chosen(request, error, status or status_of(type(error)))
+        response = chosen(request, error, status or status_of(type(error)))
+        if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+            response.headers["Retry-After"] = RETRY_AFTER_S
+        return response
 
     @app.exception_handler(HubError)
     def refused(request: Request, error: HubError) -> Response:

@@ -105,6 +105,11 @@ class AdapterItem(_Item):
         return self.previews[1] if len(self.previews) > 1 else None
 
     @property
+    def bench_url(self) -> str:
+        """What puts it on the bench."""
+        return f"/bench/add?ref={quote(f'{self.repo}:{self.file}')}"
+
+    @property
     def kind_title(self) -> str:
         return KIND_TITLES[Kind(self.kind)]
 

@@ -63,7 +63,7 @@ def main() -> int:
     try:
         _say(channel, result=_run(spec, channel))
     except MergeError as error:
-        _say(channel, error=_described(error))
+        _say(channel, error=described(error))
         return 1
     except (MemoryError, OutOfMemory):
         message = f"the job needs more memory than the {spec.memory_bytes:,} bytes it may take"
@@ -91,7 +91,7 @@ def _run(spec: Spec, channel: TextIO) -> dict[str, object]:
     try:
         outcome = execute(plan(recipe, files), out, _reporter(channel), workers=spec.threads)
     except RuntimeError as error:
-        if not _is_allocation_failure(error):
+        if not is_allocation_failure(error):
             raise
         raise OutOfMemory from error
     return {
@@ -120,7 +120,8 @@ def _say(channel: TextIO, **message: object) -> None:
     channel.flush()
 
 
-def _described(error: MergeError) -> dict[str, object]:
+def described(error: MergeError) -> dict[str, object]:
+    """{code, message, param}, as a job's error."""
     cause = error.__cause__
     if isinstance(error, CannotWrite) and isinstance(cause, OSError) and cause.errno in _FULL:
         return {"code": "NoSpace", "message": _no_space(cause), "param": None}
@@ -135,7 +136,8 @@ def _no_space(error: OSError) -> str:
     return "the hub's disk is full; nothing was written"
 
 
-def _is_allocation_failure(error: RuntimeError) -> bool:
+def is_allocation_failure(error: RuntimeError) -> bool:
+    """Whether torch wanted memory that there is not."""
     # torch's CPU allocator (c10/core/impl/alloc_cpu.cpp) has no exception class of its own,
     # and a thread needs memory for its stack.
     signs = ("can't allocate memory", "bad_alloc", "can't start new thread")

@@ -40,15 +40,16 @@ class Child:
         threading.Thread(
             target=_pump, args=(self._process.stdout, self._lines), daemon=True
         ).start()
-        self._send(spec)
+        self.send(spec)
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def _send(self, spec: str) -> None:
+    def send(self, line: str) -> None:
+        """One line to its stdin."""
         with suppress(BrokenPipeError):  # it died at once; `hear` and `wait` will tell
-            self._stdin.write(spec.encode() + b"\n")
+            self._stdin.write(line.encode() + b"\n")
             self._stdin.flush()
 
     def hear(self, timeout_s: float) -> dict[str, Any] | None:

@@ -72,7 +72,7 @@ def submit(
         resolved = inputs.resolve(session, hub.store, viewer, recipe)
         _check_target(session, viewer, request.publish, resolved)
     recipe = inputs.pin(recipe, resolved)
-    planned = _plan(hub, recipe, resolved)
+    planned = plan_on(hub, recipe, resolved)
     _check_shape(request.publish, makes_folder=planned.writes_folder)
     resources = _resources(hub, planned)
 
@@ -253,7 +253,8 @@ def _check_flood(session: Session, user_id: int) -> None:
         raise TooMany(f"{waiting} of your jobs are not finished; wait for some or cancel them")
 
 
-def _plan(hub: Hub, recipe: Recipe, resolved: Sequence[Resolved]) -> Plan:
+def plan_on(hub: Hub, recipe: Recipe, resolved: Sequence[Resolved]) -> Plan:
+    """What the engine would do, from headers alone; a MergeError where it would refuse."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="plan-", dir=hub.scratch))
         files = {

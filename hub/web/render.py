@@ -44,6 +44,12 @@ def page(
     return HTMLResponse(html, status, headers)
 
 
+def part(template: str, **context: Any) -> HTMLResponse:
+    """What a page puts in its own place; it depends on who asks too."""
+    html = _environment.get_template(template).render(context)
+    return HTMLResponse(html, headers={"Cache-Control": "private, no-store"})
+
+
 def viewer_of_page(request: Request) -> Viewer:
     """Who looks at an error page: a token that is refused is nobody's."""
     try:

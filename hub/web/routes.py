@@ -12,7 +12,7 @@ from hub.deps import session_cookie as make_cookie
 from hub.errors import HubError, PageNotFound, Unauthorized, render
 from hub.users import service as users
 from hub.users.service import ANONYMOUS, Viewer
-from hub.web import gallery, job_pages, repo_pages, static_files
+from hub.web import bench, gallery, job_pages, repo_pages, static_files
 from hub.web.render import THEMES, page, viewer_of_page
 
 router = APIRouter(include_in_schema=False, tags=["web"])
@@ -147,6 +147,7 @@ ROUTERS = (
     gallery.router,
     router,
     job_pages.router,
+    bench.router,
     repo_pages.router,
     catch_all,
 )

@@ -94,6 +94,9 @@ def test_every_link_of_every_page_leads_somewhere(client: TestClient, ink: str) 
         if bare in ("/logout", "/settings/theme"):
             continue
         answer = client.get(bare, headers=HTML)
+        if bare.startswith("/bench") and answer.status_code == 303:
+            waiting.append(answer.headers["Location"])
+            continue
         expected = 404 if bare == "/nowhere" else 200
         assert answer.status_code == expected, bare
         if not answer.headers["Content-Type"].startswith("text/html"):

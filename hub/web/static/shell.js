@@ -15,6 +15,9 @@ export function remember(name, value) {
   document.cookie = `${name}=${value}; path=/; max-age=31536000; samesite=lax`;
 }
 
+// An answer may come with a word for the person who asked.
+document.addEventListener("said", (event) => say(event.detail.value));
+
 async function copy(text) {
   // Browsers give this only to secure pages and localhost; a hub on a LAN is neither.
   if (navigator.clipboard) {
