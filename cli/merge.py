@@ -161,7 +161,7 @@ def merge(
         {
             "kind": "merge",
             **({"base": {"ref": base}} if base else {}),
-            "inputs": _inputs(inputs, block, component, leave_out, only, vectors, style_content),
+            "inputs": inputs_of(inputs, block, component, leave_out, only, vectors, style_content),
             "method": _method(method, param, normalise),
             "seed": seed,
             "rank": said or {"exact": True},
@@ -214,7 +214,7 @@ def bake(
         {
             "kind": "bake",
             "base": {"ref": base},
-            "inputs": _inputs(inputs, block, component, leave_out, only, vectors, style_content),
+            "inputs": inputs_of(inputs, block, component, leave_out, only, vectors, style_content),
             "method": _method(method, param, normalise),
             "seed": seed,
             "output": {"dtype": dtype} | ({"allow_loss": True} if allow_loss else {}),
@@ -248,7 +248,7 @@ def run_recipe(
         _run(Recipe.load(file), to, force, None, as_json, source or [])
 
 
-def _inputs(
+def inputs_of(
     weighted: Sequence[str],
     block: list[str] | None,
     component: list[str] | None,
@@ -326,7 +326,7 @@ def _run(
         raise CommandError(f"{to} is an input of the recipe itself; nothing was written")
     place = place_of(to, force=force)
     with RemoteBlocks() as blocks:
-        files = _gather(recipe, list(sources), blocks)
+        files = gather_files(recipe, blocks, list(sources))
         if save_recipe is not None:
             _require_place(save_recipe, force, [place, *files.values()])
         _import_meanwhile(files.values())
@@ -377,7 +377,9 @@ def _require_place(recipe: Path, force: bool, taken: Iterable["File | Target"]) 
     path_of(str(recipe), force=force)
 
 
-def _gather(recipe: "Recipe", sources: list[Path], blocks: RemoteBlocks) -> dict[str, "File"]:
+def gather_files(
+    recipe: "Recipe", blocks: RemoteBlocks, sources: Sequence[Path] = ()
+) -> dict[str, "File"]:
     """What every source of the recipe names."""
     from merge.formats.hashes import sha256_file
 

@@ -28,6 +28,7 @@ from merge.reports import storage
 from merge.reports.geometry import Measured, measure_dense, measure_products
 from merge.reports.ranks import Curves, Layer, Prices, measure_ranks
 from merge.reports.report import Group, InputReport, Place, Ranks, Report, Storage, group, leaks
+from merge.reports.suggest import with_suggestion
 from merge.reports.survey import Survey, block_of, block_order, component_order, survey
 from merge.threads import default_workers, run_in_order
 
@@ -64,20 +65,22 @@ def measure(
         sizes, stored = _measure_merge(merged, places, base, steps)
         if baked is not None and base is not None:
             stored = _measure_bake(baked, base, stored, steps)
-    return Report(
-        method=recipe.method.name,
-        family=found.families[0] if found.families else None,
-        dialect=None if merged is None else merged.dialect,
-        dtype=None if merged is None else merged.dtype,
-        inputs=tuple(_input(recipe, found, i) for i in range(n)),
-        total=group("", "", places, n),
-        components=_components(places, n),
-        blocks=_blocks(places, n),
-        leaks=leaks(places, n),
-        ranks=sizes,
-        storage=stored,
-        places=tuple(places),
-        notes=tuple(_notes(recipe, found, places, why_not)),
+    return with_suggestion(
+        Report(
+            method=recipe.method.name,
+            family=found.families[0] if found.families else None,
+            dialect=None if merged is None else merged.dialect,
+            dtype=None if merged is None else merged.dtype,
+            inputs=tuple(_input(recipe, found, i) for i in range(n)),
+            total=group("", "", places, n),
+            components=_components(places, n),
+            blocks=_blocks(places, n),
+            leaks=leaks(places, n),
+            ranks=sizes,
+            storage=stored,
+            places=tuple(places),
+            notes=tuple(_notes(recipe, found, places, why_not)),
+        )
     )
 
 

@@ -4,6 +4,7 @@ The best merge of rank k leaves out the singular values after the k-th (Eckart &
 error is known before it is made: sqrt(sum over layers and j > k of s_j^2) / |M|.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from merge.reports.report import Choice, Ranks
 
 _ENERGIES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.995, 0.999)
 _COMMON = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_ERRORS = (0.1, 0.05, 0.02, 0.01, 0.001)
 _FRONTIER_POINTS = 96
 
 
@@ -54,6 +56,7 @@ def measure_ranks(curves: "Curves", asked: Rank) -> Ranks:
         fixed=tuple(curves.fixed(rank) for rank in every),
         energy=tuple(curves.energy(share) for share in _ENERGIES),
         shared=tuple(curves.shared(rank) for rank in common),
+        least=tuple(filter(None, (curves.least(error) for error in _ERRORS))),
         frontier=curves.frontier(),
     )
 
@@ -103,6 +106,13 @@ class Curves:
 
     def shared(self, rank: int) -> Choice:
         return self._choice("shared", rank, self._sharing(rank))
+
+    def least(self, error: float) -> Choice | None:
+        """The smallest shared rank with at most this error; None where only the exact sum has."""
+        most = max(layer.most for layer in self.layers)
+        rank = bisect_left(range(1, most), True, key=lambda k: self.shared(k).error <= error) + 1
+        found = self.shared(rank)
+        return found if found.error <= error else None
 
     def _choice(
         self, name: str, value: float, ranks: Sequence[int], *, is_exact: bool = False

@@ -158,7 +158,8 @@ class Choice:
 class Ranks:
     """Size against error. `asked` is the recipe's own choice; sizes are those of the tensors.
 
-    `frontier` has the least error that any ranks reach at a size: points (bytes, error).
+    `least` are the smallest shared ranks with at most 10, 5, 2, 1 and 0.1 % of error, where there are
+    any. `frontier` has the least error that any ranks reach at a size: points (bytes, error).
     """
 
     asked: Choice
@@ -166,6 +167,7 @@ class Ranks:
     fixed: tuple[Choice, ...]
     energy: tuple[Choice, ...]
     shared: tuple[Choice, ...]
+    least: tuple[Choice, ...]
     frontier: tuple[tuple[int, float], ...]
 
 
@@ -207,6 +209,18 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
+class Suggestion:
+    """A recipe that the measurements speak for: strengths by input, `method` and `rank` as a recipe
+    has them, and one reason for each, in this order.
+    """
+
+    strengths: tuple[float, ...]
+    method: dict[str, Any]
+    rank: dict[str, Any]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Everything that was measured. `dialect` and `dtype` are those that the merge would be written
     in, None where no adapter can hold it.
@@ -225,6 +239,7 @@ class Report:
     storage: Storage | None
     places: tuple[Place, ...]
     notes: tuple[str, ...]
+    suggestion: Suggestion | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One document of plain numbers, rounded to what a reader can use."""
@@ -243,6 +258,7 @@ class Report:
             "storage": None if self.storage is None else _rounded(asdict(self.storage)),
             "modules": [_place_json(place) for place in self.places],
             "notes": list(self.notes),
+            "suggestion": None if self.suggestion is None else asdict(self.suggestion),
         }
 
 

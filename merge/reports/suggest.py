@@ -1,0 +1,169 @@
+"""What the measurements speak for: strengths, method and rank, each with its reason.
+
+The choice of a method is the first row of METHODS that applies. What the rows give was compared on
+trained adapters by benchmarks/merge_quality.py; docs/merging.md has its table.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from merge.reports.report import Choice, Group, Report, Suggestion
+
+# Shares of the energy that the inputs have apart.
+_SEPARATE = 0.05  # of an input that lies where another works at all
+_LITTLE = 0.1  # that the sum may win or lose
+_MUCH = 0.25
+# How many times larger than the others one input may be.
+_LOUDEST = 2.0
+# The error that is worth no more bytes, and how many more bytes the exact sum may cost.
+_ERROR = 0.01
+_WORTH = 1.15
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    applies: Callable[[Report], bool]
+    method: dict[str, Any]
+    reason: Callable[[Report], str]
+
+
+def suggest(report: Report) -> Suggestion | None:
+    """None where nothing was measured. Method and rank are for the strengths that were measured."""
+    if report.total.apart == 0:
+        return None
+    strengths, why_strengths = _strengths(report)
+    row = next(row for row in METHODS if row.applies(report))
+    rank, why_rank = _rank(report)
+    reasons = [why_strengths, f"method {_named(row.method)}: {row.reason(report)}", why_rank]
+    return Suggestion(strengths, row.method, rank, (*reasons, *_storage(report)))
+
+
+def _named(method: dict[str, Any]) -> str:
+    options = [f"{name} {value}" for name, value in method.items() if name != "name"]
+    return " ".join((method["name"], *options))
+
+
+METHODS: Sequence[_Row] = (
+    _Row(
+        lambda report: _working(report) < 2,
+        {"name": "linear"},
+        lambda report: "there is nothing to combine it with",
+    ),
+    _Row(
+        lambda report: all(leak.shared < _SEPARATE for leak in report.leaks),
+        {"name": "linear"},
+        lambda report: "the adapters work in different layers, so their sum keeps each whole",
+    ),
+    _Row(
+        lambda report: _cancelled(report.total) > _LITTLE,
+        {"name": "svc"},
+        lambda report: (
+            f"{_cancelled(report.total):.0%} of the energy cancels in a plain sum; svc weakens the "
+            "directions that they share, and keeps what each has alone"
+        ),
+    ),
+    _Row(
+        lambda report: _change(report.total) > _MUCH,
+        {"name": "linear", "normalise": "energy"},
+        lambda report: (
+            f"they point the same way, and a plain sum would have {1 + _change(report.total):.2f} "
+            "times the energy that they have apart; every layer is scaled back to that"
+        ),
+    ),
+    _Row(
+        lambda report: True,
+        {"name": "linear"},
+        lambda report: (
+            f"they are close to orthogonal (the sum has {1 + _change(report.total):.0%} of the "
+            "energy that they have apart), so a plain sum keeps each of them"
+        ),
+    ),
+)
+
+
+def _working(report: Report) -> int:
+    return sum(norm > 0 for norm in report.total.norms)
+
+
+def _change(group: Group) -> float:
+    return group.norm**2 / group.apart - 1
+
+
+def _cancelled(group: Group) -> float:
+    return -group.cancels / group.apart
+
+
+def _strengths(report: Report) -> tuple[tuple[float, ...], str]:
+    """As they were chosen; where all are 1, lower for an input that would drown the others."""
+    chosen = tuple(its.strength for its in report.inputs)
+    norms = report.total.norms
+    if any(strength != 1 for strength in chosen):
+        return chosen, "strengths: as you chose them"
+    strengths, lowered = [], []
+    for i, (its, norm) in enumerate(zip(report.inputs, norms, strict=True)):
+        others = [other for j, other in enumerate(norms) if j != i and other > 0]
+        usual = median(others) if others else norm
+        factor = _LOUDEST * usual / norm if norm > 1.25 * _LOUDEST * usual else 1.0
+        strengths.append(float(f"{factor:.2g}"))
+        if factor < 1:
+            lowered.append(f"{_short(its.name)} is {norm / usual:.1f} times")
+    if not lowered:
+        return tuple(strengths), "strengths 1: no adapter drowns another"
+    why = f"strengths: {' and '.join(lowered)} as large as the others, and {_LOUDEST:g} times is enough"
+    return tuple(strengths), why
+
+
+def _short(name: str) -> str:
+    return name.replace("\\", "/").rpartition("/")[2].removesuffix(".safetensors")
+
+
+def _rank(report: Report) -> tuple[dict[str, Any], str]:
+    ranks = report.ranks
+    if ranks is None:
+        return {"exact": True}, "rank: there is nothing to choose"
+    small = next((choice for choice in ranks.least if choice.error <= _ERROR), None)
+    if small is None or small.size_bytes * _WORTH >= ranks.exact.size_bytes:
+        why = f"rank exact: it takes {_size(ranks.exact)}, and hardly less would lose more than 1 %"
+        return {"exact": True}, why
+    if _can_share(report):
+        found: dict[str, Any] = {"shared": int(small.value)}
+    else:
+        small = next(its for its in reversed(ranks.energy) if its.error <= 2 * _ERROR**0.5)
+        found = {"energy": small.value}
+    ((name, value),) = found.items()
+    why = f"rank {name} {value:g}: {_size(small)} instead of {_size(ranks.exact)}, for {small.error:.1%} of error"
+    return found, why
+
+
+def _can_share(report: Report) -> bool:
+    """What `merge.plan` lets a budget drop."""
+    kinds = {place.kind for place in report.places}
+    return "dense" not in kinds and not (
+        "bias" in kinds and report.dialect in ("diffusers", "peft")
+    )
+
+
+def _size(choice: Choice) -> str:
+    size = choice.size_bytes
+    return f"{size / 1e6:.3g} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"
+
+
+def _storage(report: Report) -> list[str]:
+    found = []
+    stored = report.storage
+    for its in () if stored is None else stored.factors:
+        if its.is_asked and its.overflows:
+            found.append(f"dtype: {its.dtype} cannot hold the factors; bfloat16 or float32 can")
+    for loss in () if stored is None else stored.bake:
+        if loss.is_base and loss.gain < 0.9:
+            found.append(
+                f"base: baked into its {loss.dtype}, {loss.gain:.0%} of the change arrives; take a "
+                "base in float16 or bfloat16, or load the adapter beside it"
+            )
+    return found
+
+
+def with_suggestion(report: Report) -> Report:
+    return replace(report, suggestion=suggest(report))

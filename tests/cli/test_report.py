@@ -1,0 +1,84 @@
+"""graft report as a command, on the demo catalogue's adapters and the tiny pipeline."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from merge.reports.measure import measure
+from tests.cli.test_merge import ROOT, graft, refused
+from tests.fixtures.engine import make_recipe
+
+DEMO = ROOT / "train" / "demo" / "catalogue" / "demo"
+PIPELINE = ROOT / "train" / "tiny" / "pipeline"
+BORDO = DEMO / "bordo-style" / "bordo-style.safetensors"
+CHEX = DEMO / "chex-style" / "chex-style.safetensors"
+
+
+def test_json_is_the_whole_report(tmp_path: Path) -> None:
+    done = graft(tmp_path, "report", f"{BORDO}=0.8", f"{CHEX}=-0.6", "--rank", "3", "--json")
+    assert done.returncode == 0
+    found = json.loads(done.stdout)
+    recipe, files = make_recipe([(BORDO, 0.8), (CHEX, -0.6)], rank={"fixed": 3})
+    wanted = json.loads(json.dumps(measure(recipe, files).to_json()))
+    for its in wanted["inputs"]:
+        its["sha256"] = None
+    assert found == wanted
+    assert [its["strength"] for its in found["inputs"]] == [0.8, -0.6]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_fit_80_columns_and_say_what_they_mean(tmp_path: Path) -> None:
+    four = [DEMO / name for name in ("bordo-style", "chex-style", "quil", "vexo")]
+    done = graft(tmp_path, "report", *four, "--base", PIPELINE, "--rank", "4")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if len(line) > 80 and "graft merge" not in line] == []
+    for words in (
+        "bordo-style × chex-style",
+        "up_blocks.1",
+        "bfloat16",
+        "← output, base",
+        "a lower rank leaves out",
+        "method linear",
+        "nothing was written",
+    ):
+        assert words in done.stdout, words
+    (command,) = [line for line in lines if line.startswith("graft merge")]
+    assert command.endswith("-o merged.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_that_is_suggested_works(tmp_path: Path) -> None:
+    done = graft(tmp_path, "report", f"{BORDO}=0.8", f"{CHEX}=0.6")
+    (command,) = [line for line in done.stdout.splitlines() if line.startswith("graft merge")]
+    assert graft(tmp_path, *command.split()[1:]).returncode == 0
+    assert (tmp_path / "merged.safetensors").exists()
+
+
+def test_one_adapter_alone_has_a_report_too(tmp_path: Path) -> None:
+    done = graft(tmp_path, "report", BORDO)
+    assert done.returncode == 0
+    assert "cosine" not in done.stdout
+    assert "there is nothing to combine it with" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["--rank", "4", "--energy", "0.9"], 2, "say one of"),
+        (["--rank", "0"], 2, "--rank: "),
+        (["--block", "*nowhere*=1"], 1, "--block *nowhere*: matches no module"),
+        (["--to", "word"], 2, "--to: "),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    arguments: list[str], status: int, says: str, tmp_path: Path
+) -> None:
+    line = refused(tmp_path, "report", BORDO, CHEX, *arguments, status=status)
+    assert says in line
+
+
+def test_a_file_that_is_no_adapter_is_named(tmp_path: Path) -> None:
+    (tmp_path / "words.safetensors").write_text("words", "utf-8")
+    assert "words.safetensors" in refused(tmp_path, "report", BORDO, "words.safetensors")
