@@ -1,6 +1,9 @@
 """Every method from real files to real files: laws that hold whatever the layout, the dialect or the order."""
 
 import json
+import os
+import subprocess
+import sys
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from merge import presets
 from merge.bake import bake
 from merge.blocks import Options
 from merge.errors import BadRecipe, ShapeMismatch, Unsupported
+from merge.execute import execute
 from merge.families import FAMILIES, Family
 from merge.method_parameters import Space
 from merge.methods import METHODS
@@ -23,6 +27,7 @@ from tests.fixtures.packed import lora, own_state, packed_family, packed_state, 
 from tests.oracles import dora as dora_oracle
 from tests.oracles import linear as oracle
 
+ROOT = Path(__file__).parents[2]
 State = dict[str, torch.Tensor]
 METHOD_NAMES = sorted(METHODS)
 SHARES = [name for name in METHOD_NAMES if METHODS[name].parameters.takes_shares]
@@ -166,6 +171,51 @@ def test_neither_threads_nor_tiles_nor_blocks_change_a_byte(
         digests, _ = bake(planned, tmp_path / "out.safetensors", options, tile=tile)
         found |= set(digests.values())
     assert len(found) == 1
+
+
+_ANOTHER_PROCESS = """
+import json, sys
+from pathlib import Path
+from merge.execute import execute
+from merge.execute import execute
+from merge.families import FAMILIES
+from merge.plan import plan
+from merge.recipe import Recipe
+from tests.fixtures.packed import packed_family
+FAMILIES["packed"] = packed_family()
+for text in json.loads(sys.argv[2]):
+    recipe = Recipe.load(text)
+    planned = plan(recipe, {ref: Path(ref) for ref in recipe.refs()})
+    print(execute(planned, Path(sys.argv[1]), workers=int(sys.argv[3])).sha256)
+"""
+
+
+def test_other_processes_and_libraries_threads_write_the_same_bytes(
+    packed: Path, split: Path, tmp_path: Path
+) -> None:
+    texts, ours = [], []
+    for name in METHOD_NAMES:
+        fields: dict[str, Any] = {"method": _method(name), "numerics": "reproducible"}
+        recipe, files = make_recipe([(packed, 0.7), (split, 0.5)], rank={"fixed": 2}, **fields)
+        texts.append(recipe.model_dump_json(by_alias=True, exclude_none=True))
+        ours.append(execute(plan(recipe, files), tmp_path / "out.safetensors").sha256)
+    for seed, threads in (("1", "1"), ("2", "2")):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads}
+        out = tmp_path / f"{seed}.safetensors"
+        command = [sys.executable, "-c", _ANOTHER_PROCESS, str(out), json.dumps(texts), threads]
+        done = subprocess.run(
+            command, check=True, cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.stdout.split() == ours
+
+
+def test_merging_a_merge_alone_changes_nothing(packed: Path, split: Path, tmp_path: Path) -> None:
+    once, twice = tmp_path / "once.safetensors", tmp_path / "twice.safetensors"
+    run(once, [(packed, 0.7), (split, 0.5)], rank={"fixed": 2})
+    run(twice, [(once, 1.0)])
+    first, second = load_file(once), load_file(twice)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("name", [name for name in METHOD_NAMES if name not in SPREADS])
