@@ -19,6 +19,7 @@ from torch import Tensor
 
 from merge import provenance
 from merge.algorithms import lora
+from merge.cost import FACTOR_BYTES, alpha_bytes
 from merge.encode import encode
 from merge.errors import BadRecipe, Overflow, Unsupported
 from merge.families import FAMILIES
@@ -30,7 +31,7 @@ from merge.methods import linear
 from merge.methods.draws import Draws
 from merge.modules import Module
 from merge.packing import NotExact, Part
-from merge.plan import FACTOR_BYTES, MergePlan, alpha_bytes, planned_rank
+from merge.plan import MergePlan, planned_rank
 from merge.rangefinder import approximate, approximate_energy
 from merge.threads import run_in_order
 
@@ -223,14 +224,14 @@ def _certificate(plan: MergePlan, results: Sequence[Merged]) -> dict[str, Any]:
         **provenance.facts(plan.recipe, plan.adapters),
         "numerics": plan.recipe.numerics,
         "dtype": plan.dtype,
-        "norm": _digits(norm),
-        "truncation": _share(truncated, norm),
-        "rounding": _share(rounded, norm),
-        "error": _share(hypot(truncated, rounded), norm),
+        "norm": shortened(norm),
+        "truncation": share(truncated, norm),
+        "rounding": share(rounded, norm),
+        "error": share(hypot(truncated, rounded), norm),
         "left_out": list(plan.left_out),
         "modules": {
             result.module.name: {"rank": result.rank}
-            | _described(result.lost["product"])
+            | described(result.lost["product"])
             | (
                 {}
                 if result.given is None
@@ -241,7 +242,7 @@ def _certificate(plan: MergePlan, results: Sequence[Merged]) -> dict[str, Any]:
         },
     }
     summed = {
-        f"{result.module.name}.{kind}": _described(its)
+        f"{result.module.name}.{kind}": described(its)
         for result in results
         for kind, its in result.lost.items()
         if kind != "product"
@@ -249,20 +250,21 @@ def _certificate(plan: MergePlan, results: Sequence[Merged]) -> dict[str, Any]:
     return found | ({"summed": summed} if summed else {})
 
 
-def _described(lost: Lost) -> dict[str, float]:
+def described(lost: Lost) -> dict[str, float]:
+    """A certificate's numbers of one layer."""
     return {
-        "norm": _digits(lost.norm),
-        "truncation": _share(lost.truncated, lost.norm),
-        "rounding": _share(lost.rounded, lost.norm),
+        "norm": shortened(lost.norm),
+        "truncation": share(lost.truncated, lost.norm),
+        "rounding": share(lost.rounded, lost.norm),
     }
 
 
-def _share(part: float, whole: float) -> float:
-    return _digits(part / whole) if whole else 0.0
+def share(part: float, whole: float) -> float:
+    return shortened(part / whole) if whole else 0.0
 
 
-def _digits(value: float) -> float:
-    # Enough for a reader, and few enough that the last bits of a library do not change the file.
+def shortened(value: float) -> float:
+    """Digits enough for a reader, and few enough that the last bits of a library change no file."""
     return float(f"{value:.4g}")
 
 

@@ -1,6 +1,7 @@
 """Run a plan: tensors in files -> tensors in files, whole or not at all.
 
 Memory above the imports, with w worker threads:
+an extraction holds its output twice and, per worker, the subspace of a layer (merge.rangefinder);
 a merge holds its output and, per worker, six copies of the largest module's stacked factors;
 a bake holds, per worker and once more, three copies of the largest patch's stacked factors (or four
 matrices as large as its weight, where the change is no low-rank product), one set of tile buffers
@@ -24,6 +25,8 @@ from merge.bake import Options, bake, output_bytes
 from merge.blocks import copy_file
 from merge.combine import combine
 from merge.errors import CannotWrite
+from merge.extract import extract
+from merge.extract_plan import ExtractPlan
 from merge.formats.folders import digest_of_files, folder_digest
 from merge.formats.hashes import sha256_file
 from merge.formats.positioned import sync_folder
@@ -57,7 +60,7 @@ def execute(
 ) -> Outcome:
     """Write the result of a plan to `out`: a file, or a folder here where `plan.writes_folder`.
 
-    `progress(done, total)` counts the modules of a merge and the bytes of a bake; it is called in
+    `progress(done, total)` counts the modules of a merge, the steps of an extraction and the bytes of a bake; it is called in
     this thread. `cancelled()` is asked between steps, from any thread; then Cancelled is raised.
     A file that is at `out` already is replaced at the very end; a folder there is refused.
     """
@@ -74,15 +77,20 @@ def execute(
             sha256 = digest_of_files(digests) if plan.writes_folder else "".join(digests.values())
     else:
         with _small(plan, out, stop) as target:
-            certificate = combine(plan, target, threads, report, stop)
+            if isinstance(plan, ExtractPlan):
+                certificate = extract(plan, target, threads, report, stop)
+            else:
+                certificate = combine(plan, target, threads, report, stop)
             sha256 = folder_digest(target) if plan.writes_folder else sha256_file(target)
             size = _size(target)
     return Outcome(sha256 if digest else None, size, certificate, recipe_digest)
 
 
 @contextmanager
-def _small(plan: MergePlan, out: Path | Target, stop: Callable[[], bool]) -> Iterator[Path]:
-    """Where a merged adapter is written; what shall be elsewhere is sent there when it is whole."""
+def _small(
+    plan: MergePlan | ExtractPlan, out: Path | Target, stop: Callable[[], bool]
+) -> Iterator[Path]:
+    """Where an adapter is written; what shall be elsewhere is sent there when it is whole."""
     if plan.writes_folder:
         with new_folder(_here(out)) as folder:
             yield folder
@@ -118,6 +126,9 @@ def _check_target(plan: Plan, out: Path | Target) -> None:
     sources = [adapter.path for adapter in plan.adapters]
     if isinstance(plan, BakePlan):
         sources += [file.path for file in plan.base.files.values()]
+    if isinstance(plan, ExtractPlan):
+        both = (plan.pair.base, plan.pair.tuned)
+        sources += [file.path for base in both for file in base.files.values()]
     if plan.writes_folder:
         out = _here(out)
     if not isinstance(out, Path):

@@ -14,7 +14,9 @@ from typing import Any
 
 from merge.additions import Additions
 from merge.bases import Base, open_base
+from merge.cost import DTYPES, FACTOR_BYTES, WORKERS, Cost, alpha_bytes
 from merge.errors import BadRecipe, Unsupported
+from merge.extract_plan import ExtractPlan, plan_extract
 from merge.families import FAMILIES
 from merge.formats.adapters import AdapterLayout, Entry, read_config, read_layout
 from merge.formats.grammar import NOTHING
@@ -29,14 +31,11 @@ from merge.terms import Name, Source, gather
 from merge.units import join
 from merge.vectors import Vectors, read_vectors
 
-FACTOR_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
-_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 # What factors may be stored in: floats that torch can widen. Numbers that count or mark may be others.
 _READABLE = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
 _MARKS = {"alpha", "on_input", "ranknum", "scaled_oft", "bias_indices", "bias_size"}
 # A module's stacked factors, their orthogonal parts and the result, for every worker thread.
 _WORKING_COPIES = 6
-_WORKERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +51,6 @@ class Adapter:
     header: Header
     layout: AdapterLayout
     vectors: Vectors | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What the plan will take: tensor bytes on disk, working memory, modules to compute."""
-
-    modules: int
-    bytes_to_write: int
-    memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +114,13 @@ class BakePlan:
         }
 
 
-Plan = MergePlan | BakePlan
+Plan = MergePlan | BakePlan | ExtractPlan
 
 
 def plan(recipe: Recipe, files: Mapping[str, File]) -> Plan:
     """The checked steps of a recipe; `files` has what every `recipe.refs()` names."""
     if recipe.kind == "extract":
-        raise BadRecipe("kind", "an extraction is not possible yet")
+        return plan_extract(recipe, files)
     adapters, inputs, families = open_inputs(recipe, files, recipe.in_canonical_order())
     sources, left_out = gather(inputs, [adapter.layout for adapter in adapters])
     base = None
@@ -183,7 +173,7 @@ def _plan_merge(
     if dialect == "peft" and len(components) > 1:
         detail = f"peft holds one model, not {', '.join(components)}; use leave_out or diffusers"
         raise BadRecipe("output.dialect", detail)
-    dtype = _DTYPES.get(recipe.output.dtype) or _common_dtype(adapters)
+    dtype = DTYPES.get(recipe.output.dtype) or _common_dtype(adapters)
     item, alpha = FACTOR_BYTES[dtype], alpha_bytes(dialect)
     ranks = [planned_rank(recipe, module) for module in modules]
     written = sum(
@@ -201,7 +191,7 @@ def _plan_merge(
         written = min(written, recipe.rank.budget_bytes + stored)
     working = 8 if recipe.numerics == "reproducible" else 4
     largest = max(_working_elements(module) for module in modules) * working
-    cost = Cost(len(modules), written, written + _WORKERS * _WORKING_COPIES * largest)
+    cost = Cost(len(modules), written, written + WORKERS * _WORKING_COPIES * largest)
     return MergePlan(
         recipe, adapters, modules, left_out, family, dialect, dtype, max(ranks), cost, base
     )
@@ -235,11 +225,6 @@ def _check_budget(recipe: Recipe, modules: Sequence[Module], dialect: str) -> No
     if dialect in ("diffusers", "peft") and any(module.biases for module in modules):
         detail = f"{dialect} keeps biases beside factors, which a budget may drop; say a rank"
         raise BadRecipe(param, detail)
-
-
-def alpha_bytes(dialect: str) -> int:
-    """What a module takes beside its factors: kohya and comfy store alphas, as float32."""
-    return 4 if dialect in ("kohya", "comfy") else 0
 
 
 def planned_rank(recipe: Recipe, module: Module) -> int:
@@ -276,7 +261,7 @@ def _plan_bake(
 TILE_ELEMENTS = 256 * 1024
 TILE_BYTES = TILE_ELEMENTS * (4 + 8 + 8 + 4 + 4 + 1)
 # Threads that fill and write blocks, and blocks that are alive at once (merge.blocks).
-_WRITERS = _WORKERS + WAITING_THREADS
+_WRITERS = WORKERS + WAITING_THREADS
 _BLOCKS = _WRITERS + 2
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge import lineage
+from merge.extract_plan import ExtractPlan
 from merge.families import FAMILIES, Family
 from merge.formats import metadata as names
 from merge.packing import Notes
@@ -43,6 +44,36 @@ def of_merge(
     if base_version is not None:
         found[names.BASE_VERSION] = base_version
     if plan.family is not None:
+        found[names.ARCHITECTURE] = f"{FAMILIES[plan.family].architecture}/lora"
+    return found
+
+
+def of_extract(
+    plan: ExtractPlan, ranks: Sequence[int], alpha: float, certificate: Mapping[str, Any]
+) -> dict[str, str]:
+    """`__metadata__` of an extracted adapter; the base is known, so what was tuned says the rest."""
+    base, tuned = plan.recipe.base, plan.recipe.tuned
+    assert base is not None
+    assert tuned is not None
+    histories = {
+        source.sha256 or "": lineage.believed(
+            {name: file.header.metadata for name, file in checkpoint.files.items()}, source.name
+        )
+        for source, checkpoint in ((base, plan.pair.base), (tuned, plan.pair.tuned))
+    }
+    found = _ours(plan.recipe, histories) | {
+        names.GRAFT_CERTIFICATE: json.dumps(certificate, sort_keys=True, separators=(",", ":")),
+        names.GRAFT_BASE_SHA256: base.sha256 or "",
+        "modelspec.merged_from": f"sha256:{tuned.sha256}, sha256:{base.sha256}",
+    }
+    if plan.dialect == "kohya" and ranks:
+        found |= {
+            names.NETWORK_MODULE: _LORA_MODULES.get(plan.family or "", "networks.lora"),
+            names.NETWORK_DIM: str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic",
+            names.NETWORK_ALPHA: f"{alpha:g}",
+        }
+    if plan.family is not None:
+        found[names.BASE_VERSION] = FAMILIES[plan.family].base_versions[0]
         found[names.ARCHITECTURE] = f"{FAMILIES[plan.family].architecture}/lora"
     return found
 

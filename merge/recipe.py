@@ -53,7 +53,25 @@ class Source(Part):
         return self.ref if self.ref is not None else f"sha256:{self.sha256}"
 
 
-class Input(Source):
+class Chosen(Source):
+    """A file of which some modules may be left out."""
+
+    leave_out: tuple[Glob, ...] = Field(
+        (), description="globs on component.module: modules that may be left out, and are"
+    )
+    only: tuple[Glob, ...] = Field(
+        (), description="globs on component.module: all other modules are left out"
+    )
+
+    def leaves_out(self, component: str, module: str) -> bool:
+        name = f"{component}.{module}"
+        is_named = any(fnmatchcase(name, glob) for glob in self.leave_out)
+        return is_named or (
+            bool(self.only) and not any(fnmatchcase(name, glob) for glob in self.only)
+        )
+
+
+class Input(Chosen):
     """One adapter and how strongly it takes part."""
 
     strength: Strength = Field(1.0, description="W' = W + strength * delta")
@@ -62,12 +80,6 @@ class Input(Source):
     )
     blocks: dict[Glob, Strength] = Field(
         {}, description="glob on component.module -> factor; every match multiplies"
-    )
-    leave_out: tuple[Glob, ...] = Field(
-        (), description="globs on component.module: modules that may be left out, and are"
-    )
-    only: tuple[Glob, ...] = Field(
-        (), description="globs on component.module: all other modules are left out"
     )
     vectors: Source | None = Field(
         None, description="strengths for every direction, row or column of a module"
@@ -80,13 +92,6 @@ class Input(Source):
             if fnmatchcase(f"{component}.{module}", glob):
                 strength *= factor
         return strength
-
-    def leaves_out(self, component: str, module: str) -> bool:
-        name = f"{component}.{module}"
-        is_named = any(fnmatchcase(name, glob) for glob in self.leave_out)
-        return is_named or (
-            bool(self.only) and not any(fnmatchcase(name, glob) for glob in self.only)
-        )
 
 
 class Rank(Part):
@@ -135,7 +140,7 @@ class Recipe(Part):
     base: Source | None = Field(
         None, description="the checkpoint that a bake changes, or that changes are evaluated on"
     )
-    tuned: Source | None = Field(
+    tuned: Chosen | None = Field(
         None, description="the checkpoint that an adapter is extracted from"
     )
     inputs: tuple[Input, ...] = ()

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merge.algorithms.change import Needs
+from merge.cost import FACTOR_BYTES, alpha_bytes
 from merge.errors import BadRecipe, Unsupported, counted
 from merge.formats.sources import File
 from merge.inputs import Inputs, OpenBase
 from merge.method_parameters import Linear
 from merge.modules import Module
-from merge.plan import FACTOR_BYTES, BakePlan, MergePlan, alpha_bytes, plan
+from merge.plan import BakePlan, MergePlan, plan
 from merge.recipe import Output, Rank, Recipe
 from merge.reports import storage
 from merge.reports.geometry import Measured, measure_dense, measure_products
