@@ -39,7 +39,13 @@ class Connection:
             headers={"X-Graft-Upload": "lfs"},
         )
 
-    def get(self, path: str, params: dict[str, Any] | None = None) -> Any:
+    def find(self, path: str) -> Any:
+        """As `get`, but None where the hub has nothing of that name."""
+        return self.get(path, may_be_absent=True)
+
+    def get(
+        self, path: str, params: dict[str, Any] | None = None, *, may_be_absent: bool = False
+    ) -> Any:
         """The JSON answer of one of the hub's own routes; CommandError on anything else."""
         import httpx2
 
@@ -48,6 +54,8 @@ class Connection:
             answer = httpx2.get(
                 self.endpoint + path, params=params or {}, headers=headers, timeout=30
             )
+            if may_be_absent and answer.status_code == 404:
+                return None
             answer.raise_for_status()
             try:
                 return answer.json()

@@ -1,9 +1,9 @@
-"""graft merge, bake, recipe run: wishes on the command line, results with their certificate."""
+"""graft merge and bake: wishes on the command line, results with their certificate."""
 
 import importlib
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,14 +23,16 @@ from cli.console import (
     print_json,
 )
 from cli.ranges import Blocks as RemoteBlocks
-from cli.refs import adapter_in, open_ref, parse_weighted, path_of, place_of
+from cli.refs import open_source, parse_weighted, path_of, place_of
 
 if TYPE_CHECKING:
     from merge.execute import Outcome
     from merge.formats.sources import File
     from merge.formats.targets import Target
     from merge.plan import Plan
-    from merge.recipe import Pinned, Recipe
+    from merge.recipe import Recipe
+
+    Gather = Callable[[Recipe, RemoteBlocks], Mapping[str, File]]
 
 Inputs = Annotated[
     list[str],
@@ -105,9 +107,6 @@ AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 def register(app: typer.Typer) -> None:
     app.command()(merge)
     app.command()(bake)
-    recipes = typer.Typer(no_args_is_help=True, help="Merges and bakes that a file describes.")
-    recipes.command("run")(run_recipe)
-    app.add_typer(recipes, name="recipe")
 
 
 def merge(
@@ -171,7 +170,7 @@ def merge(
         inputs,
     )
     with as_typed(inputs):
-        _run(recipe, to, force, save_recipe, as_json)
+        run(recipe, to, force=force, save_recipe=save_recipe, as_json=as_json)
 
 
 def bake(
@@ -223,29 +222,7 @@ def bake(
         inputs,
     )
     with as_typed(inputs):
-        _run(recipe, to, force, save_recipe, as_json)
-
-
-def run_recipe(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", show_default=False, help="A recipe, YAML or JSON.")
-    ],
-    to: Out,
-    source: Annotated[
-        list[Path] | None,
-        typer.Option("--from", metavar="PATH", help="Files for sources known by SHA-256 alone."),
-    ] = None,
-    force: Force = False,
-    as_json: AsJSON = False,
-) -> None:
-    """Do what a recipe file (YAML or JSON) says."""
-    from merge.recipe import Recipe
-
-    if not file.is_file():
-        what = " is a folder, not a recipe" if file.is_dir() else ": there is no such file"
-        raise CommandError(f"{file}{what}")
-    with as_typed(None, str(file)):
-        _run(Recipe.load(file), to, force, None, as_json, source or [])
+        run(recipe, to, force=force, save_recipe=save_recipe, as_json=as_json)
 
 
 def inputs_of(
@@ -312,26 +289,29 @@ def _factors(texts: list[str] | None, option: str) -> dict[str, float]:
     return found
 
 
-def _run(
+def run(
     recipe: "Recipe",
     to: str,
+    *,
     force: bool,
     save_recipe: Path | None,
     as_json: bool,
-    sources: Iterable[Path] = (),
+    gather: "Gather | None" = None,
 ) -> None:
+    """Do what a recipe says and print what became of it; `gather` finds the files that it names."""
+    from merge.pins import pin
     from merge.plan import plan
 
     if any(_is_same(to, name) for name in recipe.refs()):
         raise CommandError(f"{to} is an input of the recipe itself; nothing was written")
     place = place_of(to, force=force)
     with RemoteBlocks() as blocks:
-        files = gather_files(recipe, blocks, list(sources))
+        files = (gather or gather_files)(recipe, blocks)
         if save_recipe is not None:
             _require_place(save_recipe, force, [place, *files.values()])
         _import_meanwhile(files.values())
         with err.status("hashing"):
-            recipe = recipe.pin({name: _pin(file) for name, file in files.items()})
+            recipe = recipe.pin({name: pin(file) for name, file in files.items()})
         planned = plan(recipe, files)
         outcome = _execute(planned, place)
     if save_recipe is not None:
@@ -377,45 +357,12 @@ def _require_place(recipe: Path, force: bool, taken: Iterable["File | Target"]) 
     path_of(str(recipe), force=force)
 
 
-def gather_files(
-    recipe: "Recipe", blocks: RemoteBlocks, sources: Sequence[Path] = ()
-) -> dict[str, "File"]:
-    """What every source of the recipe names."""
-    from merge.formats.hashes import sha256_file
-
-    for path in sources:
-        if not path.is_file():
-            raise CommandError(f"--from {path}: there is no such file")
-    by_digest = {f"sha256:{sha256_file(path)}": path for path in sources}
-    files: dict[str, File] = {}
-    for name in recipe.refs():
-        if name in by_digest:
-            files[name] = by_digest[name]
-        elif name.startswith("sha256:"):
-            given = "none of the files given is it" if sources else "give it with --from PATH"
-            raise CommandError(f"the recipe's file {name} has no ref: {given}")
-        else:
-            file = open_ref(name, blocks)
-            if isinstance(file, Path) and _is_input(recipe, name):
-                file = adapter_in(file, name)
-            files[name] = file
-    return files
-
-
-def _is_input(recipe: "Recipe", name: str) -> bool:
-    return any(source.name == name for source in recipe.inputs)
-
-
-def _pin(file: "File") -> "Pinned":
-    from merge.formats.adapters import config_beside
-    from merge.formats.folders import folder_digest
-    from merge.formats.hashes import sha256_file
-    from merge.recipe import Pinned
-
-    if isinstance(file, Path) and file.is_dir():
-        return Pinned(sha256=folder_digest(file))
-    config = config_beside(file)
-    return Pinned(sha256=sha256_file(file), config_sha256=sha256_file(config) if config else None)
+def gather_files(recipe: "Recipe", blocks: RemoteBlocks) -> dict[str, "File"]:
+    """What every REF of the recipe names."""
+    return {
+        source.name: open_source(source.name, blocks, is_adapter=param.endswith("]"))
+        for param, source in recipe.sources()
+    }
 
 
 def _execute(planned: "Plan", to: "Path | Target") -> "Outcome":

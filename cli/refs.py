@@ -176,6 +176,12 @@ def open_ref(text: str, blocks: Blocks) -> "File":
     return _open_s3(text, ref, blocks) if isinstance(ref, OnS3) else fetch(text)
 
 
+def open_source(name: str, blocks: Blocks, *, is_adapter: bool) -> "File":
+    """The file of a REF; of an adapter's folder the adapter."""
+    file = open_ref(name, blocks)
+    return adapter_in(file, name) if is_adapter and isinstance(file, Path) else file
+
+
 def _local(text: str, path: Path) -> Path:
     try:
         path.stat()

@@ -12,6 +12,7 @@ MergeError
 ├── BadCheckpoint      the base is not one we can bake     .file
 ├── BadRecipe          asks for something impossible       .param (path into the recipe)
 ├── BadHistory         what a file says it was made of is not true   .file
+├── MissingSources     files that a recipe names are nowhere         .digests
 ├── Overflow           a value does not fit the output's dtype   .key
 └── CannotWrite        the output could not be written     .file
 """
@@ -118,6 +119,16 @@ class BadHistory(MergeError):
     def __init__(self, file: str, detail: str) -> None:
         super().__init__(f"{file}: {detail}")
         self.file = file
+
+
+class MissingSources(MergeError):
+    """What a recipe was made of and neither was found nor can be made again, by SHA-256."""
+
+    def __init__(self, file: str, digests: Sequence[str]) -> None:
+        what = counted(digests, "file that it needs was", "files that it needs were")
+        names = ", ".join(f"sha256:{digest}" for digest in digests)
+        super().__init__(f"{file}: {what} not found: {names}")
+        self.digests = tuple(digests)
 
 
 class Overflow(MergeError):

@@ -7,13 +7,15 @@ others (the leaves) can make all the rest again.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from merge.errors import BadHistory, BadRecipe
 from merge.formats import metadata as names
-from merge.recipe import Recipe, Source
+from merge.formats.header import read_header
+from merge.recipe import Recipe
 
 # Far more than any person combines, and far less than a header may hold.
 MAX_PARENTS_BYTES = 2 * 2**20
@@ -57,11 +59,28 @@ def history_of_files(metadata: Mapping[str, Mapping[str, str]], name: str) -> Hi
         history = read_history(its, f"{name}/{file}")
         if history is not None:
             found[history.recipe.digest()] = history
+    if len(found) < 2:
+        return next(iter(found.values()), None)
     earlier = {its.digest() for history in found.values() for its in history.parents.values()}
     last = [history for digest, history in found.items() if digest not in earlier]
-    if len(last) > 1:
-        raise BadHistory(name, f"its files were made by {len(last)} recipes: {_some(found)}")
-    return last[0] if last else None
+    if len(last) != 1:
+        raise BadHistory(name, f"its files were made by {len(found)} recipes: {_some(found)}")
+    return last[0]
+
+
+def read(path: Path) -> History:
+    """What a file, or the files of a folder, say they were made of; BadHistory where nothing does."""
+    files = {"": path}
+    if path.is_dir():
+        inside = [file for file in sorted(path.rglob("*.safetensors")) if file.is_file()]
+        files = {file.relative_to(path).as_posix(): file for file in inside}
+    found = {name: read_header(file).metadata for name, file in files.items()}
+    history = (
+        history_of_files(found, path.name) if path.is_dir() else read_history(found[""], path.name)
+    )
+    if history is None:
+        raise BadHistory(path.name, "it carries no recipe, so nothing says what it was made of")
+    return history
 
 
 def parents_of(recipe: Recipe, histories: Mapping[str, History | None]) -> dict[str, Any]:
@@ -73,12 +92,12 @@ def parents_of(recipe: Recipe, histories: Mapping[str, History | None]) -> dict[
         if history is not None:
             known = {**history.parents, **known}
     found: dict[str, Any] = {}
-    waiting = list(sources(recipe))
+    waiting = _digests(recipe)
     while waiting:
         sha256 = waiting.pop()
         if sha256 in known and sha256 not in found:
             found[sha256] = json.loads(known[sha256].canonical_json())
-            waiting += sources(known[sha256])
+            waiting += _digests(known[sha256])
     size = len(write_parents(found))
     if size > MAX_PARENTS_BYTES:
         detail = f"the recipes they were made by take {size} bytes, more than {MAX_PARENTS_BYTES}"
@@ -98,16 +117,8 @@ def write_parents(found: Mapping[str, Any]) -> str:
     return json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def sources(recipe: Recipe) -> Iterator[str]:
-    """The SHA-256 of every file that a pinned recipe names, each once."""
-    return iter(dict.fromkeys(source.sha256 or "" for source in all_sources(recipe)))
-
-
-def all_sources(recipe: Recipe) -> list[Source]:
-    found: list[Source | None] = [recipe.base, recipe.tuned]
-    for i in recipe.in_canonical_order():
-        found += [recipe.inputs[i], recipe.inputs[i].vectors]
-    return [source for source in found if source is not None]
+def _digests(recipe: Recipe) -> list[str]:
+    return [source.sha256 or "" for _, source in recipe.sources()]
 
 
 def _read_parents(text: str, file: str) -> dict[str, Recipe]:

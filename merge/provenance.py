@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge import lineage
+from merge.bases import Base
 from merge.extract_plan import ExtractPlan
 from merge.families import FAMILIES, Family
 from merge.formats import metadata as names
 from merge.packing import Notes
 from merge.plan import Adapter, BakePlan, MergePlan, Plan
-from merge.recipe import Input, Recipe
+from merge.recipe import Input, Recipe, Source
 
 # Raised when the same recipe on the same inputs may give other bytes than before.
 ENGINE = "3"
@@ -28,7 +29,7 @@ def of_merge(
 ) -> dict[str, str]:
     """`__metadata__` of a merged adapter; `ranks` are those written, `alpha` that of a kohya file."""
     words = triggers(plan.adapters)
-    found = _ours(plan.recipe, _histories(plan)) | {
+    found = _ours(plan) | {
         names.GRAFT_CERTIFICATE: json.dumps(certificate, sort_keys=True, separators=(",", ":")),
         names.GRAFT_TRIGGERS: json.dumps(words, ensure_ascii=False),
     }
@@ -55,13 +56,7 @@ def of_extract(
     base, tuned = plan.recipe.base, plan.recipe.tuned
     assert base is not None
     assert tuned is not None
-    histories = {
-        source.sha256 or "": lineage.believed(
-            {name: file.header.metadata for name, file in checkpoint.files.items()}, source.name
-        )
-        for source, checkpoint in ((base, plan.pair.base), (tuned, plan.pair.tuned))
-    }
-    found = _ours(plan.recipe, histories) | {
+    found = _ours(plan) | {
         names.GRAFT_CERTIFICATE: json.dumps(certificate, sort_keys=True, separators=(",", ":")),
         names.GRAFT_BASE_SHA256: base.sha256 or "",
         "modelspec.merged_from": f"sha256:{tuned.sha256}, sha256:{base.sha256}",
@@ -91,9 +86,7 @@ def of_bake(plan: BakePlan, base: Mapping[str, str]) -> dict[str, str]:
     }
     assert plan.recipe.base is not None  # a bake without a base is no recipe
     base_sha256 = plan.recipe.base.sha256 or ""
-    files = {name: file.header.metadata for name, file in plan.base.files.items()}
-    histories = _histories(plan) | {base_sha256: lineage.believed(files, base_sha256)}
-    return kept | _ours(plan.recipe, histories) | {names.GRAFT_BASE_SHA256: base_sha256}
+    return kept | _ours(plan) | {names.GRAFT_BASE_SHA256: base_sha256}
 
 
 def facts(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, Any]:
@@ -126,6 +119,8 @@ def by_input(plan: Plan, numbers: Mapping[int, float]) -> list[float | None]:
 
 def _input(wanted: Input, size: int) -> dict[str, Any]:
     pins = {"sha256": wanted.sha256, "config_sha256": wanted.config_sha256}
+    if wanted.vectors is not None:
+        pins["vectors_sha256"] = wanted.vectors.sha256
     said = {name: digest for name, digest in pins.items() if digest is not None}
     return {**said, "size_bytes": size, "strength": wanted.strength}
 
@@ -162,12 +157,24 @@ def _groups(at: Mapping[str, Mapping[str, _Row]], asked: Sequence[float]) -> lis
 
 
 def _histories(plan: Plan) -> dict[str, lineage.History | None]:
-    """What every adapter says about itself, by its SHA-256."""
+    """What every file that the recipe names says about itself, by its SHA-256."""
     wanted = [plan.recipe.inputs[i] for i in plan.recipe.in_canonical_order()]
-    return {
+    found = {
         its.sha256 or "": lineage.believed({"": adapter.header.metadata}, adapter.name)
         for its, adapter in zip(wanted, plan.adapters, strict=True)
     }
+    for source, checkpoint in _checkpoints(plan):
+        if source is not None and checkpoint is not None:
+            files = {name: file.header.metadata for name, file in checkpoint.files.items()}
+            found[source.sha256 or ""] = lineage.believed(files, source.name)
+    return found
+
+
+def _checkpoints(plan: Plan) -> list[tuple[Source | None, Base | None]]:
+    if isinstance(plan, ExtractPlan):
+        pair = plan.pair
+        return [(plan.recipe.base, pair.base), (plan.recipe.tuned, pair.tuned)]
+    return [(plan.recipe.base, plan.base)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,9 +269,10 @@ def triggers(adapters: Sequence[Adapter]) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def _ours(recipe: Recipe, histories: Mapping[str, lineage.History | None]) -> dict[str, str]:
-    parents = lineage.parents_of(recipe, histories)
-    return ({names.GRAFT_PARENTS: lineage.write_parents(parents)} if parents else {}) | {
+def _ours(plan: Plan) -> dict[str, str]:
+    recipe = plan.recipe
+    parents = lineage.parents_of(recipe, _histories(plan))
+    found = {
         names.FORMAT: "pt",
         names.GRAFT_VERSION: ENGINE,
         names.GRAFT_RECIPE: recipe.canonical_json(),
@@ -272,6 +280,7 @@ def _ours(recipe: Recipe, histories: Mapping[str, lineage.History | None]) -> di
         # By digest: names are not in the recipe's digest, so they must not decide bytes either.
         "modelspec.merged_from": ", ".join(_digests(recipe)),
     }
+    return found | ({names.GRAFT_PARENTS: lineage.write_parents(parents)} if parents else {})
 
 
 def _digests(recipe: Recipe) -> list[str]:
