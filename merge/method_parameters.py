@@ -38,7 +38,11 @@ Density = Annotated[float, Field(gt=0, le=1, description="share of the elements 
 Scale = Annotated[
     float, Field(allow_inf_nan=False, description="factor on the result, the paper's lambda")
 ]
-_ELECT = "then the mean of what has the elected sign, as TIES, in place of the sum"
+Combine = Annotated[
+    Literal["mean", "sum"], Field(description="of what has the elected sign, with `elect`")
+]
+_ELECT = "then keep what has the elected sign, as TIES, in place of the sum of all"
+_ELECT_MEAN = "then the mean of what has the elected sign, as TIES, in place of the sum"
 
 
 class Linear(Parameters):
@@ -158,7 +162,7 @@ class KnotsDare(Parameters):
     space: ClassVar = Space.CORE
     name: Literal["knots_dare"]
     density: Density = 0.5
-    elect: bool = Field(False, description=_ELECT)
+    elect: bool = Field(False, description=_ELECT_MEAN)
     scale: Scale = 1.0
 
 
@@ -173,7 +177,7 @@ class CoreDare(Parameters):
     space: ClassVar = Space.CORE
     name: Literal["core_dare"]
     density: Density = 0.5
-    elect: bool = Field(False, description=_ELECT)
+    elect: bool = Field(False, description=_ELECT_MEAN)
     scale: Scale = 1.0
 
 
@@ -195,6 +199,7 @@ class Dare(Parameters):
     name: Literal["dare"]
     density: Density = 0.5
     elect: bool = Field(False, description=_ELECT)
+    combine: Combine = "mean"
     scale: Scale = 1.0
 
 
@@ -210,6 +215,7 @@ class Della(Parameters):
         "grows from density - epsilon to density + epsilon",
     )
     elect: bool = Field(True, description=_ELECT)
+    combine: Combine = "mean"
     scale: Scale = 1.0
 
     @model_validator(mode="after")
@@ -234,6 +240,7 @@ class Breadcrumbs(Parameters):
         0.01, ge=0, lt=1, description="share of the largest elements that is dropped"
     )
     elect: bool = Field(False, description=_ELECT)
+    combine: Combine = "mean"
     scale: Scale = 1.0
 
     @model_validator(mode="after")

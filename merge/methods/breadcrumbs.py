@@ -6,6 +6,7 @@ mergekit, whose code keeps nothing of a layer so small that gamma of it rounds t
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -31,5 +32,5 @@ def merge(deltas: Sequence[Delta], parameters: Breadcrumbs, draws: Draws) -> Del
         largest, dropped = (cut.keep(tile, element) for cut in bounds[adapter])
         return largest.sub_(dropped)
 
-    combine = elected if parameters.elect else added
+    combine = partial(elected, combine=parameters.combine) if parameters.elect else added
     return merged(deltas, sparsify, combine, parameters.scale)

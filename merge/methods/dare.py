@@ -6,6 +6,7 @@ by what brings back the sum of magnitudes of that draw instead.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -16,11 +17,11 @@ from merge.methods.elements import Delta
 
 
 def merge(deltas: Sequence[Delta], parameters: Dare, draws: Draws) -> Delta:
-    """The sum of the rescaled changes, or the mean of what has the elected sign as in TIES."""
+    """The sum of the rescaled changes, or what has the elected sign as in TIES."""
 
     def sparsify(adapter: int, tile: Tensor, element: int) -> Tensor:
         drawn = draws.uniform(adapter, element, tile.numel()).numpy().reshape(tile.shape)
         return mask(tile, drawn < parameters.density).div_(parameters.density)
 
-    combine = elected if parameters.elect else added
+    combine = partial(elected, combine=parameters.combine) if parameters.elect else added
     return merged(deltas, sparsify, combine, parameters.scale)

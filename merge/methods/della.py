@@ -9,6 +9,7 @@ probability is `density` here.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,14 +24,14 @@ from merge.methods.elements import Delta
 
 
 def merge(deltas: Sequence[Delta], parameters: Della, draws: Draws) -> Delta:
-    """The sum of the rescaled changes, or the mean of what has the elected sign as in TIES."""
+    """The sum of the rescaled changes, or what has the elected sign as in TIES."""
 
     def sparsify(adapter: int, tile: Tensor, element: int) -> Tensor:
         chances = _probabilities(tile, parameters)
         drawn = draws.uniform(adapter, element, tile.numel()).numpy().reshape(tile.shape)
         return mask(tile, drawn < chances).div_(torch.from_numpy(chances))
 
-    combine = elected if parameters.elect else added
+    combine = partial(elected, combine=parameters.combine) if parameters.elect else added
     return merged(deltas, sparsify, combine, parameters.scale)
 
 

@@ -23,19 +23,18 @@ def _ties(changes: list[np.ndarray], its: Ties, drawn: list[np.ndarray]) -> np.n
 
 def _dare(changes: list[np.ndarray], its: Dare, drawn: list[np.ndarray]) -> np.ndarray:
     chances = [np.full_like(change, its.density) for change in changes]
-    return its.scale * _combined(changes, chances, drawn, elect=its.elect)
+    sparse = [oracle.dropped(*one) for one in zip(changes, drawn, chances, strict=True)]
+    return its.scale * _combined(sparse, its)
 
 
 def _della(changes: list[np.ndarray], its: Della, drawn: list[np.ndarray]) -> np.ndarray:
     chances = [oracle.della_probabilities(x, its.density, its.epsilon) for x in changes]
-    return its.scale * _combined(changes, chances, drawn, elect=its.elect)
+    sparse = [oracle.dropped(*one) for one in zip(changes, drawn, chances, strict=True)]
+    return its.scale * _combined(sparse, its)
 
 
-def _combined(
-    changes: list[np.ndarray], chances: list[np.ndarray], drawn: list[np.ndarray], *, elect: bool
-) -> np.ndarray:
-    sparse = [oracle.dropped(*its) for its in zip(changes, drawn, chances, strict=True)]
-    return oracle.elected(sparse) if elect else oracle.added(sparse)
+def _combined(sparse: list[np.ndarray], its: Dare | Della | Breadcrumbs) -> np.ndarray:
+    return oracle.elected(sparse, combine=its.combine) if its.elect else oracle.added(sparse)
 
 
 def _magnitude(changes: list[np.ndarray], its: Magnitude, drawn: list[np.ndarray]) -> np.ndarray:
@@ -46,7 +45,7 @@ def _breadcrumbs(
     changes: list[np.ndarray], its: Breadcrumbs, drawn: list[np.ndarray]
 ) -> np.ndarray:
     sparse = [oracle.without_tails(x, its.density, its.gamma) for x in changes]
-    return its.scale * (oracle.elected(sparse) if its.elect else oracle.added(sparse))
+    return its.scale * _combined(sparse, its)
 
 
 CASES: list[tuple[Parameters, Oracle]] = [
@@ -56,13 +55,16 @@ CASES: list[tuple[Parameters, Oracle]] = [
     (Ties(name="ties", density=1.0, vote="count", combine="sum"), _ties),
     (Dare(name="dare"), _dare),
     (Dare(name="dare", density=0.1, elect=True, scale=2.0), _dare),
+    (Dare(name="dare", density=0.4, elect=True, combine="sum"), _dare),
     (Della(name="della"), _della),
+    (Della(name="della", combine="sum"), _della),
     (Della(name="della", density=0.3, epsilon=0.2, elect=False, scale=0.3), _della),
     (Della(name="della", density=0.9, epsilon=0.1), _della),
     (Magnitude(name="magnitude"), _magnitude),
     (Magnitude(name="magnitude", density=0.05, scale=1.5), _magnitude),
     (Breadcrumbs(name="breadcrumbs"), _breadcrumbs),
     (Breadcrumbs(name="breadcrumbs", density=0.4, gamma=0.3, elect=True), _breadcrumbs),
+    (Breadcrumbs(name="breadcrumbs", elect=True, combine="sum"), _breadcrumbs),
     (Breadcrumbs(name="breadcrumbs", density=0.5, gamma=0.5, scale=0.1), _breadcrumbs),
 ]
 EACH = pytest.mark.parametrize(
