@@ -33,6 +33,7 @@ _SELECTORS = {
     "only": "--only",
     "vectors": "--vectors",
 }
+_TUNED = re.compile(r"tuned\.(\w+)\.(.+)", re.DOTALL)
 _INPUT = re.compile(r"inputs\[(\d+)\]\.(\w+)(?:\.(.+)|\[.*)?", re.DOTALL)
 
 
@@ -70,6 +71,9 @@ def _explain(error: "BadRecipe", inputs: Sequence[str]) -> str:
 def _argument(param: str, inputs: Sequence[str]) -> str:
     """What was typed for a field; "" where the detail names it, or where it is about all inputs."""
     found = _INPUT.fullmatch(param)
+    tuned = _TUNED.fullmatch(param)
+    if tuned is not None:
+        return f"{_SELECTORS[tuned[1]]} {tuned[2]}"
     if found is None:
         field = param.removeprefix("method.")
         return _OPTIONS.get(param, f"--param {field}" if field != param else "")

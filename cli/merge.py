@@ -372,7 +372,8 @@ def _execute(planned: "Plan", to: "Path | Target") -> "Outcome":
     if isinstance(planned, BakePlan):
         bar = byte_progress("baking", planned.cost.bytes_to_write)
     else:
-        bar = count_progress("merging", None, "modules")
+        doing = {"extract": "extracting", "resize": "resizing"}
+        bar = count_progress(doing.get(planned.recipe.kind, "merging"), None, "modules")
     with bar as progress:
         task = progress.task_ids[0]
         return execute(
@@ -395,10 +396,12 @@ def _print(planned: "Plan", to: str, outcome: "Outcome") -> None:
         table.add_row(component, str(len(modules)), *cells)
     if certificate["modules"]:
         out.print(table)
-    if certificate["method"] != {"name": "linear"}:
+    if certificate.get("method", {"name": "linear"}) != {"name": "linear"}:
         out.print(_method_lines(certificate, [plain(its.name) for its in planned.adapters]))
     if summed := certificate.get("summed"):
         out.print(f"stored whole: {counted(summed, 'sum', 'sums')} of norms, biases or weights")
+    if unchanged := certificate.get("layers_unchanged"):
+        out.print(f"the same in both: {counted(range(unchanged), 'layer', 'layers')}")
     if left_out := certificate["left_out"]:
         out.print(f"left out: {counted(left_out, 'module', 'modules')}, as the recipe allows")
     for note in certificate.get("notes", ()):
@@ -411,13 +414,16 @@ def _print(planned: "Plan", to: str, outcome: "Outcome") -> None:
 
 
 # title, field of a module in the certificate, how a value is shown
+_FACTORS = [
+    ("rank", "rank", "{:d}"),
+    ("norm", "norm", "{:.3g}"),
+    ("truncation", "truncation", "{:.2%}"),
+    ("rounding", "rounding", "{:.3%}"),
+]
 _COLUMNS = {
-    "merge": [
-        ("rank", "rank", "{:d}"),
-        ("norm", "norm", "{:.3g}"),
-        ("truncation", "truncation", "{:.2%}"),
-        ("rounding", "rounding", "{:.3%}"),
-    ],
+    "merge": _FACTORS,
+    "resize": _FACTORS,
+    "extract": _FACTORS,
     "bake": [("norm", "norm", "{:.3g}"), ("values that stayed", "unchanged", "{:.2%}")],
 }
 
@@ -438,11 +444,10 @@ def _method_lines(certificate: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def _verdict(certificate: Mapping[str, Any]) -> str:
-    if certificate["kind"] == "merge":
+    if certificate["kind"] != "bake":
         if certificate["truncation"] == 0:
             return f"exact, but for storage rounding of {certificate['rounding']:.3%}"
-        method = certificate["method"]["name"]
-        whole = "the exact sum" if method == "linear" else f"what {method} gives"
+        whole = _whole(certificate)
         return (
             f"error {certificate['error']:.2%} of {whole}: "
             f"truncation {certificate['truncation']:.2%}, rounding {certificate['rounding']:.3%}"
@@ -453,6 +458,16 @@ def _verdict(certificate: Mapping[str, Any]) -> str:
         f"{certificate['elements']:,} values rounded once; "
         f"{certificate['unchanged']:.2%} of them stayed what they were"
     )
+
+
+def _whole(certificate: Mapping[str, Any]) -> str:
+    """What an adapter is measured against."""
+    if certificate["kind"] == "extract":
+        return "the difference"
+    if certificate["kind"] == "resize":
+        return "the adapter as it was"
+    method = certificate["method"]["name"]
+    return "the exact sum" if method == "linear" else f"what {method} gives"
 
 
 def _by_component(modules: Mapping[str, Any]) -> dict[str, list[Any]]:

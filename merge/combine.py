@@ -220,7 +220,7 @@ def _certificate(plan: MergePlan, results: Sequence[Merged]) -> dict[str, Any]:
     truncated = hypot(*(its.truncated for its in lost))
     rounded = hypot(*(its.rounded for its in lost))
     found = {
-        "kind": "merge",
+        "kind": plan.recipe.kind,
         **provenance.facts(plan.recipe, plan.adapters),
         "numerics": plan.recipe.numerics,
         "dtype": plan.dtype,

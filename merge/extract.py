@@ -73,7 +73,7 @@ def extract(
         ranks = work.share_ranks(changed)
         found = work.decompose(changed, ranks, out.name)
     alpha = float(max(its.rank for its in found))
-    stored = [_store(plan, its, alpha, out.name) for its in found]
+    stored = [_store(plan, its, alpha, out.name) for its in _with_equal_biases(plan, found)]
     certificate = _certificate(plan, stored, len(plan.sites) - len(changed))
     _write(plan, out, stored, alpha, certificate)
     return certificate
@@ -286,6 +286,19 @@ def _check_dialect(plan: ExtractPlan, changed: Sequence[_Changed]) -> None:
             raise BadRecipe(param, detail)
 
 
+def _with_equal_biases(plan: ExtractPlan, found: Sequence[Found]) -> list[Found]:
+    """Where biases lie beside factors, PEFT wants one in every layer of a component or in none."""
+    biased = {its.site.component for its in found if "bias" in its.whole}
+    if dialects.holds(plan.dialect, "full", ["diff_b"]) or not biased:
+        return list(found)
+    return [
+        replace(its, whole={"bias": torch.zeros(its.site.shape[0], dtype=_DTYPES[plan.dtype])})
+        if its.site.component in biased and not its.whole
+        else its
+        for its in found
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A layer as it is written; rank 0 has no factors."""
@@ -358,7 +371,7 @@ def _certificate(plan: ExtractPlan, found: Sequence[Stored], n_same: int) -> dic
         "truncation": share(truncated, norm),
         "rounding": share(rounded, norm),
         "error": share(hypot(truncated, rounded), norm),
-        "unchanged": n_same,
+        "layers_unchanged": n_same,
         "left_out": list(plan.left_out),
         "notes": list(plan.pair.notes),
         "modules": {

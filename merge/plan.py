@@ -78,7 +78,7 @@ class MergePlan:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "kind": "merge",
+            "kind": self.recipe.kind,
             "family": self.family,
             "dialect": self.dialect,
             "dtype": self.dtype,
@@ -158,7 +158,7 @@ def _plan_merge(
     left_out: tuple[str, ...],
     families: Sequence[str],
 ) -> MergePlan:
-    dialect = recipe.output.dialect or _common_dialect(adapters)
+    dialect = recipe.output.dialect or _common_dialect(recipe, adapters)
     family = families[0] if families else None
     names = [adapter.name for adapter in adapters]
     modules = lay_out(sources, names, family, dialect, has_base=base is not None)
@@ -175,6 +175,8 @@ def _plan_merge(
         raise BadRecipe("output.dialect", detail)
     dtype = DTYPES.get(recipe.output.dtype) or _common_dtype(adapters)
     item, alpha = FACTOR_BYTES[dtype], alpha_bytes(dialect)
+    if recipe.kind == "resize":
+        _check_smaller(recipe, modules, item, alpha)
     ranks = [planned_rank(recipe, module) for module in modules]
     written = sum(
         rank * sum(module.shape) * item + module.n_stored * item + alpha
@@ -211,6 +213,24 @@ def _working_elements(module: Module) -> int:
     if module.is_dense:
         return prod(module.shape) + module.n_stored
     return sum(module.shape) * module.rank + module.n_stored
+
+
+def _check_smaller(recipe: Recipe, modules: Sequence[Module], item: int, alpha: int) -> None:
+    """A resize makes something smaller, or was not meant."""
+    wanted = recipe.rank
+    present = [min(module.rank, *module.shape) for module in modules if module.terms]
+    most = max(present, default=0)
+    for field, rank in (("fixed", wanted.fixed), ("shared", wanted.shared)):
+        if rank is not None and rank >= most:
+            detail = f"no layer has more than rank {most}, so nothing would become smaller"
+            raise BadRecipe(f"rank.{field}", detail)
+    shapes = [module.shape for module in modules if module.terms]
+    size = sum(
+        rank * sum(shape) * item + alpha for rank, shape in zip(present, shapes, strict=True)
+    )
+    if wanted.budget_bytes is not None and wanted.budget_bytes >= size:
+        detail = f"the factors take {size} bytes, so nothing would become smaller"
+        raise BadRecipe("rank.budget_bytes", detail)
 
 
 def _check_budget(recipe: Recipe, modules: Sequence[Module], dialect: str) -> None:
@@ -348,10 +368,12 @@ def _titles(families: Iterable[str]) -> str:
     return " or ".join(FAMILIES[name].title for name in families)
 
 
-def _common_dialect(adapters: Iterable[Adapter]) -> str:
+def _common_dialect(recipe: Recipe, adapters: Iterable[Adapter]) -> str:
     """The inputs' own dialect where they agree and we write it, else kohya, which most tools read."""
     dialects = {adapter.layout.dialect for adapter in adapters}
     if not any(adapter.layout.families for adapter in adapters):
+        return "peft"
+    if recipe.kind == "resize" and dialects == {"peft"}:
         return "peft"
     only = dialects.pop() if len(dialects) == 1 else "kohya"
     return only if only in {"kohya", "diffusers", "comfy"} else "kohya"

@@ -46,7 +46,37 @@ def of_merge(
         found[names.BASE_VERSION] = base_version
     if plan.family is not None:
         found[names.ARCHITECTURE] = f"{FAMILIES[plan.family].architecture}/lora"
+    if plan.recipe.kind == "resize":
+        return _resized(plan, found, ranks, alpha)
     return found
+
+
+def _resized(
+    plan: MergePlan, found: Mapping[str, str], ranks: Sequence[int], alpha: float
+) -> dict[str, str]:
+    """The adapter's own metadata, for a smaller copy was trained as it was; its ranks are the new ones."""
+    (adapter,) = plan.adapters
+    changed = dict(found)
+    stated = {
+        key: value
+        for key, value in adapter.header.metadata.items()
+        if not key.startswith(_STALE) and key not in _OF_THE_SOURCE
+    }
+    is_plain = {entry.algorithm for entry in adapter.layout.entries} <= {"lora", "full", "norm"}
+    if names.NETWORK_MODULE in stated and is_plain:
+        changed[names.NETWORK_MODULE] = stated[names.NETWORK_MODULE]
+        args = names.read_json(stated, names.NETWORK_ARGS)
+        if isinstance(args, dict):
+            # Ranks and alphas of convolutions, which are now among the others.
+            kept = {key: value for key, value in args.items() if not key.startswith("conv_")}
+            stated[names.NETWORK_ARGS] = json.dumps(kept, ensure_ascii=False)
+    else:
+        stated.pop(names.NETWORK_MODULE, None)
+        stated.pop(names.NETWORK_ARGS, None)
+    if names.NETWORK_DIM in stated and ranks:
+        changed[names.NETWORK_DIM] = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
+        changed[names.NETWORK_ALPHA] = f"{alpha:g}"
+    return stated | changed
 
 
 def of_extract(

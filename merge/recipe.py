@@ -165,6 +165,8 @@ class Recipe(Part):
         if self.kind == "resize":
             is_one = len(self.inputs) == 1 and self.inputs[0].strength == 1.0
             _refuse(not is_one, "inputs", "a resize has one adapter, at strength 1")
+            is_exact = self.rank.exact is not None
+            _refuse(is_exact, "rank", "a resize needs a rank, an energy or a size")
         if self.kind in ("extract", "resize"):
             _refuse(self.method != Linear(), "method", f"{self.kind} combines nothing")
         if self.kind == "bake":

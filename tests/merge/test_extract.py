@@ -216,7 +216,7 @@ def test_the_nearest_adapter_of_a_rank_and_its_true_error(
         assert said["truncation"] == pytest.approx(error / np.linalg.norm(true), rel=1e-3)
         squared, total = squared + error**2, total + float((true**2).sum())
     assert certificate["error"] == pytest.approx((squared / total) ** 0.5, rel=1e-3)
-    assert certificate["unchanged"] + len(certificate["modules"]) == 418
+    assert certificate["layers_unchanged"] + len(certificate["modules"]) == 418
 
 
 def test_energy_gives_every_layer_the_rank_it_needs(
