@@ -14,7 +14,7 @@ from merge.method_parameters import Breadcrumbs
 from merge.methods.consensus import added, elected, merged
 from merge.methods.draws import Draws
 from merge.methods.elements import Delta
-from merge.methods.thresholds import cuts, share_of
+from merge.methods.thresholds import Cuts, share_of
 
 
 def merge(deltas: Sequence[Delta], parameters: Breadcrumbs, draws: Draws) -> Delta:
@@ -26,10 +26,10 @@ def merge(deltas: Sequence[Delta], parameters: Breadcrumbs, draws: Draws) -> Del
     rows, columns = deltas[0].shape
     kept = share_of(parameters.density, rows * columns)
     outliers = min(share_of(parameters.gamma, rows * columns, least=0), rows * columns - kept)
-    bounds = [cuts(delta, [outliers + kept, outliers]) for delta in deltas]
+    bounds = [Cuts(delta, [outliers + kept, outliers]) for delta in deltas]
 
     def sparsify(adapter: int, tile: Tensor, element: int) -> Tensor:
-        largest, dropped = (cut.keep(tile, element) for cut in bounds[adapter])
+        largest, dropped = (cut.keep(tile, element) for cut in bounds[adapter].get())
         return largest.sub_(dropped)
 
     combine = partial(elected, combine=parameters.combine) if parameters.elect else added

@@ -7,7 +7,8 @@ magnitudes are nearly equal. Elements of the same magnitude are taken in the ord
 so that exactly as many are kept as were asked for.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, prod
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merge.methods.elements import Delta, tiles
+from merge.methods.rounds import Round
 
 _DIGIT = 16
 _FEW = 2**17  # elements that are collected rather than counted
@@ -58,41 +60,68 @@ def share_of(density: float, elements: int, least: int = 1) -> int:
 
 def trimmed(deltas: Sequence[Delta], density: float) -> Callable[[int, Tensor, int], Tensor]:
     """Keeps the largest `density` of each change: of (its index, a tile, the tile's first element)."""
-    found = [cuts(delta, [share_of(density, prod(delta.shape))])[0] for delta in deltas]
-    return lambda index, tile, element: found[index].keep(tile, element)
+    found = [Cuts(delta, [share_of(density, prod(delta.shape))]) for delta in deltas]
+    return lambda index, tile, element: found[index].get()[0].keep(tile, element)
 
 
-def cuts(delta: Delta, kept: Sequence[int]) -> list[Cut]:
-    """For each of these numbers, the cut that keeps as many elements."""
-    total = prod(delta.shape)
-    found = {0: Cut(inf, inf, -1), total: Cut(0.0, 0.0, total - 1)}
-    dtype = delta.rows(0, 1).dtype
-    searches = {count: _Search(count, total, dtype) for count in kept if count not in found}
-    while searches:
-        for element, bits in _tiles(delta):
-            for search in searches.values():
-                search.look(element, bits)
-        for count in list(searches):
-            if (cut := searches[count].advance(delta)) is not None:
-                found[count] = cut
-                del searches[count]
-    return [found[count] for count in kept]
+class Cuts:
+    """For each of some numbers, the cut that keeps as many elements of a change.
+
+    They are found when they are first asked for, by all threads that ask.
+    """
+
+    def __init__(self, delta: Delta, kept: Sequence[int]) -> None:
+        total = prod(delta.shape)
+        self._delta, self._kept = delta, kept
+        self._found = {0: Cut(inf, inf, -1), total: Cut(0.0, 0.0, total - 1)}
+        dtype = delta.rows(0, 1).dtype
+        self._searches = {
+            count: _Search(count, total, dtype) for count in kept if count not in self._found
+        }
+        self._lock = threading.Lock()
+        self._round = self._next_round()
+
+    def get(self) -> list[Cut]:
+        while (ended := self._round) is not None:
+            ended.finish()
+            with self._lock:
+                if self._round is ended:
+                    self._advance()
+                    self._round = self._next_round()
+        return [self._found[count] for count in self._kept]
+
+    def _next_round(self) -> Round[tuple[int, int]] | None:
+        return Round(tiles(self._delta.shape), self._look) if self._searches else None
+
+    def _look(self, tile: tuple[int, int]) -> None:
+        bits = _bits(self._delta, tile)
+        for search in self._searches.values():
+            search.look(tile[0] * self._delta.shape[1], bits)
+
+    def _advance(self) -> None:
+        for count in list(self._searches):
+            if (cut := self._searches[count].advance(self._delta)) is not None:
+                self._found[count] = cut
+                del self._searches[count]
 
 
-def _tiles(delta: Delta) -> Iterator[tuple[int, Int[Tensor, " elements"]]]:
-    """The first element of every tile, and the bits of its magnitudes."""
-    for first, rows in tiles(delta.shape):
-        tile = delta.rows(first, rows)
-        yield first * delta.shape[1], tile.abs_().view(-1).view(_INTEGERS[tile.dtype])
+def _bits(delta: Delta, tile: tuple[int, int]) -> Int[Tensor, " elements"]:
+    """The magnitudes of a tile as integers, which are in the same order."""
+    rows = delta.rows(*tile)
+    return rows.abs_().view(-1).view(_INTEGERS[rows.dtype])
 
 
 class _Search:
-    """For the `wanted`-th largest among `held` elements: those whose bits begin with `prefix`."""
+    """For the `wanted`-th largest among `held` elements: those whose bits begin with `prefix`.
+
+    Several threads may look; one of them advances after all have.
+    """
 
     def __init__(self, wanted: int, held: int, dtype: torch.dtype) -> None:
         self._wanted, self._held, self._dtype = wanted, held, dtype
         self._prefix, self._is_all = 0, True
         self._unknown = 8 * dtype.itemsize - 1  # lower bits; a magnitude has no sign
+        self._lock = threading.Lock()
         self._counts = torch.zeros(2**_DIGIT, dtype=torch.int64)
         self._collected: list[tuple[NDArray[np.intp], NDArray[np.integer]]] = []
 
@@ -105,7 +134,9 @@ class _Search:
         if not self._is_all:
             bits = bits[bits >> self._unknown == self._prefix]
         digits = (bits >> self._after()) & (2 ** (self._unknown - self._after()) - 1)
-        self._counts += torch.bincount(digits, minlength=2**_DIGIT)
+        counts = torch.bincount(digits, minlength=2**_DIGIT)
+        with self._lock:
+            self._counts += counts
 
     def advance(self, delta: Delta) -> Cut | None:
         """After all tiles: the cut, or None where another look is needed."""
@@ -141,9 +172,9 @@ class _Search:
 
 def _nth_equal(delta: Delta, magnitude: int, n: int) -> int:
     """The n-th element of exactly this magnitude."""
-    for element, bits in _tiles(delta):
-        equal = np.flatnonzero((bits == magnitude).numpy())
+    for tile in tiles(delta.shape):
+        equal = np.flatnonzero((_bits(delta, tile) == magnitude).numpy())
         if n <= len(equal):
-            return element + int(equal[n - 1])
+            return tile[0] * delta.shape[1] + int(equal[n - 1])
         n -= len(equal)
     raise AssertionError("a change gave other numbers when it was asked again")

@@ -38,7 +38,7 @@ METHODS = [
 EACH = pytest.mark.parametrize("parameters", METHODS, ids=repr)
 
 
-def _merged(
+def merged(
     parameters: Any,
     parts: Sequence[Factors],
     strengths: Sequence[float] | None = None,
@@ -83,7 +83,7 @@ def test_each_method_is_its_dense_reference(
 ) -> None:
     parts, strengths = adapters(out, inner, ranks), list(STRENGTHS[: len(ranks)])
     expected = _reference(parameters, dense(parts, strengths), ranks)
-    assert_close(_merged(parameters, parts, strengths), expected)
+    assert_close(merged(parameters, parts, strengths), expected)
 
 
 @EACH
@@ -91,13 +91,13 @@ def test_an_adapter_given_twice_adds_no_directions(parameters: Any) -> None:
     """Half of the stacked factors then say nothing new, and rules see none of it."""
     one, other = adapters(20, 30, (4, 3))
     parts, ranks = [one, other, one], (4, 3, 4)
-    assert_close(_merged(parameters, parts), _reference(parameters, dense(parts), ranks))
+    assert_close(merged(parameters, parts), _reference(parameters, dense(parts), ranks))
 
 
 @EACH
 def test_an_adapter_and_its_opposite_cancel(parameters: Any) -> None:
     (part,) = adapters(20, 30, (4,))
-    found = _merged(parameters, [part, part], [0.8, -0.8], Draws(0, "layer", ("sha", "sha")))
+    found = merged(parameters, [part, part], [0.8, -0.8], Draws(0, "layer", ("sha", "sha")))
     assert np.linalg.norm(found) < 1e-12
 
 
@@ -105,16 +105,16 @@ def test_an_adapter_and_its_opposite_cancel(parameters: Any) -> None:
 def test_nothing_merges_to_nothing(parameters: Any) -> None:
     (part,) = adapters(20, 30, (4,))
     zero = Factors(torch.zeros_like(part.up), part.down)
-    assert not _merged(parameters, [zero, zero]).any()
-    assert_close(_merged(parameters, [part, zero]), _merged(parameters, [part]))
+    assert not merged(parameters, [zero, zero]).any()
+    assert_close(merged(parameters, [part, zero]), merged(parameters, [part]))
 
 
 @EACH
 def test_the_order_of_adapters_does_not_matter(parameters: Any) -> None:
     parts, drawn = adapters(20, 30, (4, 7, 3)), draws(3)
     turned = Draws(drawn.seed, drawn.module, (drawn.adapters[2], *drawn.adapters[:2]))
-    found = _merged(parameters, [parts[2], *parts[:2]], drawn=turned)
-    assert_close(found, _merged(parameters, parts, drawn=drawn))
+    found = merged(parameters, [parts[2], *parts[:2]], drawn=turned)
+    assert_close(found, merged(parameters, parts, drawn=drawn))
 
 
 @EACH
@@ -127,7 +127,7 @@ def test_a_result_depends_on_the_changes_and_not_on_their_factors(parameters: An
         Factors(parts[0].up @ mixing, torch.linalg.inv(mixing) @ parts[0].down, parts[0].scale),
         Factors(1000 * parts[1].up, parts[1].down / 1000, parts[1].scale),
     ]
-    assert_close(_merged(parameters, other), _merged(parameters, parts), 1e-9)
+    assert_close(merged(parameters, other), merged(parameters, parts), 1e-9)
 
 
 @EACH
@@ -140,10 +140,10 @@ def test_turned_outputs_turn_the_result(parameters: Any) -> None:
         Factors(left @ its.up, its.down @ right if turns_inputs else its.down, its.scale)
         for its in parts
     ]
-    expected = left.numpy() @ _merged(parameters, parts)
+    expected = left.numpy() @ merged(parameters, parts)
     if turns_inputs:
         expected = expected @ right.numpy()
-    assert_close(_merged(parameters, turned), expected, 1e-9)
+    assert_close(merged(parameters, turned), expected, 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_one_adapter_of_which_all_is_kept_is_itself(
     out: int, inner: int, rank: int, parameters: Any
 ) -> None:
     (part,) = adapters(out, inner, (rank,))
-    assert_close(_merged(parameters, [part], [0.7]), dense([part], [0.7])[0])
+    assert_close(merged(parameters, [part], [0.7]), dense([part], [0.7])[0])
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_one_adapter_of_which_all_is_kept_is_itself(
 def test_the_expectation_of_dare_is_the_sum(parameters: Any) -> None:
     parts, runs = adapters(8, 9, (2, 3)), 150
     drawn = [Draws(seed, "layer", ("one", "other")) for seed in range(runs)]
-    found = np.stack([_merged(parameters, parts, drawn=its) for its in drawn])
+    found = np.stack([merged(parameters, parts, drawn=its) for its in drawn])
     deviation = found.std(axis=0) / np.sqrt(runs)
     assert (np.abs(found.mean(axis=0) - sum(dense(parts))) < 5 * deviation + 1e-12).all()
 
@@ -185,7 +185,7 @@ def test_the_published_core_space_depends_on_how_a_change_is_factored() -> None:
     even = aligned.core_space(ups, downs, rule)
     uneven = aligned.core_space([ups[0] / 10, ups[1]], [10 * downs[0], downs[1]], rule)
     assert np.linalg.norm(uneven - even) > 0.1 * np.linalg.norm(even)
-    assert_close(_merged(parameters, parts), even)
+    assert_close(merged(parameters, parts), even)
 
 
 @EACH
@@ -194,4 +194,4 @@ def test_float32_says_the_same_as_float64(parameters: Any) -> None:
     parts = adapters(40, 50, (4, 7))
     single = [Factors(its.up.float(), its.down.float(), its.scale) for its in parts]
     doubled = [Factors(its.up.double(), its.down.double(), its.scale) for its in single]
-    assert_close(_merged(parameters, single), _merged(parameters, doubled), 1e-4)
+    assert_close(merged(parameters, single), merged(parameters, doubled), 1e-4)

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from merge.methods import thresholds
 from merge.methods.elements import Delta, Dense, tiles
-from merge.methods.thresholds import cuts, share_of
+from merge.methods.thresholds import Cuts, share_of
 from tests.merge.methods.changes import SHAPES, random_changes
 from tests.oracles import elementwise as oracle
 
 
 def _kept(delta: Delta, count: int) -> np.ndarray:
-    (cut,) = cuts(delta, [count])
+    (cut,) = Cuts(delta, [count]).get()
     width = delta.shape[1]
     return torch.cat(
         [cut.keep(delta.rows(first, rows), first * width) for first, rows in tiles(delta.shape)]
@@ -64,9 +64,9 @@ def test_several_cuts_are_found_in_the_same_looks() -> None:
 
     (change,) = random_changes((600, 1000), 1)
     dense = torch.from_numpy(change.dense())
-    both = cuts(Counted(dense), [1_000, 300_000])
+    both = Cuts(Counted(dense), [1_000, 300_000]).get()
     assert looks == 2
-    assert both == [cuts(Dense(dense), [count])[0] for count in (1_000, 300_000)]
+    assert both == [Cuts(Dense(dense), [count]).get()[0] for count in (1_000, 300_000)]
 
 
 def test_subnormal_numbers_are_numbers() -> None:
