@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from merge.method_parameters import Breadcrumbs, Dare, Della, Magnitude, Parameters, Ties
+from merge.methods import elements
 from merge.methods.draws import Draws
 from merge.methods.elements import Delta, Dense
 from merge.methods.rules import ELEMENTS
@@ -94,6 +95,18 @@ def test_each_method_is_its_dense_reference(
 
 
 @pytest.mark.parametrize(("parameters", "reference"), CASES)
+def test_each_tile_is_its_part_of_the_dense_reference(
+    parameters: Parameters, reference: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elements, "TILE_ELEMENTS", 100)  # three rows
+    changes, drawn = random_changes((20, 30), 3), draws(3)
+    expected = reference(
+        [change.dense() for change in changes], parameters, _uniform(drawn, (20, 30), 3)
+    )
+    np.testing.assert_allclose(whole(merge(parameters, changes, drawn)), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize(("parameters", "reference"), CASES)
 def test_each_method_defines_zeros_and_equal_magnitudes(
     parameters: Parameters, reference: Oracle
 ) -> None:
@@ -126,7 +139,7 @@ def test_rows_are_the_same_numbers_however_they_are_asked_for(
 def test_what_was_asked_for_is_the_callers_to_change(parameters: Parameters) -> None:
     merged = merge(parameters, random_changes((600, 1000), 2))
     for first, count in [(0, 262), (3, 2)]:
-        before = merged.rows(first, count)
+        before = merged.rows(first, count).clone()
         merged.rows(first, count).zero_()
         assert torch.equal(merged.rows(first, count), before)
 

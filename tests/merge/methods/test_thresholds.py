@@ -45,12 +45,14 @@ def test_as_many_as_asked_for_are_kept_and_they_are_the_largest(
 def test_equal_magnitudes_are_kept_in_the_order_of_their_index(
     values: list[float], dtype: torch.dtype
 ) -> None:
-    generator = torch.Generator().manual_seed(5)
-    shape = (500, 800)  # more than are collected, in two tiles
-    picked = torch.randint(len(values), shape, generator=generator)
-    dense = torch.tensor(values, dtype=dtype)[picked]
-    for count in (1, 100_000, 262_144, 300_000, 399_999):
-        np.testing.assert_array_equal(_kept(Dense(dense), count), _expected(dense.numpy(), count))
+    # Few elements, which are collected, and more than that, of which the first tile holds 261,600.
+    for shape, counts in [((6, 8), (1, 30, 47)), ((500, 800), (1, 100_000, 261_600, 399_999))]:
+        generator = torch.Generator().manual_seed(5)
+        picked = torch.randint(len(values), shape, generator=generator)
+        dense = torch.tensor(values, dtype=dtype)[picked]
+        for count in counts:
+            found = _kept(Dense(dense), count)
+            np.testing.assert_array_equal(found, _expected(dense.numpy(), count))
 
 
 def test_several_cuts_are_found_in_the_same_looks() -> None:
