@@ -251,6 +251,8 @@ class Recipe(Part):
     def to_yaml(self) -> str:
         """For people and for `graft recipe run`: names and digests, defaults left out."""
         document = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        if "method" in document:  # linear is the default, but not its options
+            document["method"] = {"name": self.method.name, **document["method"]}
         return yaml.safe_dump(
             {"schema": self.schema_, **document}, sort_keys=False, allow_unicode=True
         )

@@ -40,6 +40,12 @@ def test_yaml_and_json_say_the_same_recipe() -> None:
     assert recipe.inputs[1].strength == 0.5
 
 
+def test_options_of_the_default_method_come_back_from_yaml() -> None:
+    method = {"name": "linear", "normalise": "energy"}
+    recipe = Recipe.parse({"kind": "merge", "inputs": [{"ref": "a"}], "method": method})
+    assert Recipe.load(recipe.to_yaml()) == recipe
+
+
 def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(FULL, encoding="utf-8")
     assert Recipe.load(tmp_path / "recipe.yaml") == Recipe.load(FULL)
