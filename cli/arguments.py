@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from cli.console import CommandError, WrongUsage
 
 if TYPE_CHECKING:
@@ -46,6 +48,12 @@ def make_recipe(document: dict[str, Any], inputs: Sequence[str]) -> "Recipe":
         return Recipe.parse(document)
     except BadRecipe as error:
         raise WrongUsage(_explain(error, inputs)) from error
+
+
+def is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was given, be it as its default is."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @contextmanager

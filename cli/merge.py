@@ -11,7 +11,8 @@ import typer
 from rich.filesize import decimal
 from rich.table import Table
 
-from cli.arguments import as_typed, make_recipe
+from cli.arguments import as_typed, is_typed, make_recipe
+from cli.auto import filled_in
 from cli.console import (
     CommandError,
     WrongUsage,
@@ -110,8 +111,16 @@ def register(app: typer.Typer) -> None:
 
 
 def merge(
+    context: typer.Context,
     inputs: Inputs,
     to: Out,
+    auto: Annotated[
+        bool,
+        typer.Option(
+            "--auto",
+            help="Take what `graft report` suggests for all that is not said, and say why.",
+        ),
+    ] = False,
     method: MethodName = "linear",
     param: MethodParameters = None,
     normalise: Normalise = None,
@@ -156,19 +165,27 @@ def merge(
     said |= {"exact": True} if exact else {}
     if len(said) > 1:
         raise WrongUsage("say one of --rank, --energy, --budget, --shared and --exact")
-    recipe = make_recipe(
-        {
-            "kind": "merge",
-            **({"base": {"ref": base}} if base else {}),
-            "inputs": inputs_of(inputs, block, component, leave_out, only, vectors, style_content),
-            "method": _method(method, param, normalise),
-            "seed": seed,
-            "rank": said or {"exact": True},
-            "output": {"dialect": dialect, "dtype": dtype},
-            "numerics": "reproducible" if reproducible else "fast",
-        },
-        inputs,
-    )
+    document = {
+        "kind": "merge",
+        **({"base": {"ref": base}} if base else {}),
+        "inputs": inputs_of(inputs, block, component, leave_out, only, vectors, style_content),
+        "method": _method(method, param, normalise),
+        "seed": seed,
+        "rank": said or {"exact": True},
+        "output": {"dialect": dialect, "dtype": dtype},
+        "numerics": "reproducible" if reproducible else "fast",
+    }
+    if auto:
+        has_method = is_typed(context, "method") or param or normalise
+        typed = {
+            "strengths": any(parse_weighted(text)[0] != text for text in inputs),
+            "method": has_method,
+            "rank": said,
+        }
+        chosen = [name for name, its in typed.items() if its]
+        recipe = filled_in(document, inputs, chosen, as_json=as_json)
+    else:
+        recipe = make_recipe(document, inputs)
     with as_typed(inputs):
         run(recipe, to, force=force, save_recipe=save_recipe, as_json=as_json)
 

@@ -6,7 +6,6 @@ trained adapters by benchmarks/merge_quality.py; docs/merging.md has its table.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Any
 
 from merge.reports.report import Choice, Group, Report, Suggestion
@@ -57,11 +56,11 @@ METHODS: Sequence[_Row] = (
         lambda report: "the adapters work in different layers, so their sum keeps each whole",
     ),
     _Row(
-        lambda report: _cancelled(report.total) > _LITTLE,
+        lambda report: _cancelled(report.total) > _LITTLE and _has_factors(report),
         {"name": "svc"},
         lambda report: (
-            f"{_cancelled(report.total):.0%} of the energy cancels in a plain sum; svc weakens the "
-            "directions that they share, and keeps what each has alone"
+            f"{_percent(_cancelled(report.total))} of the energy cancels in a plain sum; svc gives "
+            "back what is lost where they pull apart, and damps what would count twice"
         ),
     ),
     _Row(
@@ -76,8 +75,8 @@ METHODS: Sequence[_Row] = (
         lambda report: True,
         {"name": "linear"},
         lambda report: (
-            f"they are close to orthogonal (the sum has {1 + _change(report.total):.0%} of the "
-            "energy that they have apart), so a plain sum keeps each of them"
+            f"they are close to orthogonal (the sum has {_percent(1 + _change(report.total))} of "
+            "the energy that they have apart), so a plain sum keeps each of them"
         ),
     ),
 )
@@ -103,15 +102,16 @@ def _strengths(report: Report) -> tuple[tuple[float, ...], str]:
         return chosen, "strengths: as you chose them"
     strengths, lowered = [], []
     for i, (its, norm) in enumerate(zip(report.inputs, norms, strict=True)):
-        others = [other for j, other in enumerate(norms) if j != i and other > 0]
-        usual = median(others) if others else norm
-        factor = _LOUDEST * usual / norm if norm > 1.25 * _LOUDEST * usual else 1.0
+        next_one = max((other for j, other in enumerate(norms) if j != i), default=0.0) or norm
+        factor = _LOUDEST * next_one / norm if norm > 1.25 * _LOUDEST * next_one else 1.0
         strengths.append(float(f"{factor:.2g}"))
         if factor < 1:
-            lowered.append(f"{_short(its.name)} is {norm / usual:.1f} times")
+            lowered.append(f"{_short(its.name)} is {norm / next_one:.1f} times")
     if not lowered:
         return tuple(strengths), "strengths 1: no adapter drowns another"
-    why = f"strengths: {' and '.join(lowered)} as large as the others, and {_LOUDEST:g} times is enough"
+    why = (
+        f"strengths: {' and '.join(lowered)} as large as the next one; {_LOUDEST:g} times is enough"
+    )
     return tuple(strengths), why
 
 
@@ -121,11 +121,13 @@ def _short(name: str) -> str:
 
 def _rank(report: Report) -> tuple[dict[str, Any], str]:
     ranks = report.ranks
-    if ranks is None:
+    if ranks is None and _has_factors(report):
         return {"exact": True}, "rank: there is nothing to choose"
+    if ranks is None or ranks.asked != ranks.exact and not _has_factors(report):
+        return {"energy": 0.99}, "rank energy 0.99: the sum has full rank, so something must go"
     small = next((choice for choice in ranks.least if choice.error <= _ERROR), None)
     if small is None or small.size_bytes * _WORTH >= ranks.exact.size_bytes:
-        why = f"rank exact: it takes {_size(ranks.exact)}, and hardly less would lose more than 1 %"
+        why = f"rank exact: it takes {_size(ranks.exact)}, and a loss of 1 % would save little"
         return {"exact": True}, why
     if _can_share(report):
         found: dict[str, Any] = {"shared": int(small.value)}
@@ -133,8 +135,13 @@ def _rank(report: Report) -> tuple[dict[str, Any], str]:
         small = next(its for its in reversed(ranks.energy) if its.error <= 2 * _ERROR**0.5)
         found = {"energy": small.value}
     ((name, value),) = found.items()
-    why = f"rank {name} {value:g}: {_size(small)} instead of {_size(ranks.exact)}, for {small.error:.1%} of error"
+    why = f"rank {name} {value:g}: {_size(small)} instead of {_size(ranks.exact)}, for {_percent(small.error, 1)} of error"
     return found, why
+
+
+def _has_factors(report: Report) -> bool:
+    """Whether every change of a weight is a product, as methods of the core want them."""
+    return all(place.kind != "dense" or place.shape[1] == 1 for place in report.places)
 
 
 def _can_share(report: Report) -> bool:
@@ -143,6 +150,10 @@ def _can_share(report: Report) -> bool:
     return "dense" not in kinds and not (
         "bias" in kinds and report.dialect in ("diffusers", "peft")
     )
+
+
+def _percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
 
 
 def _size(choice: Choice) -> str:
@@ -159,7 +170,7 @@ def _storage(report: Report) -> list[str]:
     for loss in () if stored is None else stored.bake:
         if loss.is_base and loss.gain < 0.9:
             found.append(
-                f"base: baked into its {loss.dtype}, {loss.gain:.0%} of the change arrives; take a "
+                f"base: baked into its {loss.dtype}, {_percent(loss.gain)} of the change arrives; take a "
                 "base in float16 or bfloat16, or load the adapter beside it"
             )
     return found
