@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,7 @@ from cli import merge as merging
 from cli.arguments import as_typed, make_recipe
 from cli.console import WrongUsage, count_progress, out, plain, print_json
 from cli.ranges import Blocks as RemoteBlocks
+from cli.refs import path_of
 from cli.report_words import (
     COLOURS,
     block_name,
@@ -21,19 +23,20 @@ from cli.report_words import (
     dtype_name,
     labels,
     meanings,
+    number,
     pair_name,
     percent,
     rank_name,
+    shown_blocks,
     signed,
 )
 
 if TYPE_CHECKING:
     from merge.recipe import Recipe
-    from merge.reports.report import Choice, Group, Report
+    from merge.reports.report import Choice, Report
 
 _BAR = 26
 _BARS = " "  # the title of a column of bars
-_MOST_BLOCKS = 24
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _SHOWN_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -71,6 +74,10 @@ def report(
     dialect: Annotated[
         str | None, typer.Option("--to", metavar="DIALECT", help="kohya, diffusers, comfy or peft.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report as one page with charts.")
+    ] = None,
+    force: merging.Force = False,
     as_json: merging.AsJSON = False,
 ) -> None:
     """What a merge will do: graft report ink.safetensors=0.7 robot.safetensors=0.5.
@@ -95,14 +102,21 @@ def report(
         },
         inputs,
     )
+    page = None if html is None else path_of(str(html), force=force)
     with as_typed(inputs):
         found, seconds = measured(recipe)
+    if page is not None:
+        from cli.report_page.page import write_page
+
+        write_page(page, found)
     if as_json:
         print_json(found.to_json())
         return
     for part in _parts(found, seconds):
         # Sentences are broken between words; what may be copied is not broken at all.
         out.print(part, soft_wrap=isinstance(part, str))
+    if page is not None:
+        out.print(f"[bold]{plain(str(page))}[/]  {decimal(page.stat().st_size)}")
 
 
 def measured(recipe: "Recipe") -> tuple["Report", float]:
@@ -186,7 +200,7 @@ def _inputs_table(report: "Report", names: Sequence[str]) -> Table:
             f"{its.strength:g}",
             _cut(", ".join(its.algorithms), 14),
             rank_range(its.rank),
-            f"{norm:.3g}",
+            number(norm),
             bar,
             percent(share, 0),
         )
@@ -234,7 +248,7 @@ def _pairs_table(report: "Report", names: Sequence[str]) -> Table:
 
 def _blocks_table(report: "Report", names: Sequence[str]) -> Table:
     several = len(names) > 1
-    groups = _shown_blocks(report)
+    groups = shown_blocks(report)
     columns = ("sum / apart", "cancels") if several else ()
     table = _table("block", "energy", "norm", *columns, left=2)
     largest = max(group.apart for group in groups) or 1.0
@@ -247,7 +261,7 @@ def _blocks_table(report: "Report", names: Sequence[str]) -> Table:
         bar.pad_right(_BAR - len(bar))
         ratio = group.norm**2 / group.apart if group.apart else 0.0
         cells = (percent(ratio, 0), percent(-group.cancels / (group.apart or 1.0), 1))
-        table.add_row(_cut(block_name(group), 26), bar, f"{group.norm:.3g}", *cells[: len(columns)])
+        table.add_row(_cut(block_name(group), 30), bar, number(group.norm), *cells[: len(columns)])
     return table
 
 
@@ -255,22 +269,6 @@ def _piece(begin: float, end: float) -> str:
     """Whole cells from where the piece before ended; only the last one of a bar may be a part."""
     cells = max(0, round(end) - round(begin))
     return "█" * cells
-
-
-def _shown_blocks(report: "Report") -> Sequence["Group"]:
-    """Blocks, with those of a component that has too many of them as one."""
-    if len(report.blocks) <= _MOST_BLOCKS:
-        return report.blocks
-    counts = {
-        group.component: sum(block.component == group.component for block in report.blocks)
-        for group in report.components
-    }
-    found: list[Group] = []
-    for group in report.components:
-        its = [block for block in report.blocks if block.component == group.component]
-        fits = counts[group.component] <= _MOST_BLOCKS
-        found += its if fits else [group]
-    return found
 
 
 def _ranks_table(report: "Report") -> Table:

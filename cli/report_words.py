@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ _DTYPES = {
     "F8_E4M3": "fp8 e4m3",
     "F8_E5M2": "fp8 e5m2",
 }
+_MOST_BLOCKS = 24
 _GENERIC = {"adapter_model", "pytorch_lora_weights", "model"}
 
 
@@ -41,12 +43,46 @@ def pair_name(names: Sequence[str], i: int, j: int) -> str:
 
 
 def block_name(group: "Group") -> str:
-    """The block where a component has several of them, else the component."""
-    block = group.block.removeprefix("text_model.encoder.")
-    if not block:
-        return group.component
-    is_denoiser = not group.component.startswith("text_encoder")
-    return block if is_denoiser else f"{group.component.replace('text_encoder', 'te')} {block}"
+    """The block, or the component where it stands for all of one."""
+    name = group.block.removeprefix("text_model.encoder.").replace("transformer_blocks", "blocks")
+    return name or group.component
+
+
+def shown_blocks(report: "Report") -> list["Group"]:
+    """Rows for a chart: blocks of the model that makes the image or the text, neighbours together
+    where they are many, and text encoders as a whole.
+    """
+    found: list[Group] = []
+    for component in report.components:
+        blocks = [its for its in report.blocks if its.component == component.component]
+        if component.component.startswith("text_encoder") or len(blocks) == 1:
+            found.append(component)
+        elif len(blocks) <= _MOST_BLOCKS:
+            found += blocks
+        else:
+            found += _neighbours(report, blocks)
+    return found
+
+
+def _neighbours(report: "Report", blocks: Sequence["Group"]) -> list["Group"]:
+    """Blocks of one name and following numbers, a few together."""
+    from merge.reports.report import group
+
+    step = -(-len(blocks) // _MOST_BLOCKS) + 1
+    found = []
+    for stem, its in groupby(blocks, lambda block: block.block.rpartition(".")[0]):
+        same = list(its)
+        for first in range(0, len(same), step):
+            some = [block.block for block in same[first : first + step]]
+            places = [
+                place
+                for place in report.places
+                if place.component == same[0].component and place.block in some
+            ]
+            numbers = [block.rpartition(".")[2] for block in some]
+            name = f"{stem}.{numbers[0]}–{numbers[-1]}" if len(some) > 1 else some[0]
+            found.append(group(same[0].component, name, places, len(report.inputs)))
+    return found
 
 
 def dtype_name(dtype: str) -> str:
@@ -71,7 +107,12 @@ def percent(share: float | None, digits: int) -> str:
     least = 10.0**-digits
     if 0 < 100 * share < least / 2:
         return f"<{least:g} %"
-    return f"{100 * share:.{digits}f} %".replace("-0 %", "0 %")
+    return f"{round(100 * share, digits) + 0.0:.{digits}f} %"
+
+
+def number(value: float) -> str:
+    """Three digits, and no powers of ten where people count."""
+    return f"{value:,.0f}" if 1000 <= value < 1e6 else f"{value:.3g}"
 
 
 def signed(value: float | None) -> str:
@@ -107,30 +148,30 @@ def meanings(report: "Report") -> dict[str, str]:
     ratio = total.norm**2 / total.apart if total.apart else 0.0
     scale = "" if total.scale is None else f"; λ = {total.scale:.3g} would restore it"
     found = {
-        "inputs": "norm is how much an adapter changes at its strength; energy is its square.",
+        "inputs": "Norm is how much an adapter changes at its strength; energy is its square.",
         "coverage": (
-            "after the dot: modules that no other adapter changes."
+            "After the dot: modules that no other adapter changes."
             if several
-            else "how many modules of each part of the model it changes."
+            else "How many modules of each part of the model it changes."
         ),
         "pairs": (
-            "cosine is 1 for the same, 0 for unrelated, -1 for opposite; adds and cancels are shares "
+            "Cosine is 1 for the same, 0 for unrelated, -1 for opposite; adds and cancels are shares "
             "of all energy; output and input say how far they write and read the same directions, "
             "beyond chance; leak is how much of each lies in the other's main layers."
         ),
         "blocks": (
-            f"the sum has {percent(ratio, 1)} of the energy that the adapters have apart{scale}."
+            f"The sum has {percent(ratio, 1)} of the energy that the adapters have apart{scale}."
             if several
-            else "where in the model the adapter works."
+            else "Where in the model the adapter works."
         ),
         "ranks": (
-            "error is the share of the sum that a lower rank leaves out; shared takes as many "
+            "Error is the share of the sum that a lower rank leaves out; shared takes as many "
             "numbers and gives them to the layers that need them."
         ),
         "dtypes": "",
     }
     if report.storage is not None:
-        sampled = f"factors: error of rounding them, measured on {report.storage.modules} layers"
+        sampled = f"Factors: error of rounding them, measured on {report.storage.modules} layers"
         if report.storage.bake:
             change = report.storage.relative_change
             size = "" if change is None else f"; the change is {percent(change, 2)} of the base"
@@ -140,3 +181,17 @@ def meanings(report: "Report") -> dict[str, str]:
             )
         found["dtypes"] = sampled + "."
     return found
+
+
+def recipe_text(report: "Report") -> str:
+    """The same as a recipe file."""
+    from merge.recipe import Recipe
+
+    found = report.suggestion
+    assert found is not None, "there is a suggestion where something was measured"
+    inputs = [
+        {"ref": its.name, "strength": strength}
+        for its, strength in zip(report.inputs, found.strengths, strict=True)
+    ]
+    document = {"kind": "merge", "inputs": inputs, "method": found.method, "rank": found.rank}
+    return Recipe.parse(document).to_yaml()

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from merge.method_parameters import Linear
+from merge.recipe import Rank, Recipe
 from merge.reports.measure import measure
 from tests.cli.test_merge import ROOT, graft, refused
 from tests.fixtures.engine import make_recipe
@@ -82,3 +84,36 @@ def test_what_cannot_be_meant_is_refused(
 def test_a_file_that_is_no_adapter_is_named(tmp_path: Path) -> None:
     (tmp_path / "words.safetensors").write_text("words", "utf-8")
     assert "words.safetensors" in refused(tmp_path, "report", BORDO, "words.safetensors")
+
+
+def test_auto_takes_what_is_suggested_and_says_why(tmp_path: Path) -> None:
+    done = graft(
+        tmp_path, "merge", BORDO, CHEX, "--auto", "-o", "out.safetensors", "--save-recipe", "r.yaml"
+    )
+    assert done.returncode == 0
+    found = measure(*make_recipe([(BORDO, 1.0), (CHEX, 1.0)])).suggestion
+    assert found is not None
+    printed = " ".join(done.stdout.split())
+    for reason in found.reasons:
+        assert f"auto {reason}" in printed
+    recipe = Recipe.load(tmp_path / "r.yaml")
+    assert recipe.method.name == found.method["name"]
+    assert recipe.rank.model_dump(exclude_unset=True) == found.rank
+    assert tuple(source.strength for source in recipe.inputs) == found.strengths
+
+
+def test_what_was_said_wins_over_what_is_suggested(tmp_path: Path) -> None:
+    """One adapter twice would be scaled to its energy and get a shared rank."""
+    twice = tmp_path / "twice.safetensors"
+    twice.write_bytes(BORDO.read_bytes())
+    asked = ["merge", f"{BORDO}=1", twice, "--auto", "-o", "out.safetensors", "--json"]
+    done = graft(tmp_path, *asked, "--save-recipe", "auto.yaml")
+    assert json.loads(done.stdout)["certificate"]["method"]
+    assert "scaled back" in " ".join(done.stderr.split())
+    free = Recipe.load(tmp_path / "auto.yaml")
+    assert free.method == Linear(normalise="energy")
+    assert free.rank.shared is not None
+    said = ["--method", "linear", "--rank", "2", "--force", "--save-recipe", "said.yaml"]
+    assert graft(tmp_path, *asked, *said).returncode == 0
+    recipe = Recipe.load(tmp_path / "said.yaml")
+    assert (recipe.method, recipe.rank) == (Linear(), Rank(fixed=2))
