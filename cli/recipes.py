@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.arguments import as_typed
-from cli.console import CommandError, count_progress, out, plain, print_json
+from cli.console import CommandError, count_progress, err, out, plain, print_json
 from cli.finding import Finder, Hint
+from cli.loras import Loras
 from cli.merge import AsJSON, Force, Out, run
 from cli.ranges import Blocks
-from cli.refs import fetch
+from cli.refs import fetch, path_of
+from cli.trees import as_document, as_tree, said
 
 if TYPE_CHECKING:
     from merge.formats.sources import File
@@ -42,6 +44,7 @@ def register(app: typer.Typer) -> None:
     recipes = typer.Typer(no_args_is_help=True, help="What files were made of, and made again.")
     recipes.command("run")(run_recipe)
     recipes.command("show")(show)
+    recipes.command("import")(import_recipe)
     app.add_typer(recipes, name="recipe")
 
 
@@ -129,13 +132,59 @@ def show(
     as_json: AsJSON = False,
 ) -> None:
     """What a file was made of, what that was made of, and so on, as a tree."""
-    from cli.trees import as_document, as_tree
-
     recipe, parents = read_recipe(file)
     if as_json:
         print_json(as_document(recipe, parents))
     else:
         out.print(as_tree(plain(file.name), recipe, parents))
+
+
+def import_recipe(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            show_default=False,
+            help="A file of mergekit's, PEFT's or ComfyUI-Lora-Manager's, or a prompt or its file.",
+        ),
+    ],
+    loras: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the adapters of these names are.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the recipe as YAML.")
+    ] = None,
+    force: Force = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Say another tool's recipe in ours, with every way in which it is not the same."""
+    from merge.imports import import_recipe as read
+
+    is_prompt = not Path(source).exists() and "<" in source
+    text = source if is_prompt else _read_text(Path(source))
+    place = None if to is None else path_of(str(to), force=force)
+    with as_typed(None, "the prompt" if is_prompt else source):
+        found = read(text, Loras(loras).resolve)
+    if place is not None:
+        place.write_text(found.recipe.to_yaml(), encoding="utf-8")
+    if as_json:
+        recipe = found.recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        print_json({"tool": found.tool, "notes": list(found.notes), "recipe": recipe})
+        return
+    err.print(f"from {found.tool}: {plain(said(found.recipe))}")
+    for note in found.notes:
+        err.print(f"[yellow]note[/]  {plain(note)}")
+    if place is None:
+        out.print(found.recipe.to_yaml().rstrip(), markup=False)
+    else:
+        out.print(f"[bold]{plain(str(to))}[/]")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{path} is not text") from error
 
 
 @contextmanager

@@ -198,3 +198,57 @@ def test_what_is_not_here_is_asked_of_the_hub(
         assert done.returncode == 1
         assert f"1 file that it needs was not found: sha256:{leaves['b']}" in done.stderr
         assert done.stderr.strip().endswith("(give them with --from PATH; not on the hub)")
+
+
+def test_a_prompt_becomes_a_recipe_that_runs(tmp_path: Path, leaves: dict[str, str]) -> None:
+    prompt = "ink robot <lora:a:0.8> <lora:b:0.5>"
+    done = graft(tmp_path, "recipe", "import", prompt, "--loras", "leaves", "-o", "wish.yaml")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "from a prompt: merge by linear\n"
+    graft(tmp_path, "recipe", "run", "wish.yaml", "-o", "x.safetensors")
+    a, b = (tmp_path / "leaves" / f"{name}.safetensors" for name in "ab")
+    run(tmp_path / "y.safetensors", [(a, 0.8), (b, 0.5)])
+    assert sha256_file(tmp_path / "x.safetensors") == sha256_file(tmp_path / "y.safetensors")
+
+
+def test_files_are_found_by_name_by_what_trainers_called_them_and_by_content(
+    tmp_path: Path, leaves: dict[str, str]
+) -> None:
+    folder = tmp_path / "leaves"
+    (folder / "more" / "peft").mkdir(parents=True)
+    for name in ("ink-000002", "ink-000004", "more/a", "more/dot"):
+        made = make_adapter(
+            folder / f"{name}.safetensors",
+            FAMILY,
+            NAMES[:1],
+            metadata={"ss_output_name": name.split("-")[0]},
+        )
+    made.path.rename(folder / "more" / "stop.safetensors")
+    make_adapter(
+        folder / "more" / "peft" / "adapter_model.safetensors", FAMILY, NAMES, dialect="peft"
+    )
+
+    def imported(text: str) -> "subprocess.CompletedProcess[str]":
+        (tmp_path / "prompt.txt").write_text(text)
+        return graft(tmp_path, "recipe", "import", "prompt.txt", "--loras", "leaves", "--json")
+
+    done = imported("<lora:more/a><lora:more/dot:2><lora:peft:3><lora:ink-000002:4>")
+    assert [its["ref"] for its in json.loads(done.stdout)["recipe"]["inputs"]] == [
+        "leaves/more/a.safetensors",
+        "leaves/more/stop.safetensors",
+        "leaves/more/peft/adapter_model.safetensors",
+        "leaves/ink-000002.safetensors",
+    ]
+    done = imported("<lora:a>")
+    both = "leaves/a.safetensors, leaves/more/a.safetensors"
+    assert done.stderr == f"error: prompt.txt: <lora:a>: a could be any of {both}\n"
+    done = imported("<lora:ink>")
+    assert "ink could be any of leaves/ink-000002.safetensors, leaves/ink-000004" in done.stderr
+    done = imported("<lora:inc>")
+    assert "no file in leaves is called inc; did you mean ink?" in done.stderr
+    loras = [{"file_name": "renamed", "hash": leaves["b"]}, {"file_name": "x", "hash": "0" * 64}]
+    done = imported(json.dumps({"loras": loras}))
+    assert json.loads(done.stdout)["recipe"]["inputs"] == [
+        {"ref": "leaves/b.safetensors", "sha256": leaves["b"]},
+        {"sha256": "0" * 64},
+    ]
