@@ -44,6 +44,7 @@ def methods() -> str:
     lines = ["# Merge methods", "", "What `method:` in a recipe and `graft merge --method` take."]
     for method in METHODS.values():
         lines += ["", f"## {method.name}", "", method.summary, method.exactness, ""]
+        lines += [*method.when, ""] if method.when else []
         fields = [
             f"| `{name}` | {_default(name, field.get_default())} | {field.description} |"
             for name, field in method.parameters.model_fields.items()

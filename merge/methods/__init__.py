@@ -34,7 +34,8 @@ from merge.method_parameters import (
 class Method:
     """What a reader of docs/methods.md learns about a method.
 
-    `deviation`: where the result is not that of the published code, and why.
+    `when`: what it is for, and what it is not for, in sentences. `deviation`: where the result is
+    not that of the published code, and why.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Method:
     parameters: type[Parameters]
     reference: str
     deviation: str = ""
+    when: tuple[str, ...] = ()
 
 
 _LINEAR = (
@@ -59,8 +61,9 @@ _ELEMENTS = (
     "inputs' is close to their plain sum again: the certificate says what was lost."
 )
 _ALIGNED = (
-    "Exact in the adapters' span. Directions of equal strength have no basis of their own, and which "
-    "one is chosen shows in the result: the same on one machine, not always on another."
+    "Exact, in factors of the adapters' ranks together. Directions of equal strength have no basis "
+    "of their own, and which one is chosen shows in the result: the same on one machine, not always "
+    "on another."
 )
 _EVEN = (
     "The published code takes the directions from the factors as they are stored, so the same change "
@@ -169,9 +172,28 @@ METHODS: dict[str, Method] = {
         Method(
             name="knots_ties",
             summary="TIES on what each adapter sends into output directions that all share, which one "
-            "decomposition of all changes gives. Unlike ties it stays an adapter of the summed ranks.",
+            "decomposition of all changes gives. Unlike ties it stays an adapter of the summed "
+            "ranks.",
             exactness=_ALIGNED,
             parameters=KnotsTies,
+            when=(
+                (
+                    "Try it where `ties` is what you want and an adapter is what you need: nothing of "
+                    "the vote is lost to a rank."
+                ),
+                (
+                    "It finds agreement between adapters that write to the same output directions by "
+                    "different inputs; `core_ties` asks for agreement in both."
+                ),
+                (
+                    "Two random adapters of rank 16 keep a cosine of 0.79 with their sum, at 0.79 of "
+                    "its norm; a higher `density` comes closer to the mean."
+                ),
+                (
+                    "The rank is that of the adapters together, so say a lower one if the file must be"
+                    " small."
+                ),
+            ),
             reference="Stoica et al. 2024, https://arxiv.org/abs/2410.19735",
             deviation="Every layer is trimmed by itself, not the model as a whole; a vote without a "
             "winner keeps nothing, as in ties.",
@@ -181,6 +203,14 @@ METHODS: dict[str, Method] = {
             summary="DARE in the same shared output directions.",
             exactness=_ALIGNED,
             parameters=KnotsDare,
+            when=(
+                (
+                    "It thins out each adapter within the shared directions, so fewer of their "
+                    "elements meet."
+                ),
+                "At the density of 0.5 the noise is as large as the change; 0.8 brings it to half.",
+                "Another `seed` gives another result: look at a few before you judge the method.",
+            ),
             reference="Stoica et al. 2024, https://arxiv.org/abs/2410.19735",
             deviation="What is drawn depends on the seed, the layer, the adapter's bytes and the "
             "element alone.",
@@ -191,6 +221,21 @@ METHODS: dict[str, Method] = {
             "directions which all share: the cheapest of its kind.",
             exactness=_ALIGNED,
             parameters=CoreTies,
+            when=(
+                (
+                    "It is the cheapest way to a vote, for it sees matrices no larger than the ranks "
+                    "together."
+                ),
+                (
+                    "Adapters of one subject, which share directions, have something to vote on; "
+                    "between unrelated ones there is little to agree or disagree about, and it drops "
+                    "what is weak."
+                ),
+                (
+                    "With few elements to choose from, a low `density` is coarse: of one adapter of "
+                    "rank 4, 0.2 keeps three of sixteen elements."
+                ),
+            ),
             reference="Panariello et al. 2025, https://arxiv.org/abs/2509.17786",
             deviation=_EVEN,
         ),
@@ -199,6 +244,14 @@ METHODS: dict[str, Method] = {
             summary="DARE on the same small matrices.",
             exactness=_ALIGNED,
             parameters=CoreDare,
+            when=(
+                "As `knots_dare`, at the cost of a linear merge.",
+                (
+                    "It drops whole connections between an input and an output direction rather than "
+                    "single elements of the weight, so its noise stays within the adapters' own "
+                    "directions."
+                ),
+            ),
             reference="Panariello et al. 2025, https://arxiv.org/abs/2509.17786",
             deviation=_EVEN,
         ),
@@ -209,6 +262,29 @@ METHODS: dict[str, Method] = {
             "undo each other in a sum.",
             exactness=_ELEMENTS,
             parameters=Ties,
+            when=(
+                (
+                    "For a bake of three or more adapters that pull the same weights in opposite "
+                    "directions."
+                ),
+                (
+                    "With two adapters there is no majority: the larger change wins wherever they "
+                    "disagree."
+                ),
+                (
+                    "For an adapter it is hardly worth it: two random ones of rank 16, pressed back into "
+                    "rank 32, come out with a cosine of 0.94 with their plain sum, against 0.79 "
+                    "before; `knots_ties` and `core_ties` lose nothing so."
+                ),
+                (
+                    "A mean is weaker than a sum: raise `scale`, or say `combine: sum`, where the "
+                    "result is too faint."
+                ),
+                (
+                    "Every layer's change is computed three times, so a bake takes several times as "
+                    "long as a linear one."
+                ),
+            ),
             reference="Yadav et al. 2023, https://arxiv.org/abs/2306.01708, algorithm 1",
             deviation="Every layer is trimmed by itself, not the model as a whole, and exactly as many "
             "elements are kept as the density says. A vote without a winner keeps nothing, as the "
@@ -222,6 +298,18 @@ METHODS: dict[str, Method] = {
             "times the change.",
             exactness=_ELEMENTS,
             parameters=Dare,
+            when=(
+                (
+                    "Made for the changes of full fine-tuning, whose elements are many and tiny; of a "
+                    "LoRA, dropping half of the elements costs as much noise as there is change."
+                ),
+                "Densities of 0.8 and more keep the noise at half of the change or less.",
+                (
+                    "For an adapter it is linear plus noise: two random ones of rank 16, pressed back "
+                    "into rank 32, come out with a cosine of 0.95 with their plain sum."
+                ),
+                "Another `seed` gives another result: look at a few before you judge the method.",
+            ),
             reference="Yu et al. 2023, https://arxiv.org/abs/2311.03099",
             deviation="What is drawn depends on the seed, the layer, the adapter's bytes and the "
             "element alone, so an adapter and its opposite cancel. mergekit rescales each draw to "
@@ -233,6 +321,18 @@ METHODS: dict[str, Method] = {
             "then a vote as in ties.",
             exactness=_ELEMENTS,
             parameters=Della,
+            when=(
+                (
+                    "It spares what is large in each row, so it disturbs less than `dare` at the same "
+                    "density."
+                ),
+                (
+                    "An `epsilon` close to `density` keeps nearly everything large and nearly nothing "
+                    "small, but divides what is kept of the small by a small number."
+                ),
+                "It sorts every row, and takes the longest of the element-wise methods.",
+                "For an adapter the same holds as for `dare`.",
+            ),
             reference="Deep et al. 2024, https://arxiv.org/abs/2406.11617",
             deviation="`epsilon` is half the paper's. A row of one element has the density as its "
             "probability, where the authors' code divides by zero. mergekit rescales as for dare.",
@@ -242,6 +342,17 @@ METHODS: dict[str, Method] = {
             summary="The sum of the largest elements of each change.",
             exactness=_ELEMENTS,
             parameters=Magnitude,
+            when=(
+                (
+                    "It shows how much of an adapter sits in its largest elements: half of them have a"
+                    " cosine of 0.97 with the whole, for random factors of rank 16."
+                ),
+                (
+                    "Nothing is rescaled and nothing votes, so it is the gentlest of these methods, "
+                    "and the closest to linear."
+                ),
+                "A weight that no adapter changes much stays as the base has it.",
+            ),
             reference="Han et al. 2015, https://arxiv.org/abs/1506.02626 (of weights); PEFT 0.21.2, "
             "https://github.com/huggingface/peft, `magnitude_prune` (of changes)",
         ),
@@ -251,6 +362,17 @@ METHODS: dict[str, Method] = {
             "largest, which are taken for outliers.",
             exactness=_ELEMENTS,
             parameters=Breadcrumbs,
+            when=(
+                "For adapters with a few extreme elements that spoil a bake.",
+                (
+                    "With the defaults it is close to linear: a cosine of 0.95 with the sum of two "
+                    "random adapters."
+                ),
+                (
+                    "What is largest may be what the adapter has learned, so compare with `gamma: 0` "
+                    "before you keep it."
+                ),
+            ),
             reference="Davari & Belilovsky 2023, https://arxiv.org/abs/2312.06795",
             deviation="`density` is the share that is kept, as in mergekit, and `gamma` the share that is "
             "dropped on top; what else is dropped is the smallest. mergekit keeps nothing of a layer "
