@@ -245,7 +245,7 @@ METHODS: dict[str, Method] = {
             exactness=_ALIGNED,
             parameters=CoreDare,
             when=(
-                "As `knots_dare`, at the cost of a linear merge.",
+                "As `knots_dare`, on smaller matrices.",
                 (
                     "It drops whole connections between an input and an output direction rather than "
                     "single elements of the weight, so its noise stays within the adapters' own "

@@ -69,7 +69,9 @@ def test_what_is_written_for_people_reads_back() -> None:
         ("kind: merge\ntuned: {ref: b}\ninputs: [{ref: a}]", "tuned", "only an extraction"),
         ("kind: resize\ninputs: [{ref: a}, {ref: b}]", "inputs", "one adapter"),
         ("kind: resize\ninputs: [{ref: a, strength: 0.5}]", "inputs", "at strength 1"),
-        ("kind: resize\ninputs: [{ref: a}]\nmethod: {name: tsv}", "method", "combines nothing"),
+        (
+"kind: resize\ninputs: [{ref: a}]\nrank: {fixed: 4}\nmethod: {name: tsv}", "method", "combines nothing"),
+("kind: merge\ninputs: [{ref: a}]\nrank: {fixed: 4}\nmethod: {name: della, density: 0.1}", "method", "density - epsilon must be above 0"),
         ("kind: merge", "inputs", "at least one"),
         ("kind: merge\ninputs: []", "inputs", "at least one"),
         ("kind: merge\ninputs: [{ref: a}, {ref: b, strenght: 1}]", "inputs[1].strenght", "Extra"),
