@@ -8,7 +8,19 @@ import sys
 
 import typer
 
-from cli import admin, convert, extract, inspect, merge, recipes, report, repos, serve, train
+from cli import (
+    admin,
+    convert,
+    extract,
+    inspect,
+    merge,
+    recipes,
+    report,
+    repos,
+    serve,
+    train,
+    unbake,
+)
 from cli.console import CommandError, WrongUsage, fail
 from merge.errors import MergeError
 
@@ -20,7 +32,19 @@ app = typer.Typer(
 )
 
 # One row per module, in the order of `graft --help`.
-for module in (repos, inspect, convert, merge, extract, report, recipes, serve, admin, train):
+for module in (
+    repos,
+    inspect,
+    convert,
+    merge,
+    extract,
+    unbake,
+    report,
+    recipes,
+    serve,
+    admin,
+    train,
+):
     module.register(app)
 
 

@@ -45,6 +45,10 @@ class Finder:
         self._silence: str | None = None
         self._has_places = bool(places)
 
+    def know(self, sha256: str, path: Path) -> None:
+        """Where a file of this SHA-256 is, which need not be looked for."""
+        self._hashed.setdefault(sha256, []).append(path)
+
     def search(
         self,
         recipe: "Recipe",
