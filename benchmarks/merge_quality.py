@@ -51,13 +51,14 @@ TRAINING_S, PICTURE_S = 75, 0.036
 def main() -> None:
     options = _options()
     folder: Path = options.dir
+    wanted = {"linear", *options.methods}  # linear is what the others are compared with
     plain = [
         variant
         for variant in (*variants.baselines(), *variants.defaults())
-        if variant.method["name"] in options.methods
+        if variant.method["name"] in wanted
     ]
     grids = {} if options.no_tuning else variants.grids()
-    grids = {name: grid for name, grid in grids.items() if name in options.methods}
+    grids = {name: grid for name, grid in grids.items() if grid[0].method["name"] in wanted}
     _announce(options.seeds, options.images, len(plain), grids, folder)
     disable_progress_bar()
     begun = time.monotonic()
@@ -73,7 +74,7 @@ def main() -> None:
     chosen = {name: _tune(bench, grid, pairs, results) for name, grid in grids.items()}
     seconds = time.monotonic() - begun
 
-    report = tables.report(plain, list(chosen.values()), results, bench.sizes, pairs)
+    report = tables.report(plain, chosen, results, bench.sizes, pairs)
     print(f"{options.seeds} training seeds, {len(pairs)} pairs, {options.images} pictures of each "
           f"kind, {seconds / 60:.0f} minutes\n")  # fmt: skip
     print(report)
@@ -150,9 +151,8 @@ def _tune(
         return math.fsum(found[pair]["overall"] for pair in tuning)
 
     best = max(grid, key=overall)
-    for variant in (best, variants.at_rank(best)):
-        results[variant.name] = bench.run(variant, pairs)
-        _say(f"tuned: {variant.name}")
+    results[best.name] = bench.run(best, pairs)
+    _say(f"tuned: {best.name}")
     return best
 
 
@@ -205,7 +205,7 @@ def _announce(
     ]
     missing = sum(not file.exists() for file in adapters)
     tried = sum(map(len, grids.values())) * len(study.STYLES)
-    cells = (n_plain + 2 * len(grids)) * len(study.STYLES) * seeds + tried
+    cells = (n_plain + len(grids)) * len(study.STYLES) * seeds + tried
     pictures = cells * images * len(scores.KINDS)
     minutes = (missing * TRAINING_S + pictures * PICTURE_S) / 60
     _say(f"{missing} adapters to train, at most {pictures} pictures to paint: "

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from .statistics import Estimate, difference, estimate
 from .study import TUNING_SEED, Pair
-from .variants import Variant, at_rank
+from .variants import Variant
 
 COLUMNS = ("style", "concept", "both", "kept", "content", "overall")
 REFERENCE = Variant("linear")
@@ -15,7 +15,7 @@ Results = Mapping[str, Mapping[Pair, Mapping[str, float]]]
 
 def report(
     plain: Sequence[Variant],
-    tuned: Sequence[Variant],
+    tuned: Mapping[str, Variant],
     results: Results,
     sizes: Mapping[str, int],
     pairs: Sequence[Pair],
@@ -24,15 +24,15 @@ def report(
     unmerged = [variant for variant in plain if variant.size == "unmerged"]
     merged = [variant for variant in plain if variant.size != "unmerged"]
     rows = unmerged + by_score(merged, results, pairs)
-    text = "As they are, on every pair:\n\n" + _table(rows, results, sizes, pairs)
+    text = "As they are, on every pair:\n\n" + _table(rows, REFERENCE, results, sizes, pairs)
     if tuned:
         others = [pair for pair in pairs if pair.seed != TUNING_SEED]
-        rows = [REFERENCE, at_rank(REFERENCE), *tuned, *map(at_rank, tuned)]
-        rows = by_score(list({row.name: row for row in rows}.values()), results, others)
+        rows = by_score([REFERENCE, *tuned.values()], results, others)
         text += (
-            "\n\nAt the scale that was best on the pairs of one training seed, on the others:\n\n"
+            "\n\nAt the size of both inputs and the scale that was best on the pairs of one training "
+            "seed, on the other pairs:\n\n"
         )
-        text += _table(rows, results, sizes, others)
+        text += _table(rows, tuned["linear"], results, sizes, others)
     return text
 
 
@@ -55,16 +55,20 @@ def against(
 
 
 def _table(
-    rows: Sequence[Variant], results: Results, sizes: Mapping[str, int], pairs: Sequence[Pair]
+    rows: Sequence[Variant],
+    reference: Variant,
+    results: Results,
+    sizes: Mapping[str, int],
+    pairs: Sequence[Pair],
 ) -> str:
     lines = [
-        f"| method | size | KB | {' | '.join(COLUMNS)} | overall against linear |",
+        f"| method | size | KB | {' | '.join(COLUMNS)} | overall against {reference.label} |",
         "|" + "---|" * (len(COLUMNS) + 4),
     ]
     for row in rows:
         cells = [row.label, row.size, f"{sizes[row.name] / 1000:.0f}"]
         cells += [str(column(results, row, score, pairs)) for score in COLUMNS]
-        cells.append(_signed(against(results, row, REFERENCE, "overall", pairs)))
+        cells.append(_signed(against(results, row, reference, "overall", pairs)))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -25,7 +25,7 @@ from train.tiny import PIPELINE_DIR
 from .painting import UNET, Change
 from .study import RANK
 
-SCALES = (0.5, 0.7, 1.0, 1.4, 2.0)
+SCALES = (0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 2.0, 2.8)
 """What a method's `scale`, or the strength of both inputs, is tried at."""
 
 SIZES = {"whole": {"exact": True}, f"rank {2 * RANK}": {"fixed": 2 * RANK}}
@@ -73,26 +73,31 @@ def defaults() -> Iterator[Variant]:
 
 
 def grids() -> dict[str, list[Variant]]:
-    """Method -> what is tried of it, nothing cut off.
+    """Name -> what is tried of a method, at the size of both inputs.
 
     That is its `scale`, the strength of both inputs where it has none, and where strengths are
     shares, the strength that the merged adapter is used at.
     """
-    return {name: [_scaled(name, scale) for scale in SCALES] for name in METHODS}
+    found = {name: [_scaled(name, scale) for scale in SCALES] for name in METHODS}
+    found["linear, normalise energy"] = [
+        replace(
+            _scaled("linear", scale),
+            label=f"linear, normalise energy, {scale:g} / {scale:g}",
+            method={"name": "linear", "normalise": "energy"},
+        )
+        for scale in SCALES
+    ]
+    return found
 
 
 def _scaled(name: str, scale: float) -> Variant:
-    size, method = _sizes(name)[0], {"name": name}
+    size = next(size for size in _sizes(name) if size != "baked")
+    method: dict[str, Any] = {"name": name}
     if METHODS[name].parameters.takes_shares:
         return Variant(f"{name} used at {scale:g}", size, method=method, used_at=scale)
     if "scale" in METHODS[name].parameters.model_fields:
         return Variant(f"{name}, scale {scale:g}", size, method=method | {"scale": scale})
     return Variant(f"{name} {scale:g} / {scale:g}", size, (scale, scale), method)
-
-
-def at_rank(variant: Variant) -> Variant:
-    """The same as an adapter of the size of one input."""
-    return replace(variant, size=f"rank {RANK}")
 
 
 def _sizes(method: str) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ def test_no_two_pairs_share_an_adapter_and_every_style_meets_every_concept() -> 
 def test_every_method_has_a_row_of_its_own_and_a_grid() -> None:
     named = {variant.method["name"] for variant in (*variants.baselines(), *variants.defaults())}
     assert named == set(METHODS)
-    assert set(variants.grids()) == set(METHODS)
+    assert set(METHODS) <= set(variants.grids())
 
 
 def test_an_interval_is_students_t() -> None:
@@ -118,6 +118,6 @@ def test_the_table_puts_the_best_merge_first_and_marks_what_is_apart() -> None:
         }
         for row, level in zip(rows, (0.5, 0.8, 0.3), strict=True)
     }
-    lines = tables.report(rows, [], results, dict.fromkeys(results, 1000), pairs).splitlines()
+    lines = tables.report(rows, {}, results, dict.fromkeys(results, 1000), pairs).splitlines()
     assert [line.split(" | ")[0] for line in lines[4:]] == ["| style alone", "| better", "| linear"]
     assert lines[5].endswith("| 0.80 ± 0.00 | **+0.30 ± 0.00** |")
