@@ -34,7 +34,7 @@ from merge.formats.folders import digest_of_files, is_weight_index
 from merge.formats.header import read_header
 from merge.formats.metadata import trigger_words
 from merge.method_parameters import Linear, Parameters
-from merge.recipe import Input, Recipe, Source
+from merge.recipe import Chosen, Input, Recipe, Source
 
 log = logging.getLogger(__name__)
 
@@ -313,7 +313,7 @@ def _parts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.base is not None:
         yield recipe.base.name, "base"
     if recipe.tuned is not None:
-        yield recipe.tuned.name, "tuned"
+        yield recipe.tuned.name, f"tuned{_bracketed(_kept(recipe.tuned))}"
     for source in recipe.inputs:
         yield source.name, f"{source.strength:g}{_refined(source)}"
         if source.vectors is not None:
@@ -321,11 +321,19 @@ def _parts(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _refined(source: Input) -> str:
+    """In words, in brackets; empty where one strength says it all."""
     components, blocks = sorted(source.components.items()), sorted(source.blocks.items())
     parts = [f"{code(name)} {strength:g}" for name, strength in components]
     parts += [f"{code(glob)} \N{MULTIPLICATION SIGN} {factor:g}" for glob, factor in blocks]
-    parts += [f"only {code(glob)}" for glob in source.only]
-    parts += [f"without {code(glob)}" for glob in source.leave_out]
+    return _bracketed([*parts, *_kept(source)])
+
+
+def _kept(source: Chosen) -> list[str]:
+    only = [f"only {code(glob)}" for glob in source.only]
+    return only + [f"without {code(glob)}" for glob in source.leave_out]
+
+
+def _bracketed(parts: Sequence[str]) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
@@ -367,7 +375,9 @@ def _losses(certificate: Mapping[str, Any]) -> list[str]:
             f" rounding to {certificate['dtype']} {_percent(certificate['rounding'])}"
             " (relative Frobenius norm)."
         )
-    if "unchanged" in certificate:
+    if certificate.get("kind") == JobKind.EXTRACT and certificate["unchanged"]:
+        found.append(f"The same in both checkpoints: {certificate['unchanged']} layers.")
+    if "elements" in certificate:
         found.append(
             f"{_percent(certificate['unchanged'])} of the {certificate['elements']:,} weights that"
             " the adapters touch kept their stored value: the change was below their precision."

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hub.jobs.models import Job, JobKind, Recipe
 
+# What merge.execute counts.
+_UNITS = {JobKind.BAKE: "bytes", JobKind.EXTRACT: "steps"}
+
 
 class Publish(BaseModel):
     """Where a result goes: one file, or for a baked folder the repo's root."""
@@ -84,7 +87,7 @@ class JobPublic(BaseModel):
         progress = {
             "done": job.progress_done,
             "total": job.progress_total,
-            "unit": "bytes" if job.kind == JobKind.BAKE else "modules",  # what merge.execute counts
+            "unit": _UNITS.get(JobKind(job.kind), "modules"),
             "eta_s": job.eta_s,
         }
         shown = job.model_dump(include=set(cls.model_fields) - {"progress", "publish"})

@@ -88,7 +88,7 @@ async def show_bench(
     """
     fields = request.query_params
     bench = bench_state.read(fields if fields else _left(request))
-    if "clear" in fields or (not fields and bench.rows):
+    if not fields and bench.rows:
         return _kept(RedirectResponse(bench.address(), 303), bench)
     if report is None and _FORM & set(fields):
         return RedirectResponse(bench.address(), 303)
@@ -171,7 +171,8 @@ async def _measured(
     """None while there is nothing on the bench."""
     if not bench.rows:
         return None
-    document = bench.recipe(_encoders(shown))
+    # On a base also what a bake into it loses; a merge takes one only where its inputs need it.
+    document = bench.recipe(_encoders(shown), "bake" if bench.base else "merge")
     try:
         wanted = await run_in_threadpool(service.prepare, hub, viewer, document)
         report = json.loads(await reports.measure(request, wanted))

@@ -11,7 +11,7 @@ from hub.deps import HubDep, ReadSession, ViewerDep, WriterDep
 from hub.jobs import service
 from hub.jobs.models import TERMINAL, Job, JobState
 from hub.jobs.schemas import JobPublic
-from hub.web.render import page
+from hub.web.render import page, percent
 
 router = APIRouter(include_in_schema=False, tags=["web"])
 
@@ -111,8 +111,11 @@ def _shown(job: JobPublic) -> dict[str, Any]:
 
 
 def _figures(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
+    shares = {name: certificate.get(name) for name in FIGURES}
+    if "elements" not in certificate:
+        shares.pop("unchanged")  # an extraction counts layers by this name
     return [
-        (f"{certificate[name] * 100:.3g} %", words)
-        for name, words in FIGURES.items()
-        if isinstance(certificate.get(name), int | float)
+        (percent(share), FIGURES[name])
+        for name, share in shares.items()
+        if isinstance(share, int | float)
     ]

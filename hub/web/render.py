@@ -84,6 +84,14 @@ def count(n: int) -> str:
     return f"{value:.0f}{unit}" if value >= 99.5 else f"{value:.1f}".removesuffix(".0") + unit
 
 
+def percent(share: float) -> str:
+    """Two or three figures, which is more than anybody compares."""
+    value = share * 100
+    if abs(value) < 0.001:
+        return "0 %" if value == 0 else "less than 0.001 %"
+    return f"{value:.0f} %" if abs(value) >= 10 else f"{value:.2g} %"
+
+
 def thousands(n: int) -> str:
     return f"{n:,}"
 

@@ -14,7 +14,7 @@ from sqlmodel import Session, col, func, select
 from hub.adapters import items as catalogue
 from hub.adapters.card import MAX_CARD_BYTES, ParsedCard, parse_card
 from hub.adapters.items import AdapterDetails
-from hub.adapters.models import Adapter, Card, Source, Tag
+from hub.adapters.models import Adapter, Card, Kind, Source, Tag
 from hub.adapters.projection import CARD_PATH
 from hub.adapters.search import is_tool_tag
 from hub.blobs.store import Sha256
@@ -25,9 +25,11 @@ from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry, Repo, RepoType
 from hub.users import service as users
 from hub.web import facts
+from hub.web import origin as origins
 from hub.web.markdown import card_html
 from hub.web.render import page
 from hub.web.snippets import ways_to_use
+from merge.formats.folders import files_of_base
 
 router = APIRouter(include_in_schema=False, tags=["web"])
 
@@ -140,6 +142,7 @@ def show_repo(
             card.base_model,
             public_url(request),
         ),
+        origin=_origin(session, viewer, adapter, entries),
         card_html=card_html(card.body, _url(repo), {p.path: p for p in pictures}),
         card_problem=card.problem,
         **_facts(session, viewer, adapter),
@@ -288,6 +291,19 @@ def _card(hub: Hub, entries: Sequence[CommitEntry]) -> ParsedCard:
     if entry is None:
         return ParsedCard()
     return parse_card(b"".join(hub.store.open(Sha256(entry.sha256), 0, MAX_CARD_BYTES)))
+
+
+def _origin(
+    session: Session,
+    viewer: users.Viewer,
+    adapter: AdapterDetails | None,
+    entries: Sequence[CommitEntry],
+) -> origins.Origin | None:
+    if adapter is None:
+        return None
+    parts = files_of_base([entry.path for entry in entries]) or ()
+    is_part = adapter.kind != Kind.ADAPTER and adapter.file in parts
+    return origins.origin(session, viewer, adapter, is_part=is_part)
 
 
 def _facts(

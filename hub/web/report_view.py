@@ -1,12 +1,12 @@
 """A report as the bench draws it: lengths and positions for figures, and what they say in words."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log10
 from typing import Any
 
 from hub.web.bench_state import Bench
-from hub.web.render import size
+from hub.web.render import percent, size
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BAR = 1000  # width of a bar's drawing
@@ -86,13 +86,14 @@ class ReportView:
     frontier: Frontier | None
     options: tuple[Option, ...]
     losses: tuple[str, ...]
+    suggestion: tuple[str, ...]
+    suggested_url: str | None
     notes: tuple[str, ...]
 
 
 def view(report: Mapping[str, Any], names: Sequence[str], bench: Bench) -> ReportView:
     """`names` are what the page calls the inputs, in the recipe's order."""
-    ranks = report["ranks"]
-    total = report["total"]
+    ranks, total, suggestion = report["ranks"], report["total"], report["suggestion"]
     zero, bars = _bars(report["blocks"], names)
     return ReportView(
         names=tuple(names),
@@ -104,8 +105,33 @@ def view(report: Mapping[str, Any], names: Sequence[str], bench: Bench) -> Repor
         frontier=_frontier(ranks) if ranks is not None and len(ranks["frontier"]) > 1 else None,
         options=tuple(_options(ranks, bench)) if ranks is not None else (),
         losses=tuple(_losses(report["storage"])),
+        suggestion=tuple(map(_sentence, suggestion["reasons"])) if suggestion is not None else (),
+        suggested_url=_suggested(suggestion, bench) if suggestion is not None else None,
         notes=tuple(report["notes"]),
     )
+
+
+def _suggested(suggestion: Mapping[str, Any], bench: Bench) -> str | None:
+    """The bench as it is suggested; None where it is so already."""
+    (rank, value), *_ = suggestion["rank"].items()
+    method = {name: str(said) for name, said in suggestion["method"].items()}
+    rows = [
+        replace(row, strength=f"{strength:g}")
+        for row, strength in zip(bench.rows, suggestion["strengths"], strict=True)
+    ]
+    suggested = replace(
+        bench,
+        rows=tuple(rows),
+        method=method.pop("name"),
+        parameters=method,
+        rank=rank,
+        amount="" if rank == "exact" else f"{value:g}",
+    )
+    return suggested.address() if suggested.address() != bench.address() else None
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:] + "."
 
 
 def _summary(report: Mapping[str, Any]) -> str:
@@ -277,12 +303,6 @@ def _losses(storage: Any) -> Iterator[str]:
                 f"Baked into the base's {bake['dtype']}, {percent(bake['gain'])} of the change"
                 f" arrives and {percent(bake['unchanged'])} of the values stay what they were."
             )
-
-
-def percent(share: float) -> str:
-    """Three figures are more than anybody compares."""
-    value = share * 100
-    return f"{value:.0f} %" if abs(value) >= 10 else f"{value:.2g} %"
 
 
 def _range(pair: Sequence[int]) -> str:

@@ -295,6 +295,100 @@ def test_a_baked_folder_leaves_no_weights_of_the_pipeline_it_replaces(
     assert len(commits) == 3  # the first one, the upload, and the bake with what it deletes
 
 
+def test_what_was_baked_is_extracted_again_and_resized(
+    ada: Person, deltas: Deltas, tmp_path: Path
+) -> None:
+    write_base(tmp_path / "base")
+    ada.upload(tmp_path / "base", "ada/before")
+    bake = {
+        "recipe": {
+            "kind": "bake",
+            "base": {"ref": "ada/before"},
+            "inputs": [{"ref": "ada/robot", "strength": 0.8}],
+        },
+        "publish": {"repo": "ada/after"},
+    }
+    job = ada.wait(ada.post("/api/bakes", bake).json()["id"])
+    assert job["state"] == "succeeded", job["error"]
+    extract = {
+        "recipe": {
+            "kind": "extract",
+            "base": {"ref": "ada/before"},
+            "tuned": {"ref": "ada/after"},
+            "rank": {"fixed": 3},
+        },
+        "publish": {"repo": "ada/found"},  # of a base that we do not know: PEFT's two files
+    }
+    answer = ada.post("/api/extracts", extract)
+    assert answer.status_code == 202, answer.text
+    job = ada.wait(answer.json()["id"])
+    assert job["state"] == "succeeded", job["error"]
+    assert job["kind"] == "extract"
+    assert job["progress"]["unit"] == "steps"
+    peft = safetensors.numpy.load_file(
+        fetch(ada, job["result"], "adapter_model.safetensors", tmp_path)
+    )
+    found = {}
+    for name, delta in deltas["robot"].items():
+        down, up = (peft[f"base_model.model.{name}.lora_{its}.weight"] for its in "AB")
+        found[name] = up.astype(np.float64) @ down
+        np.testing.assert_allclose(found[name], 0.8 * delta, rtol=1e-3, atol=1e-3)
+    card = fetch(ada, job["result"], "README.md", tmp_path).read_text()
+    assert "base_model: ada/before" in card
+    for words in ("Extracted from:", "(/ada/after) at", "| tuned |", "| base |"):
+        assert words in card
+    resize = {
+        "recipe": {
+            "kind": "resize",
+            "inputs": [{"ref": "ada/found"}],
+            "rank": {"fixed": 1},
+            "output": {"dialect": "kohya"},
+        },
+        "publish": {"repo": "ada/found", "path": "small.safetensors"},
+    }
+    answer = ada.post("/api/merges", resize)
+    assert answer.status_code == 202, answer.text
+    job = ada.wait(answer.json()["id"])
+    assert job["state"] == "succeeded", job["error"]
+    small = safetensors.numpy.load_file(fetch(ada, job["result"], "small.safetensors", tmp_path))
+    for name, delta in deltas_of(small).items():
+        u, s, v = np.linalg.svd(found[name], full_matrices=False)
+        np.testing.assert_allclose(delta, s[0] * np.outer(u[:, 0], v[0]), rtol=1e-3, atol=1e-3)
+    assert "Resized from:" in fetch(ada, job["result"], "README.md", tmp_path).read_text()
+
+
+def test_vectors_are_files_of_this_hub_too(ada: Person, deltas: Deltas, tmp_path: Path) -> None:
+    module, (n_out, _) = next(iter(modules().items()))
+    rows = np.linspace(0, 1, n_out, dtype=np.float32)
+    (tmp_path / "vectors").mkdir()
+    write_file(tmp_path / "vectors" / "half.safetensors", {f"unet.{module}.rows": rows}, {})
+    ada.upload(tmp_path / "vectors", "ada/vectors")
+    body = {
+        "recipe": {
+            "kind": "merge",
+            "inputs": [{"ref": "ada/ink", "vectors": {"ref": "ada/vectors"}}],
+        },
+        "publish": {"repo": "ada/weighed", "path": "weighed.safetensors"},
+    }
+    answer = ada.post("/api/merges", body)
+    assert answer.status_code == 202, answer.text
+    job = ada.wait(answer.json()["id"])
+    assert job["state"] == "succeeded", job["error"]
+    made = deltas_of(
+        safetensors.numpy.load_file(fetch(ada, job["result"], "weighed.safetensors", tmp_path))
+    )
+    for name, delta in deltas["ink"].items():
+        expected = rows[:, None] * delta if name == module else delta
+        np.testing.assert_allclose(made[name], expected, rtol=1e-4, atol=1e-5)
+    card = fetch(ada, job["result"], "README.md", tmp_path).read_text()
+    assert "| strengths within `ada/ink` |" in card
+    wrong = {"ref": "ada/ink", "vectors": {"ref": "ada/robot"}}
+    refused = ada.post(
+        "/api/merges", body | {"recipe": {"kind": "merge", "inputs": [wrong]}}
+    ).json()["error"]
+    assert "inputs[0].vectors" in str(refused["param"])
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is dep:FutureWarning")
 def test_a_language_model_is_baked_as_the_folder_it_is(ada: Person, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
@@ -833,6 +927,9 @@ def test_jobs_are_listed_newest_first_in_pages(ada: Person, deltas: Deltas) -> N
     for job_id in ids:
         ada.delete(f"/api/jobs/{job_id}")
         ada.wait(job_id)
+    for state in ("queued", "running"):  # of other tests
+        for job in ada.get(f"/api/jobs?state={state}").json()["items"]:
+            ada.wait(job["id"])
     assert ada.get("/api/jobs?state=running").json()["items"] == []
     assert {job["kind"] for job in ada.get("/api/jobs?kind=merge").json()["items"]} == {"merge"}
     assert ada.get("/api/jobs?state=asleep").status_code == 422
