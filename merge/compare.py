@@ -1,4 +1,4 @@
-"""Two outputs, tensor by tensor and bit by bit, in bounded memory: two pieces of 4 MiB.
+"""Two outputs, tensor by tensor and bit by bit, in bounded memory: two pieces of 1 MiB.
 
 Where bits differ, the values are compared. Values count as equal within rounding if
 |a - b| <= step * max(|a|, |b|) + 1e-5 * (the tensor's largest magnitude), with the dtype's step
@@ -28,7 +28,7 @@ from merge.formats.header import DTYPE_BITS, Header
 from merge.formats.reader import TORCH_DTYPES, TensorFile
 from merge.methods.linear import concatenate
 
-PIECE_BYTES = 4 * 2**20
+PIECE_BYTES = 2**20
 STEPS = {
     "F64": 2.0**-52,
     "F32": 2.0**-23,
@@ -214,14 +214,15 @@ Bytes = NDArray[np.uint8]
 
 
 def _pieces(key: str, one: TensorFile, other: TensorFile) -> Iterator[tuple[Bytes, Bytes]]:
-    """The stored bytes of a tensor in both files, piece by piece."""
+    """The stored bytes of a tensor in both files, piece by piece, in memory that is used again."""
     size = one.header.tensors[key].size_bytes
+    buffers = [bytearray(min(PIECE_BYTES, size)) for _ in (one, other)]
     for start in range(0, size, PIECE_BYTES):
         length = min(PIECE_BYTES, size - start)
-        first, second = bytearray(length), bytearray(length)
-        one.read_into(key, memoryview(first), start)
-        other.read_into(key, memoryview(second), start)
-        yield np.frombuffer(first, np.uint8), np.frombuffer(second, np.uint8)
+        for source, buffer in zip((one, other), buffers, strict=True):
+            source.read_into(key, memoryview(buffer)[:length], start)
+        first, second = (np.frombuffer(buffer, np.uint8, length) for buffer in buffers)
+        yield first, second
 
 
 def _differing_values(file: str, key: str, one: TensorFile, other: TensorFile) -> Difference:

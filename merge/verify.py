@@ -19,6 +19,10 @@ from merge.rebuild import Progress, Remade, rebuild
 __all__ = ["Proof", "Verdict", "verify"]
 
 
+# Methods that act on elements in a basis which equal singular values leave open.
+_WITHOUT_BASIS = ("knots_", "core_")
+
+
 @dataclass(frozen=True, slots=True)
 class Proof:
     """What was found; `remade` are inputs that had to be made again first."""
@@ -44,6 +48,11 @@ class Proof:
             for its in self.remade
             if not its.is_same
         ]
+        method = self.history.recipe.method.name
+        if method.startswith(_WITHOUT_BASIS) and self.verdict is Verdict.DIFFERS:
+            found.append(
+                f"what {method} makes of directions of equal strength is a machine's choice"
+            )
         return found + list(self.comparison.notes)
 
     def to_json(self) -> dict[str, Any]:

@@ -9,8 +9,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from cli.console import CommandError
+from cli.finding import Finder, Hint
 from merge.families import FAMILIES
 from merge.formats.hashes import sha256_file
+from merge.pins import pin
+from merge.recipe import Recipe
 from tests.fixtures.engine import make_adapter, run, some_of
 from tests.fixtures.server import running_hub
 
@@ -252,3 +256,21 @@ def test_files_are_found_by_name_by_what_trainers_called_them_and_by_content(
         {"ref": "leaves/b.safetensors", "sha256": leaves["b"]},
         {"sha256": "0" * 64},
     ]
+
+
+def test_of_equal_weights_those_with_the_recipes_configuration_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFT_ENDPOINT", "http://127.0.0.1:9")
+    for name, alpha in (("x", 2.0), ("y", 8.0), ("z", 4.0)):
+        (tmp_path / name).mkdir()
+        weights = tmp_path / name / "adapter_model.safetensors"
+        make_adapter(weights, FAMILY, NAMES, alpha=alpha, dialect="peft")
+    wanted = pin(weights)
+    finder = Finder([tmp_path], {wanted.sha256: Hint(size=weights.stat().st_size)})
+    recipe = Recipe.parse({"kind": "merge", "inputs": [wanted.model_dump()]})
+    leaves = finder.search(recipe, {}, "x")
+    assert list(leaves.files.values()) == [weights]
+    other = Finder([tmp_path], {wanted.sha256: Hint(size=1)})
+    with pytest.raises(CommandError, match="1 file that it needs was not found"):
+        other.search(recipe, {}, "x")

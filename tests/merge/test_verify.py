@@ -76,6 +76,21 @@ def test_what_nobody_touched_is_the_same_bytes(
     assert found.comparison.same == found.comparison.tensors > 10
 
 
+def test_extractions_and_resizes_are_proved_too(tmp_path: Path, leaves: list[Path]) -> None:
+    tuned, small = tmp_path / "tuned", tmp_path / "small.safetensors"
+    run(tuned, [(leaves[0], 0.7)], base=PIPELINE)
+    taken = tmp_path / "taken.safetensors"
+    wanted = {"kind": "extract", "tuned": {"ref": str(tuned)}, "rank": {"fixed": 2}}
+    run(taken, [], base=PIPELINE, output={"dialect": "kohya"}, **wanted)
+    assert proof(taken, [*leaves, tuned, PIPELINE]).verdict is Verdict.BYTES
+    run(small, [(taken, 1.0)], kind="resize", rank={"fixed": 1})
+    taken.unlink()
+    # What was tuned is itself made again, from its base and a leaf.
+    found = proof(small, [*leaves, PIPELINE])
+    assert found.verdict is Verdict.BYTES
+    assert next(its.sha256 for its in found.remade) == pin(tuned).sha256
+
+
 def rewritten(
     path: Path,
     change: Callable[[dict[str, torch.Tensor], dict[str, str]], None],
