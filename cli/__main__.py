@@ -20,6 +20,7 @@ from cli import (
     serve,
     train,
     unbake,
+    whatis,
 )
 from cli.console import CommandError, WrongUsage, fail
 from merge.errors import MergeError
@@ -39,6 +40,7 @@ for module in (
     merge,
     extract,
     unbake,
+    whatis,
     report,
     recipes,
     serve,

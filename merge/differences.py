@@ -42,13 +42,16 @@ class Rows:
         self._whole: dict[Slice, Tensor] = {}
 
     @property
+    def stored_dtypes(self) -> set[torch.dtype]:
+        names = {self._checkpoint.base.info(piece.slice).dtype for piece in self._pieces}
+        return {getattr(torch, TORCH_DTYPES[name]) for name in names}
+
+    @property
     def dtypes(self) -> set[torch.dtype]:
         """What the numbers were rounded to; empty where a scale makes others of them."""
         base = self._checkpoint.base
-        if any(base.scale(piece.slice) is not None for piece in self._pieces):
-            return set()
-        names = {base.info(piece.slice).dtype for piece in self._pieces}
-        return {getattr(torch, TORCH_DTYPES[name]) for name in names}
+        is_scaled = any(base.scale(piece.slice) is not None for piece in self._pieces)
+        return set() if is_scaled else self.stored_dtypes
 
     def read(self, first: int, count: int) -> Float[Tensor, "count in"]:
         """`count` rows from row `first`, in float64."""

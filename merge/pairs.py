@@ -38,7 +38,8 @@ class Pair:
     """`modules` are the layers that both have, in our own naming and in the shape they have here.
 
     `left_out` has one name for a component of which nothing is compared, `names_left_out` all names.
-    `notes` say what was not compared and needs not be.
+    `unmatched` are what only one of them has, or in another shape. `notes` say what was not compared
+    and needs not be.
     """
 
     base: Base
@@ -48,15 +49,26 @@ class Pair:
     others: tuple[Other, ...]
     left_out: tuple[str, ...]
     names_left_out: frozenset[str]
+    unmatched: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 def open_pair(base: File, tuned: File, leaves_out: LeavesOut) -> Pair:
     """Both by their headers; BadCheckpoint names what cannot be compared."""
+    found = _match(base, tuned, leaves_out)
+    found.check()
+    return found.pair()
+
+
+def open_overlap(base: File, tuned: File) -> Pair:
+    """What both have, whatever else one of them has."""
+    return _match(base, tuned, lambda component, module: False).pair()
+
+
+def _match(base: File, tuned: File, leaves_out: LeavesOut) -> "_Matching":
     families = _common_families(base, tuned)
     one, two = open_base(base, families), open_base(tuned, families)
-    found = _Matching(one, two, families[0] if families else None, leaves_out)
-    return found.pair()
+    return _Matching(one, two, families[0] if families else None, leaves_out)
 
 
 def check_globs(pair: Pair, leave_out: Iterable[str], only: Iterable[str]) -> None:
@@ -115,29 +127,31 @@ class _Matching:
         self._leaves_out = leaves_out
         self._claimed: tuple[set[tuple[str, str]], set[tuple[str, str]]] = (set(), set())
         self._missing: tuple[list[str], list[str]] = ([], [])  # in the base, in the tuned one
-        self._misfits: list[str] = []
+        self._misfits: dict[str, str] = {}  # name -> what is wrong
         self._left_out: set[str] = set()
         self._kept: set[str] = set()  # components of which something is compared
         self._notes: set[str] = set()
 
-    def pair(self) -> Pair:
-        modules = {}
+        self._modules: dict[Name, Layer] = {}
         for (component, path), module in self._expected():
             layer = self._match(component, path, module)
             if layer is not None:
-                modules[component, path] = layer
+                self._modules[component, path] = layer
                 self._kept.add(component)
-        others = tuple(self._match_others())
-        self._kept |= {other.name.partition(".")[0] for other in others}
-        self._check()
+        self._others = tuple(self._match_others())
+        self._kept |= {other.name.partition(".")[0] for other in self._others}
+
+    def pair(self) -> Pair:
+        unmatched = {*self._missing[0], *self._missing[1], *self._misfits}
         return Pair(
             self._base,
             self._tuned,
             self._family,
-            modules,
-            others,
-            tuple(sorted({self._as_whole(name) for name in self._left_out})),
+            self._modules,
+            self._others,
+            self._whole(self._left_out),
             frozenset(self._left_out),
+            self._whole(unmatched),
             tuple(sorted(self._notes)),
         )
 
@@ -176,16 +190,16 @@ class _Matching:
             self._missing[missing[0]].append(name)
             return None
         if one != two:
-            self._misfits.append(f"{name} is {_shown(two)} and in the base {_shown(one)}")
+            self._misfits[name] = f"{name} is {_shown(two)} and in the base {_shown(one)}"
             return None
         assert one[0] is not None, "what neither has is not here"
         shape = self._base.shape(component, path, kind=module.kind) or _shape(module, one[0])
         return own_layer(path, Module(module.kind, shape, None not in one and module.has_bias))
 
-    def _as_whole(self, name: str) -> str:
-        """A component of which nothing is left is one name, not a thousand."""
-        component = name.partition(".")[0]
-        return name if component in self._kept else f"{component}.*"
+    def _whole(self, names: Iterable[str]) -> tuple[str, ...]:
+        """A component of which nothing is compared is one name, not a thousand."""
+        parts = ((name, name.partition(".")[0]) for name in names)
+        return tuple(sorted({n if part in self._kept else f"{part}.*" for n, part in parts}))
 
     @property
     def _both(self) -> tuple[Base, Base]:
@@ -208,8 +222,9 @@ class _Matching:
                 infos = [self._info(side, its[name]) for side, its in enumerate((one, two))]
                 if infos[0].shape != infos[1].shape:
                     shapes = f"{list(infos[1].shape)} and in the base {list(infos[0].shape)}"
-                    self._misfits.append(f"{name} is {shapes}")
-                yield Other(name, one[name], two[name])
+                    self._misfits[name] = f"{name} is {shapes}"
+                else:
+                    yield Other(name, one[name], two[name])
             else:
                 self._missing[0 if name in two else 1].append(name)
 
@@ -225,14 +240,15 @@ class _Matching:
     def _info(self, side: int, place: tuple[str, str]) -> TensorInfo:
         return self._both[side].files[place[0]].header.tensors[place[1]]
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """One error for the first kind of difference that stands against a comparison."""
         for side, names in enumerate(self._missing):
             if names:
                 raise BadCheckpoint(self._both[side].path.name, self._what_is_missing(side, names))
         if self._misfits:
-            more = f" (and {len(self._misfits) - 1} more)" if len(self._misfits) > 1 else ""
-            raise BadCheckpoint(self._tuned.path.name, self._misfits[0] + more)
+            first, *others = self._misfits.values()
+            more = f" (and {len(others)} more)" if others else ""
+            raise BadCheckpoint(self._tuned.path.name, first + more)
 
     def _what_is_missing(self, side: int, names: Sequence[str]) -> str:
         """In groups, because a missing component is a thousand missing tensors."""

@@ -1,4 +1,4 @@
-"""graft extract and resize as commands, on the pipeline that comes with the project."""
+"""graft extract, resize and whatis as commands, on the pipeline that comes with the project."""
 
 import json
 from pathlib import Path
@@ -59,3 +59,25 @@ def test_an_adapter_is_made_smaller(tmp_path: Path, ink: MadeAdapter) -> None:
     assert "of the adapter as it was: truncation" in done.stdout
     assert Recipe.load(tmp_path / "recipe.yaml").kind == "resize"
     assert (tmp_path / "small.safetensors").stat().st_size < ink.path.stat().st_size
+
+
+def test_a_checkpoint_says_which_adapter_is_in_it(tmp_path: Path, ink: MadeAdapter) -> None:
+    make_adapter(tmp_path / "robot.safetensors", FAMILY, NAMES, rank=4, seed=2, size=0.3)
+    bake = ("bake", PIPELINE, "ink.safetensors=0.5", "--component", "text_encoder=0.2")
+    assert graft(tmp_path, *bake, "-o", "tuned").returncode == 0
+    asked = ("whatis", "tuned", "--base", PIPELINE)
+    done = graft(tmp_path, *asked, "--adapters", "ink.safetensors", "robot.safetensors")
+    assert done.returncode == 0
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[1][:4] == ["ink.safetensors", "0.200", "to", "0.500"]
+    assert lines[2][:4] == ["robot.safetensors", "not", "in", "it"]
+    assert lines[3][-1] == "component"
+    assert done.stdout.endswith("all of the difference, but for rounding to float16\n")
+    said = json.loads(graft(tmp_path, *asked, "ink.safetensors", "--json").stdout)
+    assert said["level"] == "component"
+    assert said["strengths"]["unet"]["strengths"][0] == pytest.approx(0.5, abs=1e-3)
+    assert [its["is_in"] for its in said["adapters"]] == [True]
+    line = refused(tmp_path, *asked, status=2)
+    assert "say which adapters may be in it" in line
+    same = graft(tmp_path, "whatis", PIPELINE, "--base", PIPELINE, "ink.safetensors")
+    assert same.stdout == "nothing differs: it is the base\n"
