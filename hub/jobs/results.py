@@ -375,9 +375,9 @@ def _losses(certificate: Mapping[str, Any]) -> list[str]:
             f" rounding to {certificate['dtype']} {_percent(certificate['rounding'])}"
             " (relative Frobenius norm)."
         )
-    if certificate.get("kind") == JobKind.EXTRACT and certificate["unchanged"]:
-        found.append(f"The same in both checkpoints: {certificate['unchanged']} layers.")
-    if "elements" in certificate:
+    if certificate.get("layers_unchanged"):
+        found.append(f"The same in both checkpoints: {certificate['layers_unchanged']} layers.")
+    if "unchanged" in certificate:
         found.append(
             f"{_percent(certificate['unchanged'])} of the {certificate['elements']:,} weights that"
             " the adapters touch kept their stored value: the change was below their precision."

@@ -111,11 +111,8 @@ def _shown(job: JobPublic) -> dict[str, Any]:
 
 
 def _figures(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
-    shares = {name: certificate.get(name) for name in FIGURES}
-    if "elements" not in certificate:
-        shares.pop("unchanged")  # an extraction counts layers by this name
     return [
-        (percent(share), FIGURES[name])
-        for name, share in shares.items()
-        if isinstance(share, int | float)
+        (percent(certificate[name]), words)
+        for name, words in FIGURES.items()
+        if isinstance(certificate.get(name), int | float)
     ]

@@ -300,7 +300,7 @@ def _losses(storage: Any) -> Iterator[str]:
     for bake in storage["bake"]:
         if bake["is_base"]:
             yield (
-                f"Baked into the base's {bake['dtype']}, {percent(bake['gain'])} of the change"
+                f"Baked into the base's {_DTYPES.get(bake['dtype'], bake['dtype'])}, {percent(bake['gain'])} of the change"
                 f" arrives and {percent(bake['unchanged'])} of the values stay what they were."
             )
 
