@@ -106,6 +106,8 @@ class Finder:
         return [*sorted(sizes, key=lambda path: abs(sizes[path] - near)), *self._folders]
 
     def _on_hub(self, source: "Source") -> Path | None:
+        from merge.formats.hashes import sha256_file
+
         if self._silence is not None:
             return None
         try:
@@ -114,10 +116,12 @@ class Finder:
             self._silence = str(error)
             return None
         for match in () if answer is None else answer["items"]:
-            if match["kind"] == "sha256" and match["item"]["sha256"] == source.sha256:
+            if match["kind"] == "sha256":
                 path = fetch(f"{match['item']['repo']}:{match['item']['file']}")
-                self._hashed.setdefault(source.sha256 or "", []).append(path)
-                if _has_config(path, source):
+                # The repo may have changed since, and a hub may be wrong.
+                found = sha256_file(path)
+                self._hashed.setdefault(found, []).append(path)
+                if found == source.sha256 and _has_config(path, source):
                     return path
         return None
 
@@ -155,4 +159,5 @@ def _folders(places: Sequence[Path]) -> Iterator[Path]:
             if files_of_base(path.name for path in inside) is not None:
                 yield folder
             else:
-                waiting += [path for path in inside if path.is_dir() and path.name[0] != "."]
+                folders = (path for path in inside if path.is_dir() and not path.is_symlink())
+                waiting += [path for path in folders if path.name[0] != "."]

@@ -12,11 +12,28 @@ if TYPE_CHECKING:
 
 # Enough for the hub's look-up by hash.
 _SHOWN_DIGITS = 16
+_DEEPEST = 16
 
 
 def as_tree(name: str, recipe: "Recipe", parents: "Mapping[str, Recipe]") -> Tree:
+    """What was made is unfolded where it first occurs."""
     tree = Tree(f"[bold]{name}[/]  {plain(said(recipe))}", guide_style="dim")
-    _grow(tree, recipe, parents, ())
+    waiting = [(tree, recipe, 1)]
+    unfolded: set[str] = set()
+    while waiting:
+        branch, its, depth = waiting.pop(0)
+        for role, source in _sources(its):
+            digest = source.sha256 or ""
+            place = source.ref or f"sha256:{digest[:_SHOWN_DIGITS]}"
+            made = parents.get(digest)
+            words = f"  [dim]{plain(said(made))}[/]" if made is not None else ""
+            if made is not None and (digest in unfolded or depth == _DEEPEST):
+                words += "[dim], made of …[/]"
+                made = None
+            leaf = branch.add(f"{plain(role)} {plain(place)}{words}")
+            if made is not None:
+                unfolded.add(digest)
+                waiting.append((leaf, made, depth + 1))
     return tree
 
 
@@ -34,19 +51,6 @@ def said(recipe: "Recipe") -> str:
     words += [recipe.output.dtype] if recipe.output.dtype != "keep" else []
     words += [recipe.numerics] if recipe.numerics != "fast" else []
     return ", ".join(words)
-
-
-def _grow(
-    tree: Tree, recipe: "Recipe", parents: "Mapping[str, Recipe]", within: tuple[str, ...]
-) -> None:
-    for role, source in _sources(recipe):
-        digest = source.sha256 or ""
-        name = source.ref or f"sha256:{digest[:_SHOWN_DIGITS]}"
-        made = parents.get(digest) if digest not in within else None
-        words = f"  [dim]{plain(said(made))}[/]" if made is not None else ""
-        branch = tree.add(f"{plain(role)} {plain(name)}{words}")
-        if made is not None:
-            _grow(branch, made, parents, (*within, digest))
 
 
 def _sources(recipe: "Recipe") -> "list[tuple[str, Source]]":
@@ -73,22 +77,16 @@ def _where(source: "Input") -> str:
 
 
 def as_document(recipe: "Recipe", parents: "Mapping[str, Recipe]") -> dict[str, Any]:
-    """The same as nested objects: a recipe whose sources have `made_by` where they were made."""
-    return _document(recipe, parents, ())
+    """The recipe, with those of what it was made of by SHA-256 as `parents`."""
+    made = {sha256: _document(its) for sha256, its in parents.items()}
+    return _document(recipe) | ({"parents": made} if made else {})
 
 
-def _document(
-    recipe: "Recipe", parents: "Mapping[str, Recipe]", within: tuple[str, ...]
-) -> dict[str, Any]:
+def _document(recipe: "Recipe") -> dict[str, Any]:
     document = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
     document["inputs"] = [
         {field: value for field, value in its.items() if value not in ({}, [])}
         for its in document["inputs"]
     ]
-    places = [document[role] for role in ("base", "tuned") if role in document]
-    for place in [*places, *document["inputs"]]:
-        digest = place.get("sha256", "")
-        if digest in parents and digest not in within:
-            place["made_by"] = _document(parents[digest], parents, (*within, digest))
     is_pinned = all(source.sha256 is not None for _, source in recipe.sources())
     return ({"digest": recipe.digest()} if is_pinned else {}) | document

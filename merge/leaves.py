@@ -27,23 +27,25 @@ def search(recipe: Recipe, parents: Mapping[str, Recipe], find: Find, name: str)
     found: dict[str, File] = {}
     missing: dict[str, None] = {}
     steps: dict[str, tuple[Source, Recipe]] = {}
-
-    def look(source: Source, within: tuple[str, ...]) -> None:
+    # What is still to be looked at, and what is a step once all that it is made of was.
+    waiting: list[tuple[Source, bool]] = [(its, False) for _, its in reversed(recipe.sources())]
+    within: set[str] = set()
+    while waiting:
+        source, is_done = waiting.pop()
         digest = source.sha256 or ""
-        if source.name in found or source.name in steps or digest in missing:
-            return
-        file = find(source)
-        if file is not None:
+        if is_done:
+            within.remove(digest)
+            steps[source.name] = source, parents[digest]
+        elif source.name in found or source.name in steps or digest in missing:
+            continue
+        elif (file := find(source)) is not None:
             found[source.name] = file
         elif digest not in parents or digest in within:
             missing[digest] = None
         else:
-            for _, its in parents[digest].sources():
-                look(its, (*within, digest))
-            steps[source.name] = source, parents[digest]
-
-    for _, source in recipe.sources():
-        look(source, ())
+            within.add(digest)
+            waiting.append((source, True))
+            waiting += [(its, False) for _, its in reversed(parents[digest].sources())]
     if missing:
         raise MissingSources(name, list(missing))
     return Leaves(found, tuple(steps.values()))

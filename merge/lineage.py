@@ -122,6 +122,8 @@ def _digests(recipe: Recipe) -> list[str]:
 
 
 def _read_parents(text: str, file: str) -> dict[str, Recipe]:
+    if len(text) > MAX_PARENTS_BYTES:
+        raise BadHistory(file, f"{names.GRAFT_PARENTS} is longer than any that is written")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:

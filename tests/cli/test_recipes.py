@@ -179,8 +179,8 @@ def test_show_prints_what_everything_was_made_of(
     assert len(lines) == 5
     assert max(map(len, done.stdout.splitlines())) <= 80
     answer = json.loads(graft(tmp_path, "recipe", "show", "second.safetensors", "--json").stdout)
-    (made_by,) = [its["made_by"] for its in answer["inputs"] if "made_by" in its]
-    assert sorted(its["sha256"] for its in made_by["inputs"]) == sorted([leaves["a"], leaves["b"]])
+    inputs = {its["sha256"]: its["strength"] for its in answer["parents"][second]["inputs"]}
+    assert inputs == {leaves["a"]: 0.7, leaves["b"]: 0.5}
     (tmp_path / "wish.yaml").write_text("kind: merge\ninputs: [{ref: ink.safetensors}]")
     done = graft(tmp_path, "recipe", "show", "wish.yaml")
     assert done.stdout == "wish.yaml  merge by linear\n└── 1 × ink.safetensors\n"

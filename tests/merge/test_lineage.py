@@ -8,10 +8,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from cli.trees import as_tree
 from merge.errors import BadHistory
 from merge.families import Family
 from merge.formats.hashes import sha256_file
+from merge.leaves import search
 from merge.lineage import History, history_of_files, read_history
+from merge.recipe import Recipe, Source
 from tests.fixtures.engine import family_of, make_adapter, run, some_of
 
 FAMILY = family_of("tiny-sd")
@@ -126,6 +129,7 @@ def changed(path: Path, key: str, text: str | None) -> Path:
         ("graft.recipe_digest", None, "and not, as it says, None"),
         ("graft.parents", "[", "graft.parents is not JSON"),
         ("graft.parents", "[]", "graft.parents is not an object"),
+        ("graft.parents", "[" + " " * 2**21 + "]", "graft.parents is longer than any"),
         ("graft.parents", '{"0":{"kind":"weld"}}', "the recipe of its parent 0 cannot be read"),
     ],
 )
@@ -144,3 +148,38 @@ def test_a_history_that_does_not_hold_is_named(
 def test_a_file_that_nobody_made_has_no_history(tmp_path: Path) -> None:
     a, *_ = adapters(tmp_path)
     assert read_history(metadata_of(a), "a") is None
+
+
+def digest(number: int) -> str:
+    return f"{number:064x}"
+
+
+def recipe_of(*digests: str) -> Recipe:
+    return Recipe.parse({"kind": "merge", "inputs": [{"sha256": its} for its in digests]})
+
+
+def test_a_long_line_of_merges_is_followed_to_its_leaf() -> None:
+    made = {digest(i): recipe_of(digest(i + 1)) for i in range(3000)}
+    leaf = Path("leaf.safetensors")
+
+    def find(source: Source) -> Path | None:
+        return leaf if source.sha256 == digest(3000) else None
+
+    found = search(recipe_of(digest(0)), made, find, "x")
+    assert found.files == {f"sha256:{digest(3000)}": leaf}
+    assert [source.sha256 for source, _ in found.steps] == [digest(i) for i in range(2999, -1, -1)]
+    as_tree("x", recipe_of(digest(0)), made)
+
+
+def test_what_is_in_a_merge_by_many_ways_is_made_and_shown_once() -> None:
+    made = {digest(i): recipe_of(digest(i + 1), digest(i + 1)) for i in range(40)}
+    asked = []
+
+    def find(source: Source) -> Path | None:
+        asked.append(source.sha256)
+        return Path("leaf") if source.sha256 == digest(40) else None
+
+    found = search(recipe_of(digest(0)), made, find, "x")
+    assert len(found.steps) == 40
+    assert asked == [digest(i) for i in range(41)]
+    assert len(list(as_tree("x", recipe_of(digest(0)), made).children)) == 1
