@@ -245,9 +245,11 @@ def _print_proof(file: str, proof: "Proof") -> None:
     out.print(f"tensors  {found.same} of {found.tensors} the same, bit for bit")
     for its in sorted(found.differences, key=lambda its: its.is_rounding)[:_MOST_SHOWN]:
         place = f"{its.file}: {its.tensor}" if its.file else its.tensor
-        apart = f", by {its.largest:.2g} of its largest" if its.largest is not None else ""
-        color = "yellow" if its.is_rounding else "red"
-        out.print(f"[{color}]tensor[/]   {plain(place)}: {its.what}{apart}")
+        apart = its.largest
+        by = f", by up to {apart * 100:.3g}% of the largest" if apart is not None else ""
+        label = "[yellow]rounding[/]" if its.is_rounding else "[red]differs[/] "
+        out.print(f"{label} {plain(place)}")
+        out.print(f"         {its.what}{by}")
     if len(found.differences) > _MOST_SHOWN:
         out.print(f"         and {len(found.differences) - _MOST_SHOWN} more; --json has all")
     for text in found.wrong:

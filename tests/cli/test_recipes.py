@@ -109,7 +109,7 @@ def test_verify_of_a_file_that_differs_names_the_tensor_and_ends_with_1(
     done = graft(tmp_path, "verify", "second.safetensors", "--from", "leaves")
     assert done.returncode == 1
     assert done.stderr == ""
-    assert f"tensor   {key}: 1 of " in done.stdout
+    assert f"differs  {key}\n         1 of " in done.stdout
     assert done.stdout.splitlines()[-1] == "second.safetensors  differs"
 
 
