@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from html import unescape
 from pathlib import Path
@@ -133,6 +134,27 @@ def test_a_certificate_that_is_none_is_left_out(
     text = page_of(client, "odd")
     assert "Merged from 2 adapters" in text
     assert "away from the exact result" not in text
+
+
+@pytest.mark.parametrize(("leaf", "between"), [("0" * 64, "f" * 64), ("f" * 64, "0" * 64)])
+def test_lines_lead_from_left_to_right_also_over_a_shortcut(
+    client: TestClient, hub: Hub, admin: Viewer, folder: Path, leaf: str, between: str
+) -> None:
+    """The file is made of a leaf and of something that was itself made of that leaf."""
+    parent, recipe = (
+        Recipe.parse({"kind": "merge", "inputs": [{"sha256": sha256} for sha256 in inputs]})
+        for inputs in ([leaf], [leaf, between])
+    )
+    changes = {
+        "graft.recipe": recipe.canonical_json(),
+        "graft.recipe_digest": recipe.digest(),
+        "graft.parents": json.dumps({between: json.loads(parent.canonical_json())}),
+    }
+    odd = with_metadata(folder / "both.safetensors", changes)
+    publish_files(hub, admin, "admin/odd", {"odd.safetensors": odd})
+    lines = re.findall(r'd="M(\d+) \d+C[\d ]* (\d+) \d+"', page_of(client, "odd"))
+    assert len(lines) == 3
+    assert all(int(start) < int(end) for start, end in lines)
 
 
 def test_parents_that_claim_to_be_made_of_each_other_are_drawn_and_end(
