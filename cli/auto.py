@@ -48,5 +48,5 @@ def _suggested(recipe: "Recipe", inputs: Sequence[str]) -> "Suggestion":
         report, _ = measured(recipe)
     if report.suggestion is None:
         why = "; ".join(report.notes) or "the inputs change nothing"
-        raise CommandError(f"--auto has nothing to measure: {why}")
+        raise CommandError(f"--auto has nothing to suggest: {why}")
     return report.suggestion

@@ -196,7 +196,7 @@ def _inputs_table(report: "Report", names: Sequence[str]) -> Table:
         bar = Text(_bar(share, 12), style=_colour(index))
         table.add_row(
             Text("■", style=_colour(index)),
-            _cut(name, 24),
+            Text(_cut(name, 24)),
             f"{its.strength:g}",
             _cut(", ".join(its.algorithms), 14),
             rank_range(its.rank),
@@ -220,7 +220,7 @@ def _coverage_table(report: "Report", names: Sequence[str]) -> Table:
     table = _table("", "modules changed", *titles, left=2)
     for index, name in enumerate(names):
         cells = [f"{group.touched[index]} · {group.alone[index]}" for group in groups]
-        table.add_row(Text("■", style=_colour(index)), _cut(name, 24), *cells)
+        table.add_row(Text("■", style=_colour(index)), Text(_cut(name, 24)), *cells)
     if len(names) > 1:
         table.add_row("", "by any", *(f"{group.modules}    " for group in groups), style="dim")
     return table
@@ -235,7 +235,7 @@ def _pairs_table(report: "Report", names: Sequence[str]) -> Table:
         ends = [leaks.get(key) for key in ((i, j), (j, i))]
         there, back = (percent(None if leak is None else leak.core, 0) for leak in ends)
         table.add_row(
-            pair_name(shown, i, j),
+            Text(pair_name(shown, i, j)),
             signed(pair.cosine),
             percent(pair.adds / report.total.apart, 1),
             percent(-pair.cancels / report.total.apart, 1),
@@ -261,7 +261,9 @@ def _blocks_table(report: "Report", names: Sequence[str]) -> Table:
         bar.pad_right(_BAR - len(bar))
         ratio = group.norm**2 / group.apart if group.apart else 0.0
         cells = (percent(ratio, 0), percent(-group.cancels / (group.apart or 1.0), 1))
-        table.add_row(_cut(block_name(group), 30), bar, number(group.norm), *cells[: len(columns)])
+        table.add_row(
+            Text(_cut(block_name(group), 30)), bar, number(group.norm), *cells[: len(columns)]
+        )
     return table
 
 

@@ -1,13 +1,13 @@
 """What the tables and the page of a report have in common: names, numbers, meanings, colours."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from merge.reports.report import Choice, Group, Report
+    from merge.reports.report import Choice, Group, Report, Storage
 
 # Okabe & Ito 2008, told apart with any colour vision; the order keeps neighbours apart in print too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A8A8A", "#B8A800")
@@ -136,6 +136,7 @@ def command(report: "Report") -> str:
             if option == "normalise"
             else ["--param", f"{option}={value}"]
         )
+    words += [] if report.base is None else ["--base", report.base]
     ((kind, value),) = found.rank.items()
     words += [] if kind == "exact" else [f"--{kind}", f"{value:g}"]
     return " ".join(map(shlex.quote, [*words, "-o", "merged.safetensors"]))
@@ -171,16 +172,20 @@ def meanings(report: "Report") -> dict[str, str]:
         "dtypes": "",
     }
     if report.storage is not None:
-        sampled = f"Factors: error of rounding them, measured on {report.storage.modules} layers"
-        if report.storage.bake:
-            change = report.storage.relative_change
-            size = "" if change is None else f"; the change is {percent(change, 2)} of the base"
-            sampled += (
-                f"; baked: how much of the change arrives, what is wrong with it and which values "
-                f"stay as they were, on {report.storage.values:,} values of the base{size}"
-            )
-        found["dtypes"] = sampled + "."
+        found["dtypes"] = " ".join(_sampled(report.storage))
     return found
+
+
+def _sampled(stored: "Storage") -> Iterator[str]:
+    if stored.modules:
+        yield f"Factors: error of rounding them, measured on {stored.modules} layers."
+    if stored.bake:
+        change = stored.relative_change
+        size = "" if change is None else f"; the change is {percent(change, 2)} of the base"
+        yield (
+            "Baked: how much of the change arrives, what is wrong with it and which values stay as "
+            f"they were, on {stored.values:,} values of the base{size}."
+        )
 
 
 def recipe_text(report: "Report") -> str:
@@ -194,4 +199,5 @@ def recipe_text(report: "Report") -> str:
         for its, strength in zip(report.inputs, found.strengths, strict=True)
     ]
     document = {"kind": "merge", "inputs": inputs, "method": found.method, "rank": found.rank}
+    document |= {} if report.base is None else {"base": {"ref": report.base}}
     return Recipe.parse(document).to_yaml()

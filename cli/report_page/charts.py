@@ -103,7 +103,7 @@ def _matrix_cell(
     return tag(
         "g",
         tag("rect", said, **box, **_tone(value, diverging=i < j)),
-        words(shown, x + size / 2, y + size / 2 + 4, "cell", "middle") if size >= 34 else "",
+        words(shown, x + size / 2, y + size / 2 + 4, _cell(value), "middle") if size >= 34 else "",
     )
 
 
@@ -117,6 +117,11 @@ def _tone(value: float | None, *, diverging: bool) -> dict[str, object]:
         return {"class_": "tone none"}
     kind = "less" if value < 0 and diverging else "more"
     return {"class_": f"tone {kind}", "style": f"--t:{min(abs(value), 1.0) ** 0.5:.2f}"}
+
+
+def _cell(value: float | None) -> str:
+    """The class of words on a shade; on a strong one they are of the other brightness."""
+    return "cell strong" if value is not None and abs(value) > 0.4 else "cell"
 
 
 def heat(report: "Report", names: Sequence[str]) -> Markup:
@@ -145,7 +150,7 @@ def heat(report: "Report", names: Sequence[str]) -> Markup:
             parts.append(tag("rect", said, **box, **_tone(pair.cosine, diverging=True)))
             if width >= 48 and pair.cosine is not None:
                 shown = f"{pair.cosine:+.2f}"
-                parts.append(words(shown, x + width / 2, y + 13, "cell", "middle"))
+                parts.append(words(shown, x + width / 2, y + 13, _cell(pair.cosine), "middle"))
     return drawing(top + _ROW * len(groups) + 2, "Cosines by block and pair", parts)
 
 
@@ -171,9 +176,10 @@ def spectrum(report: "Report", names: Sequence[str]) -> Markup:
     parts += _grid_across([float(r) for r in shown], across, lambda v: f"{v:g}", "rank")
     low, high = _spread(report, [int(choice.value) for choice in ranks.fixed])
     xs = [across(choice.value) for choice in ranks.fixed]
-    band = [*zip(xs, map(up, high), strict=True)]
-    band += reversed([*zip(xs, map(up, low), strict=True)])
-    parts.append(path(band, class_="area"))
+    if low:
+        band = [*zip(xs, map(up, high), strict=True)]
+        band += reversed([*zip(xs, map(up, low), strict=True)])
+        parts.append(path(band, class_="area"))
     line = [(across(c.value), up(1 - c.error**2)) for c in ranks.fixed]
     parts.append(path(line, class_="line"))
     for choice in ranks.fixed:
@@ -200,7 +206,7 @@ def _spread(report: "Report", ranks: Sequence[int]) -> tuple[list[float], list[f
     """What a tenth of the layers keep at most, and nine tenths."""
     kept = []
     for place in report.places:
-        if place.values is not None and place.kind == "product" and place.values.any():
+        if place.values is not None and place.kind != "bias" and place.values.any():
             energies = np.cumsum(place.values**2) / np.sum(place.values**2)
             kept.append([energies[min(rank, len(energies)) - 1] for rank in ranks])
     if not kept:

@@ -19,12 +19,13 @@ from torch import Tensor
 from merge.algorithms.change import Needs
 from merge.cost import FACTOR_BYTES, alpha_bytes
 from merge.errors import BadRecipe, Unsupported, counted
+from merge.formats.grammar import NOTHING
 from merge.formats.sources import File
 from merge.inputs import Inputs, OpenBase
 from merge.method_parameters import Linear
 from merge.modules import Module
 from merge.plan import BakePlan, MergePlan, plan
-from merge.recipe import Output, Rank, Recipe
+from merge.recipe import Output, Rank, Recipe, Source
 from merge.reports import storage
 from merge.reports.geometry import Measured, measure_dense, measure_products
 from merge.reports.ranks import Curves, Layer, Prices, measure_ranks
@@ -72,6 +73,7 @@ def measure(
             family=found.families[0] if found.families else None,
             dialect=None if merged is None else merged.dialect,
             dtype=None if merged is None else merged.dtype,
+            base=recipe.base.name if recipe.base is not None and _needs_base(found) else None,
             inputs=tuple(_input(recipe, found, i) for i in range(n)),
             total=group("", "", places, n),
             components=_components(places, n),
@@ -129,21 +131,30 @@ def _plan_merge(recipe: Recipe, files: Mapping[str, File]) -> tuple[MergePlan | 
         update |= {"rank": Rank(exact=True), "output": Output()}
     wanted = recipe.model_copy(update=update)
     try:
-        try:
-            planned = plan(wanted, files)
-        except Unsupported:
-            if recipe.base is None:
-                raise
-            planned = plan(wanted.model_copy(update={"base": recipe.base}), files)
+        return _planned(wanted, recipe.base, files), ""
     except Unsupported as error:
         return None, str(error)
     except BadRecipe as error:
-        is_asked = recipe.output.dialect is not None
-        if error.param != "rank" and (error.param != "output.dialect" or is_asked):
+        if error.param == "rank" and wanted.rank.exact:
+            return _planned(wanted.model_copy(update={"rank": _OF_FULL}), recipe.base, files), ""
+        if error.param != "output.dialect" or recipe.output.dialect is not None:
             raise
         return None, error.detail
+
+
+# What is asked for where changes have full rank and nobody said how much of it is to stay.
+_OF_FULL = Rank(energy=0.99)
+
+
+def _planned(recipe: Recipe, base: Source | None, files: Mapping[str, File]) -> MergePlan:
+    try:
+        planned = plan(recipe, files)
+    except Unsupported:
+        if base is None:
+            raise
+        planned = plan(recipe.model_copy(update={"base": base}), files)
     assert isinstance(planned, MergePlan)
-    return planned, ""
+    return planned
 
 
 def _measure_places(
@@ -327,6 +338,11 @@ def _grouped(places: Sequence[Place], key: Callable[[Place], KeyT]) -> dict[KeyT
     for place in places:
         found.setdefault(key(place), []).append(place)
     return found
+
+
+def _needs_base(found: Survey) -> bool:
+    entries = (entry for adapter in found.adapters for entry in adapter.layout.entries)
+    return any(entry.needs != NOTHING for entry in entries)
 
 
 def _input(recipe: Recipe, found: Survey, index: int) -> InputReport:

@@ -223,13 +223,14 @@ class Suggestion:
 @dataclass(frozen=True, slots=True)
 class Report:
     """Everything that was measured. `dialect` and `dtype` are those that the merge would be written
-    in, None where no adapter can hold it.
+    in, None where no adapter can hold it; `base` is the name of one that the inputs depend on.
     """
 
     method: str
     family: str | None
     dialect: str | None
     dtype: str | None
+    base: str | None
     inputs: tuple[InputReport, ...]
     total: Group
     components: tuple[Group, ...]
@@ -249,6 +250,7 @@ class Report:
             "family": self.family,
             "dialect": self.dialect,
             "dtype": self.dtype,
+            "base": self.base,
             "inputs": [asdict(its) for its in self.inputs],
             "total": group_json(self.total),
             "components": [group_json(group) for group in self.components],

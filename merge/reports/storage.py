@@ -18,10 +18,12 @@ from merge.formats.adapters import Entry
 from merge.formats.header import DTYPE_BITS
 from merge.inputs import Inputs, OpenBase
 from merge.methods import linear
+from merge.methods.draws import Draws
 from merge.modules import Module
 from merge.patches import Patch
 from merge.plan import BakePlan, MergePlan
 from merge.quantised import FP8, as_groups, spread
+from merge.rangefinder import approximate
 from merge.reports.report import BakeLoss, Rounding, Storage
 from merge.tiles import prepare
 
@@ -50,16 +52,12 @@ def round_factors(plan: MergePlan, module: Module, rank: int, inputs: Inputs) ->
     """One layer's factors at `rank`, as a merge would write them."""
     norms: list[float] = []
     lost: dict[str, list[float]] = {dtype: [] for dtype in _OF_FACTORS}
-    if module.terms and not module.is_dense:
-        parts = inputs.parts(module, torch.float32)
-        if plan.recipe.rank.exact:
-            exact = linear.concatenate(*parts)
-        else:
-            exact = linear.truncate(linear.decompose(*parts), rank)
+    if module.terms:
+        exact, norm = _exact(plan, module, rank, inputs)
         share = exact.rank / stored_alpha(plan, exact.rank) if exact.rank else 1.0
         stored = linear.times(exact, share)
         tensors = lora.write(stored, module.kernel)
-        norms.append(lora.norm(exact))
+        norms.append(norm)
         for dtype, its in lost.items():
             cast = {role: tensors[role].to(_DTYPES[dtype]) for role in ("up", "down")}
             is_finite = all(bool(tensor.isfinite().all()) for tensor in cast.values())
@@ -74,6 +72,28 @@ def round_factors(plan: MergePlan, module: Module, rank: int, inputs: Inputs) ->
         for dtype, its in lost.items():
             its.append(_distance(whole, whole.to(_DTYPES[dtype])))
     return Rounded(hypot(*norms), {dtype: hypot(*its) for dtype, its in lost.items()})
+
+
+def _exact(
+    plan: MergePlan, module: Module, rank: int, inputs: Inputs
+) -> tuple[lora.Factors, float]:
+    """What a merge rounds, and the norm of the sum before it was truncated to that.
+
+    Of a large dense change, whose rank is not known, a few directions.
+    """
+    if module.is_dense:
+        draws = Draws(plan.recipe.seed, module.name, ("range",))
+        found = approximate(inputs.delta(module, torch.float32), draws, rank or _FEW)
+        return linear.truncate(found.spectrum, len(found.spectrum.values)), found.norm
+    parts = inputs.parts(module, torch.float32)
+    if plan.recipe.rank.exact:
+        exact = linear.concatenate(*parts)
+        return exact, lora.norm(exact)
+    spectrum = linear.decompose(*parts)
+    return linear.truncate(spectrum, rank), linear.lost(spectrum.values, 0)
+
+
+_FEW = 16
 
 
 def _distance(exact: Tensor, stored: Tensor) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from merge.reports.report import Choice, Group, Report, Suggestion
+from merge.reports.report import Choice, Group, Ranks, Report, Suggestion
 
 # Shares of the energy that the inputs have apart.
 _SEPARATE = 0.05  # of an input that lies where another works at all
@@ -29,8 +29,8 @@ class _Row:
 
 
 def suggest(report: Report) -> Suggestion | None:
-    """None where nothing was measured. Method and rank are for the strengths that were measured."""
-    if report.total.apart == 0:
+    """None where something was not measured, or nothing is changed. Method and rank are for the strengths that were measured."""
+    if report.total.apart == 0 or any(its.unmeasured for its in report.inputs):
         return None
     strengths, why_strengths = _strengths(report)
     row = next(row for row in METHODS if row.applies(report))
@@ -121,35 +121,39 @@ def _short(name: str) -> str:
 
 def _rank(report: Report) -> tuple[dict[str, Any], str]:
     ranks = report.ranks
-    if ranks is None and _has_factors(report):
+    if not _has_factors(report):
+        return {"energy": _ENERGY}, f"rank energy {_ENERGY:g}: the sum has full rank" + _cost(ranks)
+    if ranks is None:
         return {"exact": True}, "rank: there is nothing to choose"
-    if ranks is None or ranks.asked != ranks.exact and not _has_factors(report):
-        return {"energy": 0.99}, "rank energy 0.99: the sum has full rank, so something must go"
     small = next((choice for choice in ranks.least if choice.error <= _ERROR), None)
     if small is None or small.size_bytes * _WORTH >= ranks.exact.size_bytes:
         why = f"rank exact: it takes {_size(ranks.exact)}, and a loss of 1 % would save little"
         return {"exact": True}, why
-    if _can_share(report):
-        found: dict[str, Any] = {"shared": int(small.value)}
-    else:
-        small = next(its for its in reversed(ranks.energy) if its.error <= 2 * _ERROR**0.5)
-        found = {"energy": small.value}
-    ((name, value),) = found.items()
-    why = f"rank {name} {value:g}: {_size(small)} instead of {_size(ranks.exact)}, for {_percent(small.error, 1)} of error"
-    return found, why
+    if "bias" in {place.kind for place in report.places} and report.dialect in _BIASES_BESIDE:
+        rank = {"energy": 1 - _ERROR**2}
+        return rank, f"rank energy {rank['energy']:g}: 1 % of error, from {_size(ranks.exact)}"
+    why = (
+        f"rank shared {small.value:g}: {_size(small)} instead of {_size(ranks.exact)}, for "
+        f"{_percent(small.error, 1)} of error"
+    )
+    return {"shared": int(small.value)}, why
+
+
+def _cost(ranks: Ranks | None) -> str:
+    found = [choice for choice in ranks.energy if choice.value == _ENERGY] if ranks else []
+    return "".join(
+        f"; this takes {_size(choice)} and loses {_percent(choice.error, 1)}" for choice in found
+    )
+
+
+# They keep biases beside factors, which sharing may drop: merge.plan refuses it.
+_BIASES_BESIDE = ("diffusers", "peft")
+_ENERGY = 0.99
 
 
 def _has_factors(report: Report) -> bool:
     """Whether every change of a weight is a product, as methods of the core want them."""
     return all(place.kind != "dense" or place.shape[1] == 1 for place in report.places)
-
-
-def _can_share(report: Report) -> bool:
-    """What `merge.plan` lets a budget drop."""
-    kinds = {place.kind for place in report.places}
-    return "dense" not in kinds and not (
-        "bias" in kinds and report.dialect in ("diffusers", "peft")
-    )
 
 
 def _percent(share: float, digits: int = 0) -> str:

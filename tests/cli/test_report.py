@@ -65,6 +65,15 @@ def test_one_adapter_alone_has_a_report_too(tmp_path: Path) -> None:
     assert "there is nothing to combine it with" in done.stdout
 
 
+def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
+    odd = tmp_path / "[red]a\x1b[0m.safetensors"
+    odd.write_bytes(BORDO.read_bytes())
+    done = graft(tmp_path, "report", odd.name, CHEX)
+    assert done.returncode == 0
+    assert "[red]a\N{REPLACEMENT CHARACTER}[0m" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [

@@ -12,6 +12,7 @@ from merge.reports.measure import measure
 from merge.reports.report import Report
 from tests.cli.test_merge import graft, refused
 from tests.cli.test_report import BORDO, CHEX, DEMO, PIPELINE
+from tests.fixtures import factors
 from tests.fixtures.engine import make_recipe
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -103,6 +104,31 @@ def test_the_command_writes_it_and_replaces_nothing_unasked(tmp_path: Path) -> N
     assert "baked in float16" in text
     assert "--force" in refused(tmp_path, *arguments)
     assert graft(tmp_path, *arguments, "--force").returncode == 0
+
+
+@pytest.mark.parametrize("has_base", [False, True])
+def test_what_depends_on_a_base_has_a_page_and_a_command_that_works(
+    has_base: bool, tmp_path: Path
+) -> None:
+    held = factors.layers("oft")
+    factors.write_factors(tmp_path / "a.safetensors", "oft", held)
+    factors.write_base(tmp_path / "base.safetensors", held)
+    more = ["--base", "base.safetensors"] if has_base else []
+    done = graft(tmp_path, "report", "a.safetensors", "--html", "a.html", *more)
+    assert done.returncode == 0
+    page = Page((tmp_path / "a.html").read_text("utf-8"))
+    commands = [line for line in done.stdout.splitlines() if line.startswith("graft merge")]
+    if not has_base:
+        assert commands == []
+        assert "svg" not in page.tags
+        assert "--base measures them" in " ".join(done.stdout.split())
+        return
+    (command,) = commands
+    assert command in page.words
+    assert (
+        graft(tmp_path, *command.replace("merged.safetensors", "out").split()[1:]).returncode == 0
+    )
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.browser

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from merge import errors
 from merge.execute import Cancelled
@@ -220,6 +221,32 @@ def test_one_adapter_twice_overlaps_wholly_and_its_negative_cancels_it(tmp_path:
     assert gone.total.scale is None
 
 
+@pytest.mark.parametrize("rank", [6, 40])
+def test_directions_that_are_dead_or_more_than_a_layer_has(rank: int, tmp_path: Path) -> None:
+    adapters = []
+    for seed in (1, 2):
+        path = tmp_path / f"{seed}.safetensors"
+        made = make_adapter(path, FAMILY, some_of(FAMILY), rank=rank, seed=seed, size=0.3)
+        tensors = load_file(path)
+        for key in tensors:
+            if "lora_up" in key:
+                tensors[key][:, 1] = 0
+                tensors[key][:, 3] = tensors[key][:, 2]
+        save_file(tensors, path)
+        adapters.append(MadeAdapter(path, load_deltas(path, FAMILY, made.deltas)))
+    report = report_on([(adapter.path, 1.0) for adapter in adapters])
+    changes = dense(adapters, [1.0, 1.0])
+    for place in report.places:
+        values = np.linalg.svd(oracle.total(changes[place.name]), compute_uv=False)
+        assert place.values is not None
+        assert len(place.values) <= len(values)
+        np.testing.assert_allclose(place.values, values[: len(place.values)], atol=1e-7 * values[0])
+    (pair,) = report.total.pairs
+    if rank == 6:
+        wanted = oracle.above_chance(changes, 0, 1, rows=False)
+        assert pair.output == pytest.approx(wanted, abs=1e-6)
+
+
 def test_adapters_of_other_layers_share_nothing(tmp_path: Path) -> None:
     names = some_of(FAMILY)
     one = make_adapter(tmp_path / "one.safetensors", FAMILY, names[:3])
@@ -287,6 +314,23 @@ def test_any_algorithms_meet_in_our_own_modules_whatever_the_dialect(
     assert report.total.norms == pytest.approx(wanted, rel=1e-5)
     assert report.total.norm == pytest.approx(oracle.total_norm(changes), rel=1e-5)
     assert not any("not measured" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("rank", [{"fixed": 2}, {"energy": 0.9}, {"shared": 2}], ids=str)
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+@pytest.mark.parametrize("pair", [("packed", "split"), ("packed", "full lokr")], ids="-".join)
+def test_errors_are_about_the_layers_that_the_dialect_packs(
+    pair: tuple[str, str], dialect: str, rank: dict[str, float], tmp_path: Path
+) -> None:
+    if "shared" in rank and "full lokr" in pair:
+        pytest.skip("ranks of dense changes cannot be shared")
+    inputs = [(made(kind, tmp_path), 0.8) for kind in pair]
+    output = {"dialect": dialect, "dtype": "float32"}
+    found = report_on(inputs, rank=rank, output=output).ranks
+    assert found is not None
+    certificate = run(tmp_path / "out.safetensors", inputs, rank=rank, output=output).certificate
+    assert found.asked.error == pytest.approx(certificate["truncation"], rel=5e-4, abs=1e-6)
+    assert found.asked.error > 0.01
 
 
 @pytest.mark.parametrize("layout", ["dora", "oft", "ia3", "glora"])

@@ -7,10 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from merge.execute import execute
 from merge.families import FAMILIES
+from merge.formats.hashes import sha256_file
+from merge.plan import plan
+from merge.recipe import Pinned, Recipe
 from merge.reports import storage
 from merge.reports.measure import measure
 from merge.reports.report import Storage
+from tests.fixtures import factors
 from tests.fixtures.engine import adaptable, make_adapter, make_recipe, run
 from tests.fixtures.families import tiny_family
 
@@ -39,9 +44,10 @@ def test_rounding_of_factors_from_a_sample_is_within_a_tenth(
 ) -> None:
     names = adaptable(FAMILY)[::2]
     assert len(names) > storage.MOST_MODULES
+    # Ranks differ, so that one alpha for all of a kohya file scales factors.
     inputs = [
-        (make_adapter(tmp_path / f"{i}.safetensors", FAMILY, names, seed=i, rank=i).path, 0.1**i)
-        for i in (2, 5)
+        (make_adapter(tmp_path / f"{i}.safetensors", FAMILY, its, seed=i, rank=i).path, 0.1**i)
+        for i, its in ((2, names), (5, names[::3]))
     ]
     fields = {"rank": rank, "output": {"dtype": dtype, "dialect": dialect}}
     found = measure(*make_recipe(inputs, **fields)).storage
@@ -53,6 +59,26 @@ def test_rounding_of_factors_from_a_sample_is_within_a_tenth(
     errors = {rounding.dtype: rounding.error for rounding in found.factors}
     assert 4 < errors["BF16"] / errors["F16"] < 16
     assert not any(rounding.overflows for rounding in found.factors)
+
+
+def test_rounding_of_factors_of_a_full_rank_change(tmp_path: Path) -> None:
+    held = factors.layers("oft")
+    base = factors.write_base(tmp_path / "base.safetensors", held)
+    path = factors.write_factors(tmp_path / "a.safetensors", "oft", held)
+    document = {
+        "kind": "merge",
+        "inputs": [{"ref": str(path)}],
+        "base": {"ref": str(base)},
+        "rank": {"fixed": 3},
+        "output": {"dtype": "bfloat16"},
+    }
+    recipe, files = Recipe.parse(document), {str(its): its for its in (path, base)}
+    pins = {ref: Pinned(sha256=sha256_file(its)) for ref, its in files.items()}
+    found = measure(recipe, files).storage
+    assert found is not None
+    (asked,) = [rounding for rounding in found.factors if rounding.is_asked]
+    outcome = execute(plan(recipe.pin(pins), files), tmp_path / "out")
+    assert asked.error == pytest.approx(outcome.certificate["rounding"], rel=0.1)
 
 
 def test_factors_that_no_half_can_hold_are_said(tmp_path: Path) -> None:
@@ -69,14 +95,15 @@ def test_factors_that_no_half_can_hold_are_said(tmp_path: Path) -> None:
     }
 
 
-N, OUT, IN = 6, 320, 256
+N, IN = 6, 256
+ROWS = [640, 320, 160, 80, 400, 320]
 
 
 def write_base(path: Path, dtype: str, *, has_scale: bool) -> Path:
     generator = torch.Generator().manual_seed(5)
     state = {}
     for i in range(N):
-        weight = torch.randn(OUT, IN, generator=generator) * 0.03 * (1 + i)
+        weight = torch.randn(ROWS[i], IN, generator=generator) * 0.03 * (1 + i)
         if has_scale:
             scale = weight.abs().max() / 448
             state[f"blocks.{i}.proj.scale_weight"] = scale.reshape(1)
@@ -92,7 +119,7 @@ def write_adapter(path: Path, size: float) -> Path:
     for i in range(N):
         stem = f"blocks.{i}.proj"
         tensors[f"{stem}.lora_down.weight"] = torch.randn(4, IN, generator=generator) * size
-        tensors[f"{stem}.lora_up.weight"] = torch.randn(OUT, 4, generator=generator) * size
+        tensors[f"{stem}.lora_up.weight"] = torch.randn(ROWS[i], 4, generator=generator) * size
     save_file(tensors, path)
     return path
 
@@ -103,7 +130,7 @@ def meaning(path: Path) -> np.ndarray:
     for i in range(N):
         scale = state.get(f"blocks.{i}.proj.scale_weight", torch.ones(1))
         found.append((state[f"blocks.{i}.proj.weight"].double() * scale.double()).numpy())
-    return np.stack(found)
+    return np.concatenate(found)
 
 
 def report_of(adapter: Path, base: Path) -> Storage:
@@ -125,15 +152,15 @@ def test_the_loss_of_a_bake_from_a_fifth_of_the_values(
     found = report_of(adapter, base)
     (own,) = [loss for loss in found.bake if loss.is_base]
     assert own.dtype == dtype
-    assert found.values == N * 16 * 1024 == pytest.approx(0.2 * N * OUT * IN, rel=0.01)
+    assert found.values == N * 16 * 1024 == pytest.approx(0.2 * sum(ROWS) * IN, rel=0.01)
     output = {"allow_loss": True} if dtype == "F8_E4M3" else {}
     out = tmp_path / "out.safetensors"
     certificate = run(out, [(adapter, 0.5)], base=base, output=output).certificate
     # Where the largest change makes a scale grow, a little less stays than is predicted.
-    allowed = 0.03 if has_scale else 0.01
+    allowed = 0.05 if has_scale and size > 0.05 else 0.01
     assert own.unchanged == pytest.approx(certificate["unchanged"], abs=allowed)
     state = load_file(adapter)
-    wanted = 0.5 * np.stack(
+    wanted = 0.5 * np.concatenate(
         [
             (
                 state[f"blocks.{i}.proj.lora_up.weight"].double()
