@@ -72,12 +72,20 @@ class Spectrum:
 
 
 def decompose(parts: Sequence[Factors], strengths: Sequence[float]) -> Spectrum:
-    """Singular values and vectors of the weighted sum, largest first, in the factors' dtype."""
+    """Singular values and vectors of the weighted sum, largest first, in the factors' dtype.
+
+    Of the QR factorisations up = Q_u R_u and down^T = Q_d R_d only R is computed, which is half the
+    work: with R_u R_d^T = U S V^T the left vectors Q_u U are up R_d^T V / S, the right ones alike.
+    """
     stacked = concatenate(parts, strengths)
-    outer_up, r_up = torch.linalg.qr(stacked.up)  # (out, k), (k, rank)
-    outer_down, r_down = torch.linalg.qr(stacked.down.mT)  # (in, l), (l, rank)
+    r_up = torch.linalg.qr(stacked.up, mode="r").R  # (k, rank)
+    r_down = torch.linalg.qr(stacked.down.mT, mode="r").R  # (l, rank)
     inner_up, values, inner_down = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
-    return Spectrum(outer_up, inner_up, values, inner_down, outer_down.mT)
+    # A value that is rounding has no vector that could be told from rounding.
+    least = torch.linalg.matrix_norm(r_up) * torch.linalg.matrix_norm(r_down)
+    share = torch.where(values > torch.finfo(values.dtype).eps * least, 1 / values, 0.0)
+    left, right = r_down.mT @ inner_down.mT * share, share[:, None] * (inner_up.mT @ r_up)
+    return Spectrum(stacked.up, left, values, right, stacked.down)
 
 
 def truncate(spectrum: Spectrum, rank: int) -> Factors:
