@@ -210,7 +210,7 @@ def make_adapter(
         ones = [1] * len(module.kernel)
         down = random.standard_normal((rank, module.in_features, *module.kernel), np.float32)
         up = random.standard_normal((module.out_features, rank, *ones), np.float32)
-        down_key, up_key, alpha_key = _keys(model.family, path)
+        down_key, up_key, alpha_key = adapter_keys(model.family, path)
         tensors[down_key] = (down * 0.05).astype(np.float16)
         tensors[up_key] = (up * 0.01).astype(np.float16)
         if alpha_key:
@@ -221,7 +221,7 @@ def make_adapter(
     return path_out
 
 
-def _keys(family: Family, path: str) -> tuple[str, str, str]:
+def adapter_keys(family: Family, path: str) -> tuple[str, str, str]:
     if family.denoiser != "unet":
         return f"transformer.{path}.lora_A.weight", f"transformer.{path}.lora_B.weight", ""
     named = original(family)[path] if family.kohya_naming.get("unet") == ORIGINAL else path
