@@ -1,7 +1,7 @@
 """What the measurements speak for: strengths, method and rank, each with its reason.
 
-The choice of a method is the first row of METHODS that applies. What the rows give was compared on
-trained adapters by benchmarks/merge_quality.py; docs/merging.md has its table.
+The choice of a method is the first row of METHODS that applies; benchmarks/merge_quality.py compares
+methods on trained adapters.
 """
 
 from collections.abc import Callable, Sequence
