@@ -16,6 +16,8 @@ _LITTLE = 0.1  # that the sum may win or lose
 _MUCH = 0.25
 # How many times larger than the others one input may be.
 _LOUDEST = 2.0
+# Of svc: with 1, its default, nothing that the adapters cancel comes back (merge/methods/svc.py).
+_FLOOR = 0.5
 # The error that is worth no more bytes, and how many more bytes the exact sum may cost.
 _ERROR = 0.01
 _WORTH = 1.15
@@ -34,7 +36,7 @@ def suggest(report: Report) -> Suggestion | None:
         return None
     strengths, why_strengths = _strengths(report)
     row = next(row for row in METHODS if row.applies(report))
-    rank, why_rank = _rank(report)
+    rank, why_rank = _rank(report, row.method["name"])
     reasons = [why_strengths, f"method {_named(row.method)}: {row.reason(report)}", why_rank]
     return Suggestion(strengths, row.method, rank, (*reasons, *_storage(report)))
 
@@ -56,11 +58,24 @@ METHODS: Sequence[_Row] = (
         lambda report: "the adapters work in different layers, so their sum keeps each whole",
     ),
     _Row(
-        lambda report: _cancelled(report.total) > _LITTLE and _has_factors(report),
-        {"name": "svc"},
+        lambda report: report.total.scale is None,
+        {"name": "linear"},
+        lambda report: "they are opposites: their sum is nothing, and no method can hold both",
+    ),
+    _Row(
+        lambda report: _cancelled(report.total) > _LITTLE and _is_subtraction(report),
+        {"name": "linear"},
         lambda report: (
-            f"{_percent(_cancelled(report.total))} of the energy cancels in a plain sum; svc gives "
-            "back what is lost where they pull apart, and damps what would count twice"
+            f"{_percent(_cancelled(report.total))} of the energy cancels, which is what a negative "
+            "strength is for"
+        ),
+    ),
+    _Row(
+        lambda report: _cancelled(report.total) > _LITTLE and _has_factors(report),
+        {"name": "svc", "floor": _FLOOR},
+        lambda report: (
+            f"{_percent(_cancelled(report.total))} of the energy cancels in a plain sum; svc with "
+            "this floor raises most what is weakened there, and damps what would count twice"
         ),
     ),
     _Row(
@@ -94,6 +109,11 @@ def _cancelled(group: Group) -> float:
     return -group.cancels / group.apart
 
 
+def _is_subtraction(report: Report) -> bool:
+    signs = {its.strength > 0 for its in report.inputs if its.strength != 0}
+    return len(signs) == 2
+
+
 def _strengths(report: Report) -> tuple[tuple[float, ...], str]:
     """As they were chosen; where all are 1, lower for an input that would drown the others."""
     chosen = tuple(its.strength for its in report.inputs)
@@ -119,12 +139,16 @@ def _short(name: str) -> str:
     return name.replace("\\", "/").rpartition("/")[2].removesuffix(".safetensors")
 
 
-def _rank(report: Report) -> tuple[dict[str, Any], str]:
+def _rank(report: Report, method: str) -> tuple[dict[str, Any], str]:
     ranks = report.ranks
     if not _has_factors(report):
         return {"energy": _ENERGY}, f"rank energy {_ENERGY:g}: the sum has full rank" + _cost(ranks)
-    if ranks is None:
+    if ranks is None or report.total.scale is None:
         return {"exact": True}, "rank: there is nothing to choose"
+    if method != "linear":
+        # Its singular values are not those of the sum, of which sizes and errors are known.
+        rank = {"energy": 1 - _ERROR**2}
+        return rank, f"rank energy {rank['energy']:g}: 1 % of error, of what {method} gives"
     small = next((choice for choice in ranks.least if choice.error <= _ERROR), None)
     if small is None or small.size_bytes * _WORTH >= ranks.exact.size_bytes:
         why = f"rank exact: it takes {_size(ranks.exact)}, and a loss of 1 % would save little"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from merge.families import FAMILIES
 from merge.methods import METHODS
@@ -30,6 +31,13 @@ def _families(monkeypatch: pytest.MonkeyPatch) -> None:
 def adapter(folder: Path, name: str, **options: Any) -> Path:
     names = options.pop("names", NAMES)
     return make_adapter(folder / f"{name}.safetensors", FAMILY, names, **options).path
+
+
+def opposite(path: Path, to: Path) -> Path:
+    """The same file with all its changes negated."""
+    tensors = load_file(path)
+    save_file({k: -t if "lora_up" in k else t for k, t in tensors.items()}, to)
+    return to
 
 
 def suggested(inputs: Sequence[tuple[Path, float]], **fields: Any) -> Suggestion:
@@ -71,11 +79,36 @@ def test_what_points_the_same_way_is_scaled_to_its_energy(tmp_path: Path) -> Non
     assert "2.00 times" in found.reasons[1]
 
 
-def test_what_cancels_is_left_to_svc(tmp_path: Path) -> None:
+def test_what_cancels_by_itself_is_raised_by_svc_and_loses_no_more_than_is_said(
+    tmp_path: Path,
+) -> None:
+    """Half of the second undoes half of the first, in the directions that both have."""
+    one = adapter(tmp_path, "one")
+    minus = opposite(one, tmp_path / "minus.safetensors")
+    inputs = [(one, 1.0), (minus, 0.5)]
+    found = suggested(inputs)
+    assert found.method == {"name": "svc", "floor": 0.5}
+    assert "80 % of the energy cancels" in found.reasons[1]
+    merged = run(tmp_path / "svc.safetensors", inputs, method=found.method, rank=found.rank)
+    plain = run(tmp_path / "linear.safetensors", inputs)
+    assert merged.certificate["norm"] > 1.5 * plain.certificate["norm"]
+    assert merged.certificate["truncation"] <= 0.01
+    assert "1 % of error, of what svc gives" in found.reasons[2]
+
+
+def test_opposites_are_said_to_be_nothing_together(tmp_path: Path) -> None:
+    one = adapter(tmp_path, "one")
+    minus = opposite(one, tmp_path / "minus.safetensors")
+    found = suggested([(one, 1.0), (minus, 1.0)])
+    assert (found.method, found.rank) == ({"name": "linear"}, {"exact": True})
+    assert "their sum is nothing" in found.reasons[1]
+
+
+def test_a_negative_strength_is_left_to_subtract(tmp_path: Path) -> None:
     one = adapter(tmp_path, "one")
     other = adapter(tmp_path, "other", dialect="diffusers")
     found = suggested([(one, 1.0), (other, -0.5)])
-    assert found.method == {"name": "svc"}
+    assert found.method == {"name": "linear"}
     assert "80 % of the energy cancels" in found.reasons[1]
 
 
