@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from merge.errors import BadRecipe
     from merge.recipe import Recipe
 
+# A rank that no option said is --exact, which what is refused is not.
 _OPTIONS = {
     "method.name": "--method",
-    "rank": "--rank, --energy, --budget, --shared, --exact",
+    "rank": "--rank, --energy, --budget, --shared",
     "rank.fixed": "--rank",
     "rank.energy": "--energy",
     "rank.budget_bytes": "--budget",

@@ -25,6 +25,7 @@ from cli.console import (
 )
 from cli.ranges import Blocks as RemoteBlocks
 from cli.refs import open_source, parse_weighted, path_of, place_of
+from cli.trees import as_yaml
 
 if TYPE_CHECKING:
     from merge.execute import Outcome
@@ -55,7 +56,7 @@ Blocks = Annotated[
     typer.Option(
         "--block",
         metavar="GLOB=FACTOR",
-        help="Multiply the strength of modules, as in '*.up_blocks.*=0.5'.",
+        help="Multiply the strength of modules, as in '*.up_blocks.*=0.5'; repeat it for more.",
     ),
 ]
 Components = Annotated[
@@ -86,10 +87,19 @@ StyleContent = Annotated[
         help="The style of the first adapter on the content of the second: B-LoRA's blocks of SDXL.",
     ),
 ]
-MethodName = Annotated[str, typer.Option(metavar="NAME", help="How; docs/methods.md lists them.")]
+MethodName = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="How changes become one: linear, svc, ties …; docs/methods.md has all."
+    ),
+]
 MethodParameters = Annotated[
     list[str] | None,
-    typer.Option("--param", metavar="NAME=VALUE", help="A parameter of the method."),
+    typer.Option(
+        "--param",
+        metavar="NAME=VALUE",
+        help="A parameter of the method, as in density=0.3; repeat it for more.",
+    ),
 ]
 Normalise = Annotated[
     str | None,
@@ -129,7 +139,8 @@ def merge(
         float | None, typer.Option(help="Keep this share of each module's squared norm.")
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(metavar="BYTES", help="The best ranks within so many bytes.")
+        int | None,
+        typer.Option(metavar="BYTES", help="The best ranks whose tensors fit in so many bytes."),
     ] = None,
     shared: Annotated[
         int | None,
@@ -330,6 +341,8 @@ def run(
         with err.status("hashing"):
             recipe = recipe.pin({name: pin(file) for name, file in files.items()})
         planned = plan(recipe, files)
+        if planned.writes_folder and to.endswith(".safetensors"):
+            raise CommandError(f"{to}: the result is a folder; name it without .safetensors")
         outcome = _execute(planned, place)
     if save_recipe is not None:
         save_recipe.write_text(recipe.to_yaml(), encoding="utf-8")
@@ -449,7 +462,7 @@ def _method_lines(certificate: Mapping[str, Any], names: Sequence[str]) -> str:
     """The method with its parameters, and the coefficients that it has found, input by input."""
     method, *parameters = certificate["method"].values()
     said = [key for key in certificate["method"] if key != "name"]
-    settings = ", ".join(f"{key} {value}" for key, value in zip(said, parameters, strict=True))
+    settings = ", ".join(f"{k} {as_yaml(value)}" for k, value in zip(said, parameters, strict=True))
     line = f"method  {method}" + (f" ({settings})" if settings else "")
     found = [
         its["coefficients"] for its in certificate["modules"].values() if "coefficients" in its

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.segment import Segments
 
 from cli.arguments import as_typed
 from cli.console import CommandError, count_progress, err, out, plain, print_json
@@ -136,7 +137,9 @@ def show(
     if as_json:
         print_json(as_document(recipe, parents))
     else:
-        out.print(as_tree(plain(file.name), recipe, parents))
+        tree = as_tree(plain(file.name), recipe, parents)
+        # A tree cuts what is wider than the terminal, and names may be paths.
+        out.print(Segments(out.render(tree, out.options.update(width=_WIDE))))
 
 
 def import_recipe(
@@ -160,8 +163,11 @@ def import_recipe(
     """Say another tool's recipe in ours, with every way in which it is not the same."""
     from merge.imports import import_recipe as read
 
-    is_prompt = not Path(source).exists() and "<" in source
-    text = source if is_prompt else _read_text(Path(source))
+    path = Path(source)
+    is_prompt = "<" in source and not path.exists()
+    if not is_prompt and not path.is_file():
+        raise CommandError(f"{source}: there is no such file, and no <lora:name:strength> in it")
+    text = source if is_prompt else _read_text(path)
     place = None if to is None else path_of(str(to), force=force)
     with as_typed(None, "the prompt" if is_prompt else source):
         found = read(text, Loras(loras).resolve)
@@ -261,3 +267,4 @@ def _print_proof(file: str, proof: "Proof") -> None:
 
 
 _MOST_SHOWN = 10
+_WIDE = 10_000

@@ -348,6 +348,8 @@ def path_of(text: str, *, force: bool) -> Path:
         raise CommandError(f"{text}: a folder of this name exists; nothing was written")
     if os.path.lexists(path) and not force:
         raise CommandError(f"{text} exists; --force replaces it")
+    if not path.parent.is_dir():
+        raise CommandError(f"{text}: the folder {path.parent} does not exist; nothing was written")
     return path
 
 

@@ -1,5 +1,6 @@
 """What a file was made of, as a tree for people and as JSON."""
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +38,16 @@ def as_tree(name: str, recipe: "Recipe", parents: "Mapping[str, Recipe]") -> Tre
     return tree
 
 
+def as_yaml(value: Any) -> str:
+    """As one writes it in a recipe."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def said(recipe: "Recipe") -> str:
     """A recipe in a few words: kind, method with what was chosen, rank, output."""
     method = recipe.method.model_dump(mode="json", exclude_defaults=True)
     name = method.pop("name", recipe.method.name)
-    chosen = ", ".join(f"{field} {value}" for field, value in method.items())
+    chosen = ", ".join(f"{field} {as_yaml(value)}" for field, value in method.items())
     words = [f"{recipe.kind} by {name}" + (f" ({chosen})" if chosen else "")]
     if recipe.kind in ("extract", "resize"):
         words = [recipe.kind]

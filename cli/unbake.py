@@ -35,7 +35,10 @@ def unbake(
         str, typer.Argument(metavar="FILE", show_default=False, help="A baked file or folder.")
     ],
     base: Annotated[
-        str | None, typer.Option(metavar="REF", help="What it was baked into; needed.")
+        str | None,
+        typer.Option(
+            metavar="REF", help="What it was baked into, without which nothing exact is left."
+        ),
     ] = None,
     to: Annotated[
         str | None,
@@ -43,7 +46,10 @@ def unbake(
     ] = None,
     remove: Annotated[
         list[str] | None,
-        typer.Option(metavar="REF|SHA256", help="Only take this adapter out, and keep the others."),
+        typer.Option(
+            metavar="REF|SHA256",
+            help="Only take this adapter out, and keep the others; repeat it for more.",
+        ),
     ] = None,
     source: From = None,
     force: Force = False,
@@ -59,12 +65,8 @@ def unbake(
     require_bake(recipe, path.name)
     if base is None:
         assert recipe.base is not None  # a bake without a base is no recipe
-        undo = " ".join(f"ADAPTER={-its.strength:g}" for its in recipe.inputs)
-        raise CommandError(
-            f"{file} was baked into sha256:{recipe.base.sha256}: give it with --base (without it "
-            f"only `graft bake {file} {undo}` is left, which is not exact: what rounding took from "
-            "the base's values does not come back)"
-        )
+        needed = f"{file} was baked into sha256:{recipe.base.sha256}: give it with --base"
+        raise CommandError(f"{needed} ({_without_base(recipe, file)})")
     removed = [_digest(text, recipe) for text in remove or []]
     with as_typed(None, file):
         left = without(recipe, removed) if removed else None
@@ -79,6 +81,17 @@ def unbake(
         _bake_again(left, history, held, digest, path, to, source or [], force, as_json)
         if not as_json:
             _list(recipe, removed)
+
+
+def _without_base(recipe: "Recipe", file: str) -> str:
+    """What is left to somebody who has no base."""
+    if recipe.method.model_dump() != {"name": "linear", "normalise": None}:
+        return f"without it {recipe.method.name} cannot be undone: what it gave is no plain sum"
+    undo = " ".join(f"ADAPTER={-its.strength:g}" for its in recipe.inputs)
+    return (
+        f"without it only `graft bake {file} {undo}` is left, which is not exact: what rounding "
+        "took from the base's values does not come back"
+    )
 
 
 def _require_base(recipe: "Recipe", held: Path, file: str, base: str) -> str:

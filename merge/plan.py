@@ -365,7 +365,7 @@ def _common_families(adapters: Sequence[Adapter]) -> list[str]:
 
 
 def _titles(families: Iterable[str]) -> str:
-    return " or ".join(FAMILIES[name].title for name in families)
+    return " or ".join(FAMILIES[name].title for name in families) or "a model of no family we know"
 
 
 def _common_dialect(recipe: Recipe, adapters: Iterable[Adapter]) -> str:

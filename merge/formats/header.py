@@ -129,7 +129,8 @@ def header_length(
                 if "pickle" in what:
                     detail += "; graft convert --from-pickle makes one of it"
                 raise BadFile(name, "st_other_format", detail)
-        detail = f"the header claims {length} bytes, more than the limit {limits.header_bytes}"
+        detail = f"the header claims {length} bytes, more than the limit {limits.header_bytes}: "
+        detail += "no safetensors file, or a damaged one"
         raise BadFile(name, "st_header_too_large", detail)
     if length > file_size - PREFIX_BYTES:
         detail = f"the header claims {length} bytes in a file of {file_size}"

@@ -93,6 +93,12 @@ def test_a_method_and_its_parameters_reach_the_recipe(
     assert all(source.only == ("unet.*",) for source in recipe.inputs)
     assert "method  ties (density 0.5, vote count" in done.stdout
     assert "of what ties gives" in done.stdout
+    done = graft(
+        tmp_path,
+        *("merge", "ink.safetensors", "robot.safetensors", "-o", "dare.safetensors"),
+        *("--method", "core_dare"),
+    )
+    assert "method  core_dare (density 0.5, elect false, scale 1.0)" in done.stdout
 
 
 def test_shares_and_what_became_of_them_are_named(
@@ -223,6 +229,10 @@ MERGE = ["merge", "ink.safetensors", "-o", "x"]
         (["merge", PIPELINE / "tokenizer", "-o", "x"], "is a folder with no safetensors file"),
         (["merge", "ink.safetensors", "-o", "no/x"], "the folder no does not exist"),
         (["merge", "ink.safetensors", "-o", "ink.safetensors"], "is an input"),
+        (
+            [*MERGE[:2], "--leave-out", "text_encoder*", "--to", "peft", "-o", "x.safetensors"],
+            "error: x.safetensors: the result is a folder; name it without .safetensors",
+        ),
         (["bake", "ink.safetensors", "ink.safetensors", "-o", "x"], "in any layout we know"),
         (["bake", "nope", "ink.safetensors", "-o", "x"], "nope: there is no such file"),
         (["recipe", "run", "nope.yaml", "-o", "x"], "error: nope.yaml: there is no such file"),
@@ -246,7 +256,7 @@ def test_what_cannot_be_done_is_one_sentence(
         (["--energy", "2"], "--energy: Input should be less than or equal to 1"),
         (["--rank", "2", "--exact"], "say one of --rank, --energy, --budget, --shared and --exact"),
         (["--method", "tie"], "--method: Input should be 'linear'"),
-        (["--method", "ties"], "--rank, --energy, --budget, --shared, --exact: ties makes changes"),
+        (["--method", "ties"], "--rank, --energy, --budget, --shared: ties makes changes"),
         (["--method", "svc", "--param", "floor=2"], "--param floor: Input should be less than"),
         (["--method", "svc", "--param", "flor=0.1"], "--param flor: Extra inputs"),
         (["--param", "floor"], "--param floor: write --param NAME=VALUE"),

@@ -184,6 +184,9 @@ def test_show_prints_what_everything_was_made_of(
     (tmp_path / "wish.yaml").write_text("kind: merge\ninputs: [{ref: ink.safetensors}]")
     done = graft(tmp_path, "recipe", "show", "wish.yaml")
     assert done.stdout == "wish.yaml  merge by linear\n└── 1 × ink.safetensors\n"
+    far = "/".join(["folder"] * 15)
+    (tmp_path / "wish.yaml").write_text(f"kind: merge\ninputs: [{{ref: {far}/ink.safetensors}}]")
+    assert f" {far}/ink.safetensors\n" in graft(tmp_path, "recipe", "show", "wish.yaml").stdout
 
 
 def test_what_is_not_here_is_asked_of_the_hub(
@@ -248,6 +251,8 @@ def test_files_are_found_by_name_by_what_trainers_called_them_and_by_content(
     assert done.stderr == f"error: prompt.txt: <lora:a>: a could be any of {both}\n"
     done = imported("<lora:ink>")
     assert "ink could be any of leaves/ink-000002.safetensors, leaves/ink-000004" in done.stderr
+    line = refused(tmp_path, "recipe", "import", "a cat", "--loras", "leaves")
+    assert line == "error: a cat: there is no such file, and no <lora:name:strength> in it"
     done = imported("<lora:inc>")
     assert "no file in leaves is called inc; did you mean ink?" in done.stderr
     loras = [{"file_name": "renamed", "hash": leaves["b"]}, {"file_name": "x", "hash": "0" * 64}]

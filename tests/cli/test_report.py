@@ -81,6 +81,7 @@ def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
         (["--rank", "0"], 2, "--rank: "),
         (["--block", "*nowhere*=1"], 1, "--block *nowhere*: matches no module"),
         (["--to", "word"], 2, "--to: "),
+        (["--html", "no/page.html"], 1, "no/page.html: the folder no does not exist"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

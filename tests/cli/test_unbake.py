@@ -77,6 +77,15 @@ def test_a_single_file_is_restored_too(tmp_path: Path) -> None:
     assert (tmp_path / "x.safetensors").read_bytes() == unet.read_bytes()
 
 
+def test_a_method_that_gave_no_plain_sum_is_not_said_to_be_taken_away_by_one(
+    tmp_path: Path, baked: tuple[str, str]
+) -> None:
+    inputs = [(path, 1.0) for path in (tmp_path / "leaves").iterdir()]
+    run(tmp_path / "voted", inputs, base=tmp_path / "base", method={"name": "ties"})
+    line = refused(tmp_path, "unbake", "voted")
+    assert line.endswith(" (without it ties cannot be undone: what it gave is no plain sum)")
+
+
 def test_what_cannot_be_undone_is_one_sentence(tmp_path: Path, baked: tuple[str, str]) -> None:
     line = refused(tmp_path, "unbake", "baked")
     assert f"baked was baked into sha256:{folder_digest(PIPELINE)}: give it with --base" in line
