@@ -21,6 +21,9 @@ from merge.recipe import Recipe
 
 # Columns of a layer's subspace for each rank that is asked for (merge.rangefinder).
 _COLUMNS = 3
+# Copies of a subspace that its decomposition takes, and tiles in float64 that are alive at once.
+_COPIES, _TILES = 5, 6
+TILE_ELEMENTS = 512 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,4 +182,4 @@ def _cost(recipe: Recipe, sites: tuple[Site, ...], dialect: str, dtype: str) -> 
 def _working(recipe: Recipe, site: Site) -> int:
     """Bytes of float64 that a layer takes while it is decomposed."""
     columns = min(_COLUMNS * (most_ranks(recipe, site) + 10), *site.shape)
-    return 8 * 3 * columns * sum(site.shape)
+    return 8 * (_COPIES * columns * sum(site.shape) + _TILES * TILE_ELEMENTS)

@@ -4,7 +4,7 @@ Musco & Musco 2015, arXiv:1504.05477, algorithm 2 (block Krylov iteration), with
 M M^T, because one pass over rows of M gives (M^T M) V. Four passes in all: three for the blocks of
 the subspace, one for M on it. Departures: every block is orthonormalised before the next (Halko,
 Martinsson & Tropp 2011, arXiv:0909.4061, algorithm 4.4, says why), and the start is left out.
-In memory: 3 (rank + 10) columns as long as both sides of the change, and a tile of rows.
+In memory: 15 (rank + 10) columns as long as both sides of the change, and a tile of rows.
 
 Measured against the truncated SVD, the error is larger by 1e-13 of itself where the spectrum has a
 gap at the rank, 1e-7 to 3e-4 where it falls as j^-1 to j^-1/2, 2e-6 to 1e-3 for a TIES merge and 4e-3
@@ -83,9 +83,12 @@ class Gaussian:
         self._draws = Draws(draws.seed, draws.module, ("range finder",))
 
     def columns(self, rows: int, count: int) -> Float[Tensor, "rows count"]:
-        uniform = self._draws.uniform(0, 0, 2 * rows * count).view(count, rows, 2)
-        radius = (-2 * torch.log1p(-uniform[..., 0])).sqrt()
-        return (radius * torch.cos(2 * pi * uniform[..., 1])).mT.contiguous()
+        found = torch.empty(rows, count, dtype=torch.float64)
+        for column in range(count):
+            uniform = self._draws.uniform(0, 2 * rows * column, 2 * rows).view(rows, 2)
+            radius = (-2 * torch.log1p(-uniform[:, 0])).sqrt()
+            found[:, column] = radius * torch.cos(2 * pi * uniform[:, 1])
+        return found
 
 
 def _decompose(delta: Delta, draws: Draws, rank: int) -> Approximation:
@@ -93,7 +96,13 @@ def _decompose(delta: Delta, draws: Draws, rank: int) -> Approximation:
     columns = rank + _OVERSAMPLING
     if 2 * _BLOCKS * columns >= min(delta.shape):
         return _projected(delta, None, None)
-    block = Gaussian(draws).columns(delta.shape[1], columns)
+    return _projected(delta, *_subspace(delta, Gaussian(draws).columns(delta.shape[1], columns)))
+
+
+def _subspace(
+    delta: Delta, block: Float[Tensor, "in columns"]
+) -> tuple[Float[Tensor, "in width"], float]:
+    """(an orthonormal basis near the leading right singular vectors, the norm of the change)."""
     blocks: list[Tensor] = []
     squared = 0.0
     for index in range(_BLOCKS):
@@ -104,7 +113,7 @@ def _decompose(delta: Delta, draws: Draws, rank: int) -> Approximation:
                 squared += tile.square().sum().item()
         block = torch.linalg.qr(product)[0]
         blocks.append(block)
-    return _projected(delta, torch.linalg.qr(torch.cat(blocks, 1))[0], sqrt(squared))
+    return torch.linalg.qr(torch.cat(blocks, 1))[0], sqrt(squared)
 
 
 def _projected(

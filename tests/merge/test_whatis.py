@@ -20,6 +20,7 @@ from merge.whatis import Answer, whatis
 from tests.fixtures import packed
 from tests.fixtures.checkpoints import VAE, save_checkpoint
 from tests.fixtures.engine import MadeAdapter, make_adapter, pin_files, run, some_of
+from tests.fixtures.factors import layers, write_base, write_factors
 from tests.fixtures.families import make_models, tiny_family, tiny_llama
 
 # transformers' own deprecation, reached through peft.
@@ -266,6 +267,26 @@ def test_changes_that_depend_on_the_base_are_computed_on_it(
     answer = ask(tmp_path / "baked.safetensors", base, [tmp_path / "dora.safetensors"])
     assert answer.whole.strengths[0] == pytest.approx(0.7, abs=1e-5)
     assert answer.is_rounding
+
+
+# PEFT's replacements of rows are no multiple of a change, and their strengths are all or nothing.
+ALGORITHMS = [
+    *("lora", "loha", "lokr", "vera", "full", "norm", "lora-embedding"),
+    *("glora", "glora-paper", "oft", "oft-legacy", "boft", "boft-legacy"),
+    *("ia3", "ia3-peft", "oft-peft", "boft-peft", "hra", "hira"),
+]
+
+
+@pytest.mark.parametrize("layout", ALGORITHMS)
+def test_every_algorithm_is_found_at_its_strength(layout: str, tmp_path: Path) -> None:
+    held = layers(layout)
+    base = write_base(tmp_path / "base.safetensors", held)
+    adapter = write_factors(tmp_path / "adapter.safetensors", layout, held)
+    run(tmp_path / "baked.safetensors", [(adapter, 0.6)], base=base, numerics="reproducible")
+    answer = ask(tmp_path / "baked.safetensors", base, [adapter])
+    assert answer.whole.strengths[0] == pytest.approx(0.6, abs=1e-5)
+    assert answer.is_rounding
+    assert not answer.ignored
 
 
 def test_packed_layers_and_biases_take_part(tmp_path: Path) -> None:
