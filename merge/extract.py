@@ -26,7 +26,7 @@ from merge.cost import FACTOR_BYTES, alpha_bytes
 from merge.differences import Difference
 from merge.encode import encode
 from merge.errors import BadRecipe, Overflow, Unsupported, counted
-from merge.extract_plan import ExtractPlan, Site, most_ranks
+from merge.extract_plan import MORE_RANKS, ExtractPlan, Site, fair_rank, most_ranks
 from merge.families import FAMILIES
 from merge.families.layers import NORM
 from merge.formats import dialects
@@ -40,7 +40,6 @@ from merge.rangefinder import Approximation, approximate, approximate_energy
 from merge.threads import run_in_order
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_MORE_RANKS = 2  # how many times a fair share of ranks is looked at first
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +139,11 @@ class _Work:
         else:
             assert wanted.budget_bytes is not None
             budget = wanted.budget_bytes
-            fair = max(1, (budget - alpha * len(sites)) // sum(costs))
+            fair = fair_rank(budget, sum(costs), alpha * len(sites))
             if budget < min(costs) + alpha:
                 detail = f"the smallest layer that differs needs {min(costs) + alpha} bytes"
                 raise BadRecipe("rank.budget_bytes", f"{detail} at rank 1")
-        depths = [min(_MORE_RANKS * fair, *site.shape) for site in sites]
+        depths = [min(MORE_RANKS * fair, *site.shape) for site in sites]
         values: list[Tensor] = [torch.empty(0)] * len(sites)
         shallow = list(range(len(sites)))
         while True:

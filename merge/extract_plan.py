@@ -4,7 +4,7 @@ Which layers do differ is in their tensors and not in the headers, so a plan nam
 its cost is that of a tuned checkpoint that differs everywhere.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -25,6 +25,8 @@ _COLUMNS = 3
 # threads (471 MB for a UNet of 860 M numbers at rank 16), and tiles in float64 that are alive at once.
 _COPIES, _TILES = 9, 6
 TILE_ELEMENTS = 512 * 1024
+# How many times a fair share of ranks is looked at first.
+MORE_RANKS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +176,36 @@ def _cost(recipe: Recipe, sites: tuple[Site, ...], dialect: str, dtype: str) -> 
     elif recipe.rank.shared is not None:
         ranks = [(min(recipe.rank.shared, *s.shape), s) for s in sites if s.takes_factors]
         written = sum(rank * sum(site.shape) * item + alpha for rank, site in ranks)
-    largest = max((_working(recipe, site) for site in sites), default=0)
+    depth = _depth(recipe, [site for site in sites if site.takes_factors], item, alpha)
+    largest = max((_working(site, depth) for site in sites), default=0)
     # Factors are kept in float32 until all ranks are known, then rounded.
     kept = written // item * 4
     return Cost(len(sites), written + stored, kept + written + WORKERS * largest)
 
 
-def _working(recipe: Recipe, site: Site) -> int:
-    """Bytes of float64 that a layer takes while it is decomposed."""
-    columns = min(_COLUMNS * (most_ranks(recipe, site) + 10), *site.shape)
+def _depth(recipe: Recipe, sites: Sequence[Site], item: int, alpha: int) -> int | None:
+    """How many ranks of a layer are computed; None where an energy may ask for all of them.
+
+    Of a shared size a layer may get more than is looked at first, which takes more for that layer.
+    """
+    wanted = recipe.rank
+    if wanted.fixed is not None:
+        return wanted.fixed
+    if wanted.shared is not None:
+        return MORE_RANKS * wanted.shared
+    if wanted.budget_bytes is not None:
+        per_rank = sum(sum(site.shape) for site in sites) * item
+        return MORE_RANKS * fair_rank(wanted.budget_bytes, per_rank, alpha * len(sites))
+    return None
+
+
+def fair_rank(budget_bytes: int, bytes_per_rank: int, bytes_beside: int) -> int:
+    """The rank that all layers could have."""
+    return max(1, (budget_bytes - bytes_beside) // max(bytes_per_rank, 1))
+
+
+def _working(site: Site, depth: int | None) -> int:
+    """Bytes that a layer takes while it is decomposed."""
+    least = min(site.shape)
+    columns = least if depth is None else min(_COLUMNS * (depth + 10), least)
     return 8 * (_COPIES * columns * sum(site.shape) + _TILES * TILE_ELEMENTS)

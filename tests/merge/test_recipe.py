@@ -193,7 +193,7 @@ def test_a_strength_of_zero_is_zero_and_not_the_default() -> None:
 
 
 def _example() -> str:
-    text = (Path(__file__).parents[2] / "docs" / "merging.md").read_text("utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text("utf-8")
     return re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0]
 
 
