@@ -5,7 +5,7 @@
 
 Trains style and concept adapters of the tiny pipeline (docs/training.md), each with several seeds,
 merges every pair by every method, paints with the results and scores the pictures. Prints markdown:
-one table of every method as it is, one of what a scale chosen on the pairs of one training seed
+one table of every method as it is, one of what a strength chosen on the pairs of one training seed
 does on the pairs of the others. docs/merging.md shows what came out.
 
 Trained adapters and scores stay in --dir, so a run that was stopped goes on where it was; a score

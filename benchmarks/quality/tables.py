@@ -29,7 +29,7 @@ def report(
         others = [pair for pair in pairs if pair.seed != TUNING_SEED]
         rows = by_score([REFERENCE, *tuned.values()], results, others)
         text += (
-            "\n\nAt the size of both inputs and the scale that was best on the pairs of one training "
+            "\n\nAt the size of both inputs and the strength that was best on the pairs of one training "
             "seed, on the other pairs:\n\n"
         )
         text += _table(rows, tuned["linear"], results, sizes, others)

@@ -6,7 +6,7 @@ is tried baked, nothing cut off, and as an adapter of twice RANK, the size of bo
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from train.tiny import PIPELINE_DIR
 from .painting import UNET, Change
 from .study import RANK
 
-SCALES = (0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 2.0, 2.8)
-"""What a method's `scale`, or the strength of both inputs, is tried at."""
+SCALES = (0.7, 0.85, 1.0, 1.4, 2.0, 2.8)
+"""What the strength of both inputs is tried at."""
 
 SIZES = {"whole": {"exact": True}, f"rank {2 * RANK}": {"fixed": 2 * RANK}}
 SIZES[f"rank {RANK}"] = {"fixed": RANK}
@@ -75,29 +75,23 @@ def defaults() -> Iterator[Variant]:
 def grids() -> dict[str, list[Variant]]:
     """Name -> what is tried of a method, at the size of both inputs.
 
-    That is its `scale`, the strength of both inputs where it has none, and where strengths are
-    shares, the strength that the merged adapter is used at.
+    That is the strength of both inputs, which does what `scale` does where a method has one that
+    multiplies its result; and where strengths are shares, the strength the merge is used at.
     """
     found = {name: [_scaled(name, scale) for scale in SCALES] for name in METHODS}
+    energy = {"name": "linear", "normalise": "energy"}
     found["linear, normalise energy"] = [
-        replace(
-            _scaled("linear", scale),
-            label=f"linear, normalise energy, {scale:g} / {scale:g}",
-            method={"name": "linear", "normalise": "energy"},
-        )
-        for scale in SCALES
+        Variant(f"linear, normalise energy, {s:g} / {s:g}", strengths=(s, s), method=energy)
+        for s in SCALES
     ]
     return found
 
 
 def _scaled(name: str, scale: float) -> Variant:
     size = next(size for size in _sizes(name) if size != "baked")
-    method: dict[str, Any] = {"name": name}
     if METHODS[name].parameters.takes_shares:
-        return Variant(f"{name} used at {scale:g}", size, method=method, used_at=scale)
-    if "scale" in METHODS[name].parameters.model_fields:
-        return Variant(f"{name}, scale {scale:g}", size, method=method | {"scale": scale})
-    return Variant(f"{name} {scale:g} / {scale:g}", size, (scale, scale), method)
+        return Variant(f"{name} used at {scale:g}", size, method={"name": name}, used_at=scale)
+    return Variant(f"{name} {scale:g} / {scale:g}", size, (scale, scale), {"name": name})
 
 
 def _sizes(method: str) -> tuple[str, ...]:
