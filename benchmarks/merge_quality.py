@@ -74,7 +74,7 @@ def main() -> None:
     chosen = {name: _tune(bench, grid, pairs, results) for name, grid in grids.items()}
     seconds = time.monotonic() - begun
 
-    report = tables.report(plain, chosen, results, bench.sizes, pairs)
+    report = tables.report(plain, chosen, results, pairs)
     print(f"{options.seeds} training seeds, {len(pairs)} pairs, {options.images} pictures of each "
           f"kind, {seconds / 60:.0f} minutes\n")  # fmt: skip
     print(report)
@@ -101,7 +101,6 @@ class Bench:
             for line in self._cache.read_text("utf-8").splitlines():
                 self._known |= json.loads(line)
         self._bases: dict[tuple[str, str], metrics.Images] = {}
-        self.sizes: dict[str, int] = {}
 
     def run(self, variant: Variant, pairs: Sequence[Pair]) -> dict[Pair, dict[str, float]]:
         return {pair: self._scores(variant, pair) for pair in pairs}
@@ -116,7 +115,6 @@ class Bench:
     def _scores(self, variant: Variant, pair: Pair) -> dict[str, float]:
         asked = scores.asked_of(pair, self._images)
         with self._made(variant, pair) as made:
-            self.sizes[variant.name] = made.size_bytes
             key = f"{pair.name} {made.digest}"
             if key not in self._known:
                 images = self._painter.paint(made.change, asked)
@@ -163,7 +161,7 @@ def _columns(
     by_name = {variant.name: variant for variant in plain}
     first = [by_name[f"{label}, unmerged"] for label in ("style alone", "concept alone")]
     first += [by_name[f"{label}, whole"] for label in ("linear", "linear 0.7 / 0.7")]
-    others = [v for v in _uncut(plain) if v.label in METHODS and v not in first]
+    others = [v for v in _merged(plain) if v.label in METHODS and v not in first]
     others = tables.by_score(others, results, pairs)[:GRID_METHODS]
 
     def paint(variant: Variant) -> figures.Paint:
@@ -176,17 +174,17 @@ def _columns(
 def _plot(plain: Sequence[Variant], results: Results, pairs: Sequence[Pair]) -> str:
     points = {
         variant.label: (
-            tables.column(results, variant, "both_style", pairs),
-            tables.column(results, variant, "both_concept", pairs),
+            tables.column(results, variant.name, "both_style", pairs),
+            tables.column(results, variant.name, "both_concept", pairs),
         )
-        for variant in _uncut(plain)
+        for variant in _merged(plain)
     }
     return figures.plot(points, "style score", "concept score")
 
 
-def _uncut(plain: Sequence[Variant]) -> list[Variant]:
-    """Each way to merge once, with nothing cut off."""
-    return [variant for variant in plain if variant.size in ("whole", "baked")]
+def _merged(plain: Sequence[Variant]) -> list[Variant]:
+    """Each way to merge once, at the size of both inputs."""
+    return [v for v in plain if v.size in tables.BOTH_INPUTS and v.size != "unmerged"]
 
 
 def _code() -> str:

@@ -102,11 +102,10 @@ def _sizes(method: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A change that can be painted, what names its tensors, and how large its file is."""
+    """A change that can be painted, and what names its tensors."""
 
     change: Change
     digest: str
-    size_bytes: int
 
 
 def make(variant: Variant, style: Path, concept: Path, folder: Path) -> Made:
@@ -118,10 +117,8 @@ def make(variant: Variant, style: Path, concept: Path, folder: Path) -> Made:
             tuple((files[ref], strength) for ref, strength in strengths.items() if strength),
             is_live=variant.is_live,
         )
-        used = [path for path, _ in change.adapters]
         digests = [f"{_tensor_digest(path)}={strength:g}" for path, strength in change.adapters]
-        size = sum(path.stat().st_size for path in used)
-        return Made(change, f"live={variant.is_live} {' '.join(digests)}", size)
+        return Made(change, f"live={variant.is_live} {' '.join(digests)}")
     document: dict[str, Any] = {
         "inputs": [
             {"ref": ref, "sha256": sha256_file(path), "strength": strengths[ref]}
@@ -134,13 +131,13 @@ def make(variant: Variant, style: Path, concept: Path, folder: Path) -> Made:
         recipe = Recipe.parse({"kind": "bake", "base": base, **document})
         execute(plan(recipe, {**files, "base": PIPELINE_DIR}), folder / "baked")
         unet = folder / "baked" / UNET
-        return Made(Change(unet=unet), _tensor_digest(unet), unet.stat().st_size)
+        return Made(Change(unet=unet), _tensor_digest(unet))
     output = {"dtype": "float16", "dialect": "kohya"}
     document |= {"kind": "merge", "rank": SIZES[variant.size], "output": output}
     out = folder / "merged.safetensors"
     execute(plan(Recipe.parse(document), files), out)
     digest = f"{_tensor_digest(out)}={variant.used_at:g}"
-    return Made(Change(((out, variant.used_at),)), digest, out.stat().st_size)
+    return Made(Change(((out, variant.used_at),)), digest)
 
 
 def _tensor_digest(path: Path) -> str:

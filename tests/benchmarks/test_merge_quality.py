@@ -111,13 +111,14 @@ def test_an_interval_is_students_t() -> None:
 def test_the_table_puts_the_best_merge_first_and_marks_what_is_apart() -> None:
     pairs = study.pairs(3)
     rows = [tables.REFERENCE, Variant("better"), Variant("style alone", "unmerged")]
+    rows.append(Variant("better", "rank 8"))
     results = {
         row.name: {
             pair: dict.fromkeys(tables.COLUMNS, level + 0.01 * (index % 2))
             for index, pair in enumerate(pairs)
         }
-        for row, level in zip(rows, (0.5, 0.8, 0.3), strict=True)
+        for row, level in zip(rows, (0.5, 0.8, 0.3, 0.7), strict=True)
     }
-    lines = tables.report(rows, {}, results, dict.fromkeys(results, 1000), pairs).splitlines()
+    lines = tables.report(rows, {}, results, pairs).splitlines()
     assert [line.split(" | ")[0] for line in lines[4:]] == ["| style alone", "| better", "| linear"]
-    assert lines[5].endswith("| 0.80 ± 0.00 | **+0.30 ± 0.00** |")
+    assert lines[5].endswith("| 0.80 ± 0.00 | **+0.30 ± 0.00** | 0.70 ± 0.00 |  |")
