@@ -7,8 +7,8 @@ storage rounding changed, as a share of the Frobenius norm of the exact result.
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import hypot
 from pathlib import Path
@@ -82,7 +82,7 @@ def combine(
         if budget is not None:
             spectra = run_in_order(
                 products,
-                lambda module: _decompose(plan, module, inputs).values,
+                lambda module: _values(plan, module, inputs, out.name),
                 workers=workers,
                 finished=lambda index: progress(index + 1, steps),
                 cancelled=cancelled,
@@ -108,6 +108,22 @@ def _budget_bytes(plan: MergePlan, products: Sequence[Module]) -> int | None:
     ranks = [min(shared, module.rank, *module.shape) for module in products]
     numbers = sum(rank * sum(module.shape) for rank, module in zip(ranks, products, strict=True))
     return numbers * FACTOR_BYTES[plan.dtype] + len(products) * alpha_bytes(plan.dialect)
+
+
+def _values(plan: MergePlan, module: Module, inputs: Inputs, out: str) -> Tensor:
+    with _computed(plan, module, out):
+        return _decompose(plan, module, inputs).values
+
+
+@contextmanager
+def _computed(plan: MergePlan, module: Module, out: str) -> Iterator[None]:
+    """Names the layer of which a number is too large to be computed with."""
+    try:
+        yield
+    except OverflowError as error:
+        numerics = plan.recipe.numerics
+        dtype = str(_working_dtype(plan)).removeprefix("torch.")
+        raise Overflow(out, module.name, f"{dtype}, which {numerics} numerics use") from error
 
 
 def _decompose(plan: MergePlan, module: Module, inputs: Inputs) -> linear.Spectrum:
@@ -136,7 +152,8 @@ def _merge_module(
     factors: dict[str, Tensor] = {}
     lost: dict[str, Lost] = {}
     if module.terms:
-        rank, factors, lost["product"] = _merge_products(plan, module, wanted_rank, inputs)
+        with _computed(plan, module, out):
+            rank, factors, lost["product"] = _merge_products(plan, module, wanted_rank, inputs)
     dtype, storage = _working_dtype(plan), _DTYPES[plan.dtype]
     exact = {}
     if module.differences:

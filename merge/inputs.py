@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import groupby
 from math import isfinite
 from types import TracebackType
 from typing import Self
@@ -94,8 +95,10 @@ class Inputs:
     def _join(self, unit: Unit, dtype: torch.dtype) -> Change:
         change = join_changes(unit, self._recipe, *self._readers(dtype))
         if isinstance(change, Merged | Dense) and change.given is not None:
-            for run in unit.layer.runs:
-                self.coefficients[f"{unit.component}.{run.module}"] = change.given
+            for module, runs in groupby(unit.layer.runs, lambda run: run.module):
+                rows = [(run.begin, run.rows) for run in runs]
+                given = _coefficients(unit, change.given, rows)
+                self.coefficients[f"{unit.component}.{module}"] = given
         return change
 
     def _readers(self, dtype: torch.dtype) -> tuple[ReadChange, ReadWeight]:
@@ -173,7 +176,11 @@ class Inputs:
             return None
         (term,) = units.values()
         change = self.change(term.adapter, term.entry, dtype)
-        return change.given if isinstance(change, Merged | Dense) else None
+        if not isinstance(change, Merged | Dense) or change.given is None:
+            return None
+        assert isinstance(term.entry, Unit)
+        rows = [(its.first, its.rows) for its in module.terms]
+        return _coefficients(term.entry, change.given, rows)
 
     def summed(self, terms: Sequence[Term], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The weighted sum of changes that are stored whole, as a matrix of `shape`."""
@@ -213,6 +220,26 @@ class Inputs:
         if not isfinite(tensor.sum().item()) and not tensor.isfinite().all():
             raise NotFinite(self._adapters[adapter].name, key)
         return tensor
+
+
+def _coefficients(unit: Unit, given: Given, rows: Sequence[tuple[int, int]]) -> Given:
+    """What the adapters have been given in these (first, number of) rows of a unit.
+
+    One that has several strengths in the unit was given a factor on them: it has a coefficient where
+    it has one strength, and none where rows differ.
+    """
+    found = {}
+    for adapter, factor in given.items():
+        terms = [term for term in unit.terms if term.adapter == adapter]
+        strengths = {
+            term.strength
+            for term in terms
+            if any(term.begin < first + n and first < term.begin + term.rows for first, n in rows)
+        }
+        is_one = len({term.strength for term in terms}) == 1
+        if len(strengths) == 1:
+            found[adapter] = factor if is_one else factor * strengths.pop()
+    return found
 
 
 def _moved(factors: lora.Factors, terms: Sequence[Term], rows: int) -> lora.Factors:

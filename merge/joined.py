@@ -22,6 +22,7 @@ from merge.methods.core import core_of, gram
 from merge.methods.draws import Draws
 from merge.methods.elements import Delta
 from merge.methods.linear import Spectrum
+from merge.methods.numerical_rank import is_nothing
 from merge.methods.rules import COEFFICIENTS, CORE, ELEMENTS
 from merge.recipe import Recipe
 from merge.terms import Term
@@ -31,7 +32,8 @@ ReadChange = Callable[[Term], Change]
 ReadWeight = Callable[[Entry], Tensor]
 
 
-# By adapter: what a method that gives coefficients has given each.
+# By adapter: what a method that gives coefficients has given each; a factor on its strengths where
+# rows of the unit differ in them.
 Given = Mapping[int, float]
 
 
@@ -63,7 +65,7 @@ def join_changes(
     unit: Unit, recipe: Recipe, read_change: ReadChange, read_weight: ReadWeight
 ) -> Change:
     """What the recipe's method makes of the unit. `read_weight` gives the base's matrix of an entry."""
-    changes = _changes(unit.terms, read_change)
+    changes = _changes(unit.terms, lambda term: _present(read_change(term)))
     by_adapter = [list(its) for _, its in groupby(changes, lambda one: one[0].adapter)]
     method, draws, shape = recipe.method, draws_of(unit, recipe), unit.layer.extent
     try:
@@ -105,6 +107,18 @@ def _changes(terms: Sequence[Term], read_change: ReadChange) -> list[tuple[Term,
     return [(term, read[term.adapter, term.entry.name]) for term in terms]
 
 
+def _present(change: Change) -> Change:
+    """The change, or exactly nothing in the place of factors that cancel each other.
+
+    A merge of opposites leaves such factors. A method that looks at directions, or counts adapters,
+    would take what rounding leaves of them for a change like any other.
+    """
+    factors = change.factors() if change.is_product else None
+    if factors is None or not is_nothing(factors):
+        return change
+    return LowRank(Factors(torch.zeros_like(factors.up), factors.down))
+
+
 def _double(part: Factors) -> Factors:
     return Factors(part.up.double(), part.down.double(), part.scale)
 
@@ -132,7 +146,7 @@ def _weighted(
 
 
 def _given(unit: Unit, strengths: Sequence[float], coefficients: Sequence[float]) -> Given | None:
-    """What each adapter has been given, where that is not its strength."""
+    """What each adapter has been given, where that is not what it came with."""
     if list(strengths) == list(coefficients):
         return None
     return dict(zip(unit.adapters, coefficients, strict=True))

@@ -148,7 +148,8 @@ def _check_mergeable(entry: Entry, name: str, has_base: bool) -> None:
         raise Unsupported(name, f"{entry.name} is {ELSEWHERE[entry.layout]}; bake it")
     if 0 in entry.layer.shape:
         why = (
-            f"the factors of {entry.name} ({entry.algorithm}) do not show its whole shape; bake it"
+            f"the factors of {entry.name} ({entry.algorithm}) do not show its whole shape; "
+            "name the base, or bake it"
         )
         raise Unsupported(name, why)
     is_product = entry.exact_rank is not None or not entry.touches_weight

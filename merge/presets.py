@@ -33,14 +33,14 @@ def expand(source: Input, family: str | None, param: str) -> Input:
     def listed(field: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(one for glob in patterns for one in globs(field, glob))
 
+    blocks: dict[str, float] = {}
+    for glob, factor in source.blocks.items():
+        for one in globs("blocks", glob):
+            blocks[one] = blocks.get(one, 1.0) * factor
     return source.model_copy(
         update={
             "only": listed("only", source.only),
             "leave_out": listed("leave_out", source.leave_out),
-            "blocks": {
-                one: factor
-                for glob, factor in source.blocks.items()
-                for one in globs("blocks", glob)
-            },
+            "blocks": blocks,
         }
     )

@@ -54,7 +54,10 @@ class Approximation:
 
 
 def approximate(delta: Delta, draws: Draws, rank: int) -> Approximation:
-    """The change at `rank`, or at the smaller of its sides where that is less."""
+    """The change at `rank`, or at the smaller of its sides where that is less.
+
+    OverflowError where the change itself holds Inf or NaN.
+    """
     return _shortened(_decompose(delta, draws, rank), rank)
 
 
@@ -121,7 +124,7 @@ def _projected(
 ) -> Approximation:
     """The decomposition of the change on a subspace, or of all of it where that is None."""
     tiles = [tile if subspace is None else tile @ subspace for tile in _tiles(delta)]
-    up, values, down = torch.linalg.svd(torch.cat(tiles), full_matrices=False)
+    up, values, down = linear.singular(torch.cat(tiles))
     right = down if subspace is None else down @ subspace.mT
     one = torch.eye(len(values), dtype=torch.float64)
     spectrum = Spectrum(up, one, values, one, right)

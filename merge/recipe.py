@@ -326,6 +326,9 @@ def _nameless(source: Source) -> dict[str, Any]:
     document = source.model_dump(mode="json", exclude={"ref"})
     if document.get("vectors"):
         document["vectors"] = {"sha256": document["vectors"]["sha256"]}
+    for field in ("leave_out", "only"):
+        if field in document:  # globs select together, in whatever order and however often
+            document[field] = sorted(set(document[field]))
     return _without_absent(document)
 
 

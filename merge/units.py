@@ -119,9 +119,9 @@ def _shape(base: Base, name: Name, source: Source) -> tuple[int, ...] | None:
 def _check(entry: Entry, recipe: Recipe, name: str) -> None:
     if entry.layout in ELSEWHERE and recipe.method != Linear():
         why = (
-            f"{entry.name} is {ELSEWHERE[entry.layout]}, which {recipe.method.name} cannot combine"
+            f"{entry.name} is {ELSEWHERE[entry.layout]}, which only a plain sum can hold, in a bake"
         )
-        raise Unsupported(name, f"{why}; linear can, in a bake")
+        raise Unsupported(name, why)
 
 
 def _is_idle(source: Source, component: str, recipe: Recipe, base: Base | None) -> bool:
@@ -234,7 +234,10 @@ def _check_fits(component: str, source: Source, layer: Layer, names: Sequence[st
     own = source.entry.layer
     name = f"{component}.{source.run.module}"
     if 0 in own.shape:
-        why = f"the factors of {source.entry.name} ({source.entry.algorithm}) do not show its whole shape; bake it"
+        why = (
+            f"the factors of {source.entry.name} ({source.entry.algorithm}) do not show its whole "
+            "shape; name the base, or bake it"
+        )
         raise Unsupported(names[source.adapter], why)
     if own.extent[1] != layer.extent[1] or (own.path == layer.path and own.extent != layer.extent):
         detail = f"the change is {own.extent}, where another input's is {layer.extent}"

@@ -15,6 +15,7 @@ from merge.errors import BadRecipe
 from merge.formats.adapters import Entry
 from merge.formats.header import Header, read_header
 from merge.formats.sources import File, shown_name
+from merge.units import ELSEWHERE
 
 KINDS = ("directions", "rows", "columns")
 _DTYPES = ("F16", "BF16", "F32", "F64")
@@ -32,21 +33,25 @@ class Vectors:
 def read_vectors(file: File, entries: Sequence[Entry], param: str) -> Vectors:
     """The vectors of an adapter with these entries; BadRecipe names what does not fit."""
     header, name = read_header(file), shown_name(file)
-    known = {alias: entry for entry in entries for alias in _names(entry)}
+    known: dict[str, Entry] = {}
+    for entry in entries:
+        for alias in _names(entry):
+            if entry.touches_weight or alias not in known:  # a bias may have an entry of its own
+                known[alias] = entry
     found: dict[str, dict[str, str]] = {}
     for key, info in header.tensors.items():
         layer, _, kind = key.rpartition(".")
-        entry = known.get(layer)
-        if kind not in KINDS or entry is None:
+        weighed = known.get(layer)
+        if kind not in KINDS or weighed is None:
             detail = f"{key} in {name} is of no layer of the adapter; write LAYER.{'|'.join(KINDS)}"
             raise BadRecipe(param, detail)
-        length = _length(entry, kind, param, key)
+        length = _length(weighed, kind, param, key)
         if info.shape != (length,) or info.dtype not in _DTYPES:
             detail = f"{key} in {name} is {info.dtype} {info.shape}, {length} floats are needed"
             raise BadRecipe(param, detail)
-        if kind in found.setdefault(entry.name, {}):
-            raise BadRecipe(param, f"{name} has {kind} of {entry.name} twice")
-        found[entry.name][kind] = key
+        if kind in found.setdefault(weighed.name, {}):
+            raise BadRecipe(param, f"{name} has {kind} of {weighed.name} twice")
+        found[weighed.name][kind] = key
     if not found:
         raise BadRecipe(param, f"{name} holds no vectors")
     return Vectors(file, header, found)
@@ -58,7 +63,8 @@ def _names(entry: Entry) -> list[str]:
 
 
 def _length(entry: Entry, kind: str, param: str, key: str) -> int:
-    if not entry.touches_weight or 0 in entry.layer.shape:
+    is_matrix = entry.touches_weight and entry.layout not in ELSEWHERE
+    if not is_matrix or 0 in entry.layer.shape:
         raise BadRecipe(param, f"{key}: {entry.name} has no change that vectors could weigh")
     if kind != "directions":
         return entry.layer.extent[0 if kind == "rows" else 1]

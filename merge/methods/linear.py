@@ -80,12 +80,23 @@ def decompose(parts: Sequence[Factors], strengths: Sequence[float]) -> Spectrum:
     stacked = concatenate(parts, strengths)
     r_up = torch.linalg.qr(stacked.up, mode="r").R  # (k, rank)
     r_down = torch.linalg.qr(stacked.down.mT, mode="r").R  # (l, rank)
-    inner_up, values, inner_down = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+    inner_up, values, inner_down = singular(r_up @ r_down.mT)
     # A value that is rounding has no vector that could be told from rounding.
     least = torch.linalg.matrix_norm(r_up) * torch.linalg.matrix_norm(r_down)
     share = torch.where(values > torch.finfo(values.dtype).eps * least, 1 / values, 0.0)
     left, right = r_down.mT @ inner_down.mT * share, share[:, None] * (inner_up.mT @ r_up)
     return Spectrum(stacked.up, left, values, right, stacked.down)
+
+
+def singular(
+    matrix: Float[Tensor, "k l"],
+) -> tuple[Float[Tensor, "k j"], Float[Tensor, " j"], Float[Tensor, "j l"]]:
+    """U, the singular values and V^T; OverflowError where the dtype does not hold them."""
+    if matrix.isfinite().all():
+        up, values, down = torch.linalg.svd(matrix, full_matrices=False)
+        if values.isfinite().all():
+            return up, values, down
+    raise OverflowError
 
 
 def truncate(spectrum: Spectrum, rank: int) -> Factors:

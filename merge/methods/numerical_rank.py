@@ -13,13 +13,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from merge.algorithms.lora import Factors, norm
+
 # Of the largest. The same for float64, so that `numerics` does not decide which directions count.
 NEGLIGIBLE = 1e-5
+# Of the factors' norms. float32 leaves 1e-7 of what cancels, and the norm itself is known to 1e-8.
+_CANCELLED = 1e-6
 
 
 def present(cores: Sequence[Float[Tensor, "k l"]]) -> list[Float[Tensor, "k l"]]:
     """The cores of those adapters that change this layer: methods count and average only these."""
     return [core for core in cores if core.any()]
+
+
+def is_nothing(part: Factors) -> bool:
+    """Whether the factors cancel each other, so that what is left of their product is rounding.
+
+    Where nothing cancels, the product's norm is at least that of the factors' / sqrt(rank).
+    """
+    up, down = (torch.linalg.vector_norm(its.double()).item() for its in (part.up, part.down))
+    return bool(norm(Factors(part.up, part.down)) <= _CANCELLED * up * down)
 
 
 def rank_of(values: Float[Tensor, " j"], scale: float) -> int:

@@ -182,7 +182,7 @@ def test_what_only_a_base_shows_is_asked_for(tmp_path: Path) -> None:
         convert(path, tmp_path / "ours", "peft", algorithm="lora")
     with pytest.raises(errors.Unsupported, match="vera factors are read and not written; --alg"):
         convert(path, tmp_path / "ours", "peft")
-    with pytest.raises(errors.Unsupported, match=r"do not show its whole shape; bake it"):
+    with pytest.raises(errors.Unsupported, match=r"do not show its whole shape; name the base"):
         run(tmp_path / "ours", [(path, 1.0)])
     assert not (tmp_path / "ours").exists()
 

@@ -156,6 +156,15 @@ def test_defaults_said_or_unsaid_give_one_digest() -> None:
     assert short.digest() == said.digest()
 
 
+def test_patterns_give_one_digest_in_any_order_and_however_often_they_are_said() -> None:
+    for field in ("leave_out", "only"):
+        digests = {
+            Recipe.parse({"kind": "merge", "inputs": [{"sha256": A, field: globs}]}).digest()
+            for globs in (["a.*", "b.*"], ["b.*", "a.*"], ["a.*", "b.*", "a.*"])
+        }
+        assert len(digests) == 1
+
+
 def test_the_digest_needs_every_sha256() -> None:
     with pytest.raises(BadRecipe, match=r"inputs\[1\]\.sha256"):
         Recipe.load(FULL).pin({"ink": PINS["ink"]}).digest()
