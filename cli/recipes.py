@@ -83,11 +83,11 @@ def verify(
 
 def run_recipe(
     file: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="FILE",
             show_default=False,
-            help="A recipe, YAML or JSON, or a file that was made by one.",
+            help="A recipe, YAML or JSON, or a file that was made by one, named as adapters are.",
         ),
     ],
     to: Out,
@@ -96,48 +96,47 @@ def run_recipe(
     as_json: AsJSON = False,
 ) -> None:
     """Do what a recipe says; what it was made of and is gone is made again first."""
-    recipe, parents = read_recipe(file)
+    path, recipe, parents = read_recipe(file)
     finder = Finder(source or [])
-    with tempfile.TemporaryDirectory() as folder, as_typed(None, str(file)):
+    with tempfile.TemporaryDirectory() as folder, as_typed(None, file):
 
         def gather(recipe: "Recipe", blocks: Blocks) -> "Mapping[str, File]":
-            leaves = finder.search(recipe, parents, file.name, blocks)
+            leaves = finder.search(recipe, parents, path.name, blocks)
             return rebuilt(leaves, Path(folder)) if leaves.steps else leaves.files
 
         run(recipe, to, force=force, save_recipe=None, as_json=as_json, gather=gather)
 
 
-def read_recipe(file: Path) -> "tuple[Recipe, Mapping[str, Recipe]]":
-    """A recipe, and those of its inputs, from a recipe file or from what was made by one."""
+def read_recipe(file: str) -> "tuple[Path, Recipe, Mapping[str, Recipe]]":
+    """Where it is, a recipe and those of its inputs: of a recipe file or of what was made by one."""
     from merge.lineage import read
     from merge.recipe import Recipe
 
-    if not file.exists():
-        raise CommandError(f"{file}: there is no such file")
-    if file.is_dir() or file.suffix == ".safetensors":
-        history = read(file)
-        return history.recipe, history.parents
-    with as_typed(None, str(file)):
-        return Recipe.load(file), {}
+    path = fetch(file)
+    if path.is_dir() or path.suffix == ".safetensors":
+        history = read(path)
+        return path, history.recipe, history.parents
+    with as_typed(None, file):
+        return path, Recipe.load(path), {}
 
 
 def show(
     file: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="FILE",
             show_default=False,
-            help="A file that was made by a recipe, or a recipe.",
+            help="A file that was made by a recipe, or a recipe, named as adapters are.",
         ),
     ],
     as_json: AsJSON = False,
 ) -> None:
     """What a file was made of, what that was made of, and so on, as a tree."""
-    recipe, parents = read_recipe(file)
+    path, recipe, parents = read_recipe(file)
     if as_json:
         print_json(as_document(recipe, parents))
     else:
-        tree = as_tree(plain(file.name), recipe, parents)
+        tree = as_tree(plain(path.name), recipe, parents)
         # A tree cuts what is wider than the terminal, and names may be paths.
         out.print(Segments(out.render(tree, out.options.update(width=_WIDE))))
 

@@ -205,6 +205,15 @@ def test_what_is_not_here_is_asked_of_the_hub(
         assert done.returncode == 1
         assert f"1 file that it needs was not found: sha256:{leaves['b']}" in done.stderr
         assert done.stderr.strip().endswith("(give them with --from PATH; not on the hub)")
+        for push in (("second.safetensors", "admin/both"), ("leaves/b.safetensors", "admin/b")):
+            assert graft(tmp_path, "push", *push, **at_hub).returncode == 0
+        done = graft(tmp_path, "recipe", "show", "admin/both", **at_hub)
+        assert done.stdout.startswith("second.safetensors  merge by linear, rank 4\n")
+        done = graft(tmp_path, "recipe", "run", "admin/both", "-o", "again.safetensors", **at_hub)
+        assert done.returncode == 0, done.stderr
+        assert sha256_file(tmp_path / "again.safetensors") == sha256_file(
+            tmp_path / "second.safetensors"
+        )
 
 
 def test_a_prompt_becomes_a_recipe_that_runs(tmp_path: Path, leaves: dict[str, str]) -> None:
