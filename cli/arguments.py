@@ -89,4 +89,6 @@ def _argument(param: str, inputs: Sequence[str]) -> str:
     index, field, key = found.groups()
     if field not in _SELECTORS:
         return inputs[int(index)]
+    if field == "only" and not key:  # about a preset, which both may have said
+        return "--only, --style-content"
     return f"{_SELECTORS[field]} {key}" if key else _SELECTORS[field]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Hashable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar, get_args
 
 import yaml
 from pydantic import Field, StringConstraints, ValidationError, model_validator
@@ -178,7 +178,10 @@ class Recipe(Part):
             is_said = self.output.allow_loss is not None
             _refuse(is_said, "output.allow_loss", f"a {self.kind} writes no 8-bit weights")
             is_full = self.method.space is Space.ELEMENTS and self.rank.exact is not None
-            detail = f"{self.method.name} makes changes of full rank; say one, or bake them"
+            detail = (
+                f"{self.method.name} makes changes of full rank, which no adapter holds exactly; "
+                "say a rank, an energy or a size, or bake them"
+            )
             _refuse(is_full, "rank", detail)
         return self
 
@@ -286,8 +289,24 @@ def _raise_first(error: ValidationError) -> NoReturn:
         says = "Field required"
     elif first["type"] == "union_tag_invalid":
         says = f"Input should be {first['ctx']['expected_tags']}"
+    elif first["type"] == "extra_forbidden":
+        says = _unknown(first["loc"])
     detail = says.removeprefix("Value error, ") + (f" (and {more} more)" if more else "")
     raise BadRecipe(path, detail) from error
+
+
+_METHODS = {
+    get_args(its.model_fields["name"].annotation)[0]: its for its in get_args(get_args(Method)[0])
+}
+
+
+def _unknown(steps: tuple[int | str, ...]) -> str:
+    """Of a field that there is not; of a method's, which there are."""
+    if steps[0] != "method" or len(steps) < 3:
+        return "there is no such field"
+    fields = _METHODS[str(steps[1])].model_fields
+    known = ", ".join(name for name in fields if name != "name")
+    return f"{steps[1]} has no such parameter; it has {known or 'none'}"
 
 
 def _steps(error: ErrorDetails) -> tuple[int | str, ...]:

@@ -258,7 +258,11 @@ def test_what_cannot_be_done_is_one_sentence(
         (["--method", "tie"], "--method: Input should be 'linear'"),
         (["--method", "ties"], "--rank, --energy, --budget, --shared: ties makes changes"),
         (["--method", "svc", "--param", "floor=2"], "--param floor: Input should be less than"),
-        (["--method", "svc", "--param", "flor=0.1"], "--param flor: Extra inputs"),
+        (["--param", "floor=1"], "--param floor: linear has no such parameter; it has normalise"),
+        (
+            ["--method", "svc", "--param", "flor=0.1"],
+            "--param flor: svc has no such parameter; it has floor",
+        ),
         (["--param", "floor"], "--param floor: write --param NAME=VALUE"),
         (["--normalise", "rank"], "--normalise: Input should be 'strengths' or 'energy'"),
         (["--vectors", "robot.safetensors=v"], "--vectors robot.safetensors=v: write"),
