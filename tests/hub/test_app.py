@@ -49,6 +49,7 @@ OPEN_ROUTES = {
     "POST /logout",
     "POST /settings/theme",
     "POST /api/validate-yaml",
+    "POST /api/reports",
     "POST /api/{kind:repos}/{namespace}/{name}/paths-info/{revision}",
     "POST /{namespace}/{name}.git/info/lfs/objects/batch",
     "POST /{kind:repos}/{namespace}/{name}.git/info/lfs/objects/batch",
