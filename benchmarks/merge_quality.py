@@ -172,14 +172,15 @@ def _columns(
 
 
 def _plot(plain: Sequence[Variant], results: Results, pairs: Sequence[Pair]) -> str:
-    points = {
-        variant.label: (
-            tables.column(results, variant.name, "both_style", pairs),
-            tables.column(results, variant.name, "both_concept", pairs),
-        )
-        for variant in _merged(plain)
+    shown = tables.by_score(_merged(plain), results, pairs)
+    rows = {
+        variant.label: {
+            score: tables.column(results, variant.name, score, pairs)
+            for score in ("overall", *scores.OVERALL)
+        }
+        for variant in shown
     }
-    return figures.plot(points, "style score", "concept score")
+    return figures.plot(rows, tables.REFERENCE.label)
 
 
 def _merged(plain: Sequence[Variant]) -> list[Variant]:

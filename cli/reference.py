@@ -42,6 +42,7 @@ def methods() -> str:
     from merge.methods import METHODS
 
     lines = ["# Merge methods", "", "What `method:` in a recipe and `graft merge --method` take."]
+    lines += ["Pages: [which when](merging.md#which-method-when), [compared](methods_compared.md)."]
     for method in METHODS.values():
         lines += ["", f"## {method.name}", "", method.summary, method.exactness, ""]
         lines += [*method.when, ""] if method.when else []

@@ -84,81 +84,68 @@ def _wrapped(text: str, width: int = 24) -> str:
     return "\n".join(lines)
 
 
-SIDE, MARGIN, LABELS = 520, 60, 190
+ROW, SIDE, LABELS, EDGE = 24, 520, 190, 24
+HEAD = 48
+COLOURS = {"style": "#c2571a", "concept": "#7a3fb0", "both": "#1b7f5c", "kept": "#2f6fb7"}
 
 
-def plot(points: Mapping[str, tuple[Estimate, Estimate]], x_label: str, y_label: str) -> str:
-    """An SVG with one point and two intervals for each name: (style, concept) in 0..1."""
-    width, height = SIDE + 2 * MARGIN + LABELS, SIDE + 2 * MARGIN
+def plot(rows: Mapping[str, Mapping[str, Estimate]], reference: str) -> str:
+    """An SVG with one line for each name: its overall score with the interval, and what is in it.
+
+    A row has the scores of COLOURS and `overall`, in 0..1; a line goes down from `reference`'s.
+    """
+    width, height = LABELS + SIDE + EDGE, HEAD + ROW * len(rows) + EDGE + 16
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    names = sorted(points, key=lambda name: -points[name][1].mean)
-    heights = _spread([_y(points[name][1].mean) for name in names])
-    parts = [f'<rect width="100%" height="100%" fill="{PAPER}"/>', *_axes(x_label, y_label)]
-    for index, (name, label) in enumerate(zip(names, heights, strict=True)):
-        colour = f"hsl({360 * index / len(names):.0f} 65% 42%)"
-        marks = _marks(*points[name], label) + _text(MARGIN + SIDE + 30, label + 4, name, "start")
-        parts.append(f'<g stroke="{colour}" fill="{colour}">{marks}</g>')
-    body = "\n".join(parts)
+    parts = [f'<rect width="100%" height="100%" fill="{PAPER}"/>', *_legend(), *_axis(len(rows))]
+    at = _x(rows[reference]["overall"].mean)
+    line = f"M{at:.1f} {HEAD}V{HEAD + ROW * len(rows)}"
+    parts.append(f'<path d="{line}" stroke="{INK}" stroke-dasharray="3 3" stroke-opacity=".6"/>')
+    for index, (name, found) in enumerate(rows.items()):
+        y = HEAD + ROW * (index + 0.5)
+        parts += [_text(LABELS - 14, y + 4, name, "end"), *_marks(found, y)]
     font = 'font-family="sans-serif" font-size="13"'
+    body = "\n".join(parts)
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>\n{body}\n</svg>\n'
 
 
-def _marks(x: Estimate, y: Estimate, label: float) -> str:
-    """A dot, its intervals, and a line to the height of its label."""
-    left, right = (_x(v) for v in np.clip([x.mean - x.half, x.mean + x.half], 0, 1))
-    low, high = (_y(v) for v in np.clip([y.mean - y.half, y.mean + y.half], 0, 1))
-    at_x, at_y = _x(x.mean), _y(y.mean)
-    bars = f"M{left:.1f} {at_y:.1f}H{right:.1f}M{at_x:.1f} {low:.1f}V{high:.1f}"
-    lead = f"M{at_x:.1f} {at_y:.1f}L{MARGIN + SIDE + 24} {label:.1f}"
-    return (
-        f'<path d="{bars}" stroke-opacity=".45"/>'
-        f'<path d="{lead}" stroke-opacity=".25" stroke-dasharray="2 3"/>'
-        f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="4"/>'
-    )
+def _marks(found: Mapping[str, Estimate], y: float) -> list[str]:
+    whole = found["overall"]
+    left, right = (_x(v) for v in np.clip([whole.mean - whole.half, whole.mean + whole.half], 0, 1))
+    dots = [_dot(_x(found[name].mean), y, 4, colour) for name, colour in COLOURS.items()]
+    bar = f'<path d="M{left:.1f} {y}H{right:.1f}" stroke="{INK}" stroke-width="3"/>'
+    return [bar, *dots, _dot(_x(whole.mean), y, 6, INK)]
 
 
-def _axes(x_label: str, y_label: str) -> list[str]:
-    lines = ""
-    texts = []
+def _legend() -> list[str]:
+    parts = []
+    for index, (name, colour) in enumerate({"overall": INK, **COLOURS}.items()):
+        x = LABELS + index * 84
+        parts += [_dot(x + 5, 14, 5, colour), _text(x + 16, 18, name, "start")]
+    return parts
+
+
+def _axis(n_rows: int) -> list[str]:
+    bottom = HEAD + ROW * n_rows
+    parts = []
     for tick in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        lines += f"M{_x(tick):.0f} {_y(0)}V{_y(1)}M{_x(0)} {_y(tick):.0f}H{_x(1)}"
-        texts += [
-            _text(_x(tick), _y(0) + 18, f"{tick:g}", "middle"),
-            _text(_x(0) - 8, _y(tick) + 4, f"{tick:g}", "end"),
-        ]
-    middle = MARGIN + SIDE / 2
-    turned = _text(0, 0, y_label, "middle")
-    return [
-        f'<path d="{lines}" stroke="{FAINT}" stroke-opacity=".35"/>',
-        f'<g fill="{INK}">',
-        *texts,
-        _text(middle, _y(0) + 42, x_label, "middle"),
-        f'<g transform="translate(18 {middle}) rotate(-90)">{turned}</g></g>',
-    ]
+        line = f"M{_x(tick):.1f} {HEAD}V{bottom}"
+        parts.append(f'<path d="{line}" stroke="{FAINT}" stroke-opacity=".35"/>')
+        parts += [_text(_x(tick), y, f"{tick:g}", "middle") for y in (HEAD - 8, bottom + 18)]
+    return parts
+
+
+def _dot(x: float, y: float, radius: float, colour: str) -> str:
+    return (
+        f'<circle cx="{x:.1f}" cy="{y:g}" r="{radius:g}" fill="{colour}" '
+        f'stroke="{PAPER}" stroke-width="1"/>'
+    )
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" stroke="none">{escape(text)}</text>'
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{INK}">{escape(text)}</text>'
     )
 
 
-def _spread(heights: Sequence[float], apart: float = 17) -> list[float]:
-    """Heights of labels in the given order, none nearer to the next than `apart`."""
-    placed: list[float] = []
-    for height in heights:
-        placed.append(max(height, placed[-1] + apart) if placed else height)
-    # What ran over the lower edge pushes the ones above it up again.
-    limit = float(MARGIN + SIDE)
-    for index in reversed(range(len(placed))):
-        placed[index] = min(placed[index], limit)
-        limit = placed[index] - apart
-    return placed
-
-
 def _x(share: float) -> float:
-    return MARGIN + SIDE * share
-
-
-def _y(share: float) -> float:
-    return MARGIN + SIDE * (1 - share)
+    return LABELS + SIDE * share
