@@ -65,11 +65,12 @@ class Merged:
 def combine(
     plan: MergePlan,
     out: Path,
+    name: str,
     workers: int,
     progress: Callable[[int, int], None],
     cancelled: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Write the merged adapter to the file `out` and give its certificate."""
+    """Write the merged adapter to `out`, which will be called `name`, and give its certificate."""
     modules = plan.modules
     products = [module for module in modules if module.terms]
     budget = _budget_bytes(plan, products)
@@ -82,7 +83,7 @@ def combine(
         if budget is not None:
             spectra = run_in_order(
                 products,
-                lambda module: _values(plan, module, inputs, out.name),
+                lambda module: _values(plan, module, inputs, name),
                 workers=workers,
                 finished=lambda index: progress(index + 1, steps),
                 cancelled=cancelled,
@@ -90,13 +91,13 @@ def combine(
             ranks = _within_budget(plan, products, spectra, budget)
         results = run_in_order(
             modules,
-            lambda module: _merge_module(plan, module, ranks.get(module.name), inputs, out.name),
+            lambda module: _merge_module(plan, module, ranks.get(module.name), inputs, name),
             workers=workers,
             finished=lambda index: progress(steps - len(modules) + index + 1, steps),
             cancelled=cancelled,
         )
     certificate = _certificate(plan, results)
-    write_adapter(plan, out, results, certificate)
+    write_adapter(plan, out, name, results, certificate)
     return certificate
 
 
@@ -286,7 +287,11 @@ def shortened(value: float) -> float:
 
 
 def write_adapter(
-    plan: MergePlan, out: Path, results: Sequence[Merged], certificate: Mapping[str, Any]
+    plan: MergePlan,
+    out: Path,
+    name: str,
+    results: Sequence[Merged],
+    certificate: Mapping[str, Any],
 ) -> None:
     """The adapter in the plan's dialect: a file, or for PEFT the two files of a folder `out`."""
     family = None if plan.family is None else FAMILIES[plan.family]
@@ -294,7 +299,7 @@ def write_adapter(
     try:
         encoded = encode(parts, plan.dialect, family, _peft_options(plan))
     except NotExact as error:
-        raise Unsupported(out.name, str(error)) from error
+        raise Unsupported(name, str(error)) from error
     ranks = [result.rank for result in results if result.rank > 0]
     alpha = stored_alpha(plan, ranks[0]) if ranks else 0.0
     metadata = provenance.of_merge(plan, ranks, alpha, certificate) | dict(encoded.metadata)

@@ -78,9 +78,9 @@ def execute(
     else:
         with _small(plan, out, stop) as target:
             if isinstance(plan, ExtractPlan):
-                certificate = extract(plan, target, threads, report, stop)
+                certificate = extract(plan, target, out.name, threads, report, stop)
             else:
-                certificate = combine(plan, target, threads, report, stop)
+                certificate = combine(plan, target, out.name, threads, report, stop)
             sha256 = folder_digest(target) if plan.writes_folder else sha256_file(target)
             size = _size(target)
     return Outcome(sha256 if digest else None, size, certificate, recipe_digest)

@@ -61,20 +61,21 @@ class Found:
 def extract(
     plan: ExtractPlan,
     out: Path,
+    name: str,
     workers: int,
     progress: Callable[[int, int], None],
     cancelled: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Write the adapter to `out` and give its certificate."""
+    """Write the adapter to `out`, which will be called `name`, and give its certificate."""
     with OpenBase(plan.pair.base) as base, OpenBase(plan.pair.tuned) as tuned:
         work = _Work(plan, base, tuned, workers, progress, cancelled)
         changed = work.compare()
         ranks = work.share_ranks(changed)
-        found = work.decompose(changed, ranks, out.name)
+        found = work.decompose(changed, ranks, name)
     alpha = float(max(its.rank for its in found))
-    stored = [_store(plan, its, alpha, out.name) for its in _with_equal_biases(plan, found)]
+    stored = [_store(plan, its, alpha, name) for its in _with_equal_biases(plan, found)]
     certificate = _certificate(plan, stored, len(plan.sites) - len(changed))
-    _write(plan, out, stored, alpha, certificate)
+    _write(plan, out, name, stored, alpha, certificate)
     return certificate
 
 
@@ -383,6 +384,7 @@ def _certificate(plan: ExtractPlan, found: Sequence[Stored], n_same: int) -> dic
 def _write(
     plan: ExtractPlan,
     out: Path,
+    name: str,
     stored: Sequence[Stored],
     alpha: float,
     certificate: Mapping[str, Any],
@@ -393,7 +395,7 @@ def _write(
     try:
         encoded = encode(parts, plan.dialect, family, options)
     except NotExact as error:
-        raise Unsupported(out.name, str(error)) from error
+        raise Unsupported(name, str(error)) from error
     ranks = [its.rank for its in stored if its.rank > 0]
     metadata = provenance.of_extract(plan, ranks, alpha, certificate) | dict(encoded.metadata)
     if encoded.config is not None:

@@ -139,3 +139,14 @@ def test_a_preset_and_its_own_pattern_multiply_as_any_two_blocks_do() -> None:
     pattern = "unet.up_blocks.0.attentions.1.*"
     source = Input(ref="a", blocks={"@style": 0.5, pattern: 0.5})
     assert expand(source, "sdxl", "inputs[0]").blocks == {pattern: 0.25}
+
+
+def test_what_goes_wrong_in_a_folder_is_said_of_the_name_that_was_asked_for(
+    tmp_path: Path,
+) -> None:
+    large = torch.full((8, 2), 1e20)
+    adapter = _factors(tmp_path / "one.safetensors", large, large.mT)
+    fields: dict[str, Any] = {"rank": {"fixed": 1}, "output": {"dialect": "peft"}}
+    with pytest.raises(Overflow, match=rf"^wanted: {Q} does not fit float32"):
+        run(tmp_path / "wanted", [(adapter, 1.0)], **fields)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.safetensors"]
