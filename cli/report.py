@@ -319,7 +319,8 @@ def _dtypes_table(report: "Report") -> Table:
             marks += ["output"] if rounding.is_asked else []
         if loss is not None:
             marks += ["base"] if loss.is_base else []
-            cells += [percent(loss.gain, 1), percent(loss.error, 1), percent(loss.unchanged, 1)]
+            shares = [percent(its, 1) for its in (loss.gain, loss.error, loss.unchanged)]
+            cells += ["overflows", "", ""] if loss.overflows else shares
         mark = f"← {', '.join(marks)}" if marks else ""
         table.add_row(dtype_name(dtype), Text(mark, style="dim"), *cells)
     return table

@@ -30,7 +30,7 @@ from merge.formats.writer import Layout, layout, raw_bytes
 from merge.inputs import Inputs, OpenBase
 from merge.patches import Patch
 from merge.plan import TILE_ELEMENTS, BakePlan
-from merge.quantised import FP8, TOO_LARGE, Scales, as_groups, new_scales
+from merge.quantised import FP8, TOO_LARGE, Scales, as_groups, new_scales, read_scale
 from merge.tally import Tally, Touched
 from merge.threads import Shared
 from merge.tiles import Ready, prepare
@@ -342,7 +342,7 @@ class _Rewrite:
         return bytes(raw_bytes(scales.new.to(stored.dtype).reshape(stored.shape)))
 
     def _find_scales(self, key: str, scale: Scale, source: TensorFile) -> Scales:
-        stored = source.read_tensor(scale.key)
+        stored = read_scale(source, scale)
         old = Scales(scale, as_groups(stored, scale), as_groups(stored, scale))
 
         def values() -> Iterator[tuple[int, torch.Tensor]]:
@@ -356,6 +356,8 @@ class _Rewrite:
                     rows = min(step, patch.rows - row)
                     total, _ = self._widened(segment, patch, row, rows, source)
                     old.widen(total, patch.first_row + row)
+                    if not total.isfinite().all():
+                        raise NotFinite(source.name, key)
                     ready.add(total, row)
                     yield patch.first_row + row, total
 

@@ -18,7 +18,7 @@ from merge.families import Layer
 from merge.formats.reader import TORCH_DTYPES
 from merge.inputs import OpenBase
 from merge.methods.elements import Delta
-from merge.quantised import as_groups, spread
+from merge.quantised import as_groups, read_scale, spread
 
 _TILE_ELEMENTS = 512 * 1024
 
@@ -80,7 +80,7 @@ class Rows:
         file.read_into(its.key, memoryview(raw), row * its.columns * dtype.itemsize)
         rows = torch.frombuffer(raw, dtype=dtype).view(count, its.columns).double()
         if (scale := base.scale(its)) is not None:
-            rows *= spread(as_groups(file.read_tensor(scale.key), scale), scale, row, rows)
+            rows *= spread(as_groups(read_scale(file, scale), scale), scale, row, rows)
         if not rows.isfinite().all():
             raise NotFinite(file.name, its.key)
         return rows

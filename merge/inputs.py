@@ -27,7 +27,7 @@ from merge.methods.elements import Delta
 from merge.methods.linear import Spectrum
 from merge.modules import Module
 from merge.plan import Adapter
-from merge.quantised import as_groups, spread
+from merge.quantised import as_groups, read_scale, spread
 from merge.recipe import Recipe
 from merge.terms import Term
 from merge.threads import Shared
@@ -308,7 +308,7 @@ class OpenBase:
         matrix = tensor.reshape(tensor.shape[0], -1)
         matrix = matrix[piece.first_row : piece.first_row + piece.rows].to(dtype)
         if (scale := self.base.scale(piece)) is not None:
-            groups = as_groups(file.read_tensor(scale.key), scale)
+            groups = as_groups(read_scale(file, scale), scale)
             matrix = matrix * spread(groups, scale, piece.first_row, matrix)
         if not matrix.isfinite().all():
             raise NotFinite(file.name, piece.key)

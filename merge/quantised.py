@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from merge.bases import Scale
+from merge.errors import NotFinite
+from merge.formats.reader import TensorFile
 
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 # From here on a value is nearer to what would come after the largest number.
@@ -29,8 +31,9 @@ class Scales:
         stored.mul_(spread(self.old, self._scale, first_row, stored))
 
     def narrow(self, values: Tensor, first_row: int) -> None:
-        """Divide rows of new values by their new scales, in place."""
-        values.div_(spread(self.new, self._scale, first_row, values))
+        """Divide rows of new values by their new scales, in place; a scale of 0 is for zeros alone."""
+        scales = spread(self.new, self._scale, first_row, values)
+        values.div_(scales.masked_fill(scales == 0, 1.0))
 
     def restore(self, stored: Tensor, first_row: int) -> Tensor:
         """What rows that were stored with the new scales mean."""
@@ -45,6 +48,14 @@ def spread(groups: Tensor, scale: Scale, first_row: int, like: Tensor) -> Tensor
     rows = torch.arange(first_row, first_row + like.shape[0]) // scale.rows
     columns = torch.arange(like.shape[1]) // scale.columns
     return groups[rows][:, columns]
+
+
+def read_scale(file: TensorFile, scale: Scale) -> Tensor:
+    """The scale tensor as it is stored; refuses NaN and Inf."""
+    stored = file.read_tensor(scale.key)
+    if not stored.float().isfinite().all():
+        raise NotFinite(file.name, scale.key)
+    return stored
 
 
 def as_groups(stored: Tensor, scale: Scale) -> Tensor:

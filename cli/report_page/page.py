@@ -119,7 +119,10 @@ def _tiles(report: "Report") -> Iterator[Tile]:
     for loss in () if stored is None else stored.bake:
         if loss.is_base:
             wrong = f"of the change arrives, with {percent(loss.error, 1)} error"
-            yield Tile(percent(loss.gain, 0), f"baked in {dtype_name(loss.dtype)}", wrong)
+            arrives = "overflows" if loss.overflows else percent(loss.gain, 0)
+            if loss.overflows:
+                wrong = "the base's dtype does not hold the sum"
+            yield Tile(arrives, f"baked in {dtype_name(loss.dtype)}", wrong)
 
 
 def _charts(report: "Report", names: Sequence[str]) -> Iterator[Chart]:

@@ -298,7 +298,9 @@ def _losses(storage: Any) -> Iterator[str]:
     if parts:
         yield f"Rounding loses, of the change: {', '.join(parts)}."
     for bake in storage["bake"]:
-        if bake["is_base"]:
+        if bake["is_base"] and bake["overflows"]:
+            yield f"The base's {_DTYPES.get(bake['dtype'], bake['dtype'])} does not hold the sum."
+        elif bake["is_base"]:
             yield (
                 f"Baked into the base's {_DTYPES.get(bake['dtype'], bake['dtype'])}, {percent(bake['gain'])} of the change"
                 f" arrives and {percent(bake['unchanged'])} of the values stay what they were."

@@ -187,7 +187,7 @@ class BakeLoss:
 
     `gain` is the share of the change that arrives (the projection of what became of it), `error` the
     norm of what is wrong with it, as a share of its own, `unchanged` the share of the values that
-    stay what they were.
+    stay what they were. Weights that do not fit the dtype count in none of them: it `overflows`.
     """
 
     dtype: str
@@ -195,6 +195,7 @@ class BakeLoss:
     error: float
     unchanged: float
     is_base: bool
+    overflows: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from merge.algorithms import lora
 from merge.combine import stored_alpha
+from merge.errors import NotFinite
 from merge.formats.adapters import Entry
 from merge.formats.header import DTYPE_BITS
 from merge.inputs import Inputs, OpenBase
@@ -22,7 +23,7 @@ from merge.methods.draws import Draws
 from merge.modules import Module
 from merge.patches import Patch
 from merge.plan import BakePlan, MergePlan
-from merge.quantised import FP8, as_groups, spread
+from merge.quantised import FP8, as_groups, read_scale, spread
 from merge.rangefinder import approximate
 from merge.reports.report import BakeLoss, Rounding, Storage
 from merge.tiles import prepare
@@ -124,6 +125,7 @@ class Sums:
     kept: float = 0.0
     wrong: float = 0.0
     unchanged: float = 0.0
+    n_too_large: int = 0  # weights of which a value does not fit, and which count in nothing else
 
     def add(self, other: "Sums") -> None:
         for name in self.__slots__:
@@ -157,9 +159,11 @@ def round_base(
     before = torch.frombuffer(raw, dtype=dtype).view(rows, patch.columns).float()
     scales = None
     if patch.scale is not None:
-        groups = as_groups(opened.read_tensor(patch.scale.key), patch.scale)
+        groups = as_groups(read_scale(opened, patch.scale), patch.scale)
         scales = spread(groups, patch.scale, patch.first_row + row, before)
         before = before * scales
+    if not before.isfinite().all():
+        raise NotFinite(opened.name, key)
 
     def read_base(entry: Entry, parameter: str, is_copy: bool) -> Tensor | None:
         return base.read(entry, parameter, torch.float32, is_copy=is_copy)
@@ -181,7 +185,8 @@ def round_base(
 
 def _sums(base: Tensor, delta: Tensor, dtype: str, scales: Tensor | None, factor: float) -> Sums:
     """The base is first rounded to the dtype itself: what a checkpoint in it would hold."""
-    scale = torch.ones(()) if scales is None else scales
+    # A scale of 0 is that of zeros.
+    scale = torch.ones(()) if scales is None else scales.masked_fill(scales == 0, 1.0)
 
     def stored(values: Tensor) -> Tensor:
         limit = torch.finfo(_DTYPES[dtype]).max if dtype in FP8 else float("inf")
@@ -189,6 +194,8 @@ def _sums(base: Tensor, delta: Tensor, dtype: str, scales: Tensor | None, factor
 
     before = stored(base)
     after = stored(before + delta)
+    if not after.isfinite().all():
+        return Sums(n_too_large=1)
     arrived = (after - before).double()
     exact = delta.double()
     return Sums(
@@ -234,4 +241,5 @@ def _loss(dtype: str, its: Sums, is_base: bool) -> BakeLoss:
         sqrt(its.wrong / its.wanted) if its.wanted else 0.0,
         its.unchanged / its.elements if its.elements else 0.0,
         is_base,
+        its.n_too_large > 0,
     )

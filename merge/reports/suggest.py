@@ -196,7 +196,9 @@ def _storage(report: Report) -> list[str]:
         if its.is_asked and its.overflows:
             found.append(f"dtype: {its.dtype} cannot hold the factors; bfloat16 or float32 can")
     for loss in () if stored is None else stored.bake:
-        if loss.is_base and loss.gain < 0.9:
+        if loss.is_base and loss.overflows:
+            found.append(f"base: its {loss.dtype} cannot hold the sum; a wider dtype may")
+        elif loss.is_base and loss.gain < 0.9:
             found.append(
                 f"base: baked into its {loss.dtype}, {_percent(loss.gain)} of the change arrives; take a "
                 "base in float16 or bfloat16, or load the adapter beside it"

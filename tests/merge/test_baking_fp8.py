@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from merge.bake import bake
+from merge.blocks import Options
 from merge.errors import BadCheckpoint, BadRecipe, NotFinite, Overflow
-from merge.plan import plan
+from merge.plan import BakePlan, plan
 from tests.fixtures.engine import make_recipe, run
 from tests.oracles import fp8
 
@@ -199,6 +201,58 @@ def test_nan_in_an_fp8_base_is_refused(tmp_path: Path) -> None:
     save_file(state, base)
     with pytest.raises(NotFinite, match="holds NaN"):
         run(tmp_path / "out.safetensors", [(adapter, 1.0)], base=base, output=ALLOWED)
+
+
+def test_nan_is_named_where_it_is_though_its_scale_is_that_of_other_tiles_too(
+    tmp_path: Path,
+) -> None:
+    base, adapter, _ = _write(tmp_path, "F8_E4M3", "scale_weight")
+    state = load_file(base)
+    state[KEY].view(torch.uint8)[-1, -1] = 0x7F
+    save_file(state, base)
+    planned = plan(*make_recipe([(adapter, 1.0)], base=base, output=ALLOWED))
+    assert isinstance(planned, BakePlan)
+    options = Options(1, False, lambda done: None, lambda: False)
+    with pytest.raises(NotFinite, match=rf"base.safetensors: {KEY} holds NaN"):
+        bake(planned, tmp_path / "out.safetensors", options, tile=IN)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["scale_weight", "blocks"])
+def test_a_scale_that_is_not_finite_is_named(
+    kind: str, value: float, method: str, tmp_path: Path
+) -> None:
+    base, adapter, _ = _write(tmp_path, "F8_E4M3", kind)
+    state = load_file(base)
+    (key,) = state.keys() & {KEY.replace("weight", name) for name in (kind, "weight_scale_inv")}
+    state[key].view(-1)[-1] = value
+    save_file(state, base)
+    fields: dict[str, Any] = {"method": {"name": method}, "output": ALLOWED}
+    with pytest.raises(NotFinite, match=rf"base.safetensors: {key} holds NaN or Inf"):
+        run(tmp_path / "out.safetensors", [(adapter, 1.0)], base=base, **fields)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_rows_of_scale_0_stay_zero_where_nothing_changes_them(tmp_path: Path) -> None:
+    """As an all-zero row is quantised without a floor under its scale."""
+    base, adapter, _ = _write(tmp_path, "F8_E4M3", "rows")
+    state, factors = load_file(base), load_file(adapter)
+    scale, up = state["blocks.0.proj.weight_scale"], factors["blocks.0.proj.lora_up.weight"]
+    scale[:6], up[:3] = 0.0, 0.0
+    state[KEY].view(torch.uint8)[:6] = 0
+    save_file(state, base)
+    save_file(factors, adapter)
+    out = tmp_path / "out.safetensors"
+    run(out, [(adapter, 1.0)], base=base, output=ALLOWED)
+    after = load_file(out)
+    assert (after["blocks.0.proj.weight_scale"][:3] == 0).all()
+    down = factors["blocks.0.proj.lora_down.weight"].double().numpy()
+    wanted = _meaning(state, "F8_E4M3") + up.double().numpy() @ down
+    found = _meaning(after, "F8_E4M3")
+    assert not found[:3].any()
+    step = np.abs(wanted).max(1, keepdims=True) * 2.0**-4
+    assert (np.abs(found - wanted) <= step).all()
 
 
 def _edited(base: Path, change: dict[str, Any]) -> Path:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from merge.errors import NotFinite
 from merge.execute import execute
 from merge.families import FAMILIES
 from merge.formats.hashes import sha256_file
@@ -192,3 +193,47 @@ def test_what_another_dtype_of_the_base_would_lose_is_what_it_loses(tmp_path: Pa
     errors = {loss.dtype: loss.error for loss in of_float32.bake}
     assert list(errors) == ["F32", "F16", "BF16", "F8_E4M3"]
     assert errors["F32"] < errors["F16"] < errors["BF16"] < errors["F8_E4M3"]
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("weight", float("nan")), ("scale_weight", float("nan")), ("scale_weight", float("inf"))],
+)
+def test_a_base_that_is_not_finite_is_refused_by_name(
+    part: str, value: float, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base.safetensors", "F8_E4M3", has_scale=True)
+    state = load_file(base)
+    key = f"blocks.1.proj.{part}"
+    state[key] = torch.full_like(state[key].float(), value).to(state[key].dtype)
+    save_file(state, base)
+    adapter = write_adapter(tmp_path / "a.safetensors", 0.1)
+    with pytest.raises(NotFinite, match=f"base.safetensors: {key} holds NaN or Inf"):
+        report_of(adapter, base)
+
+
+def test_a_weight_too_large_for_a_dtype_is_said_and_left_out(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.safetensors", "BF16", has_scale=False)
+    adapter = write_adapter(tmp_path / "a.safetensors", 0.1)
+    before = {loss.dtype: loss for loss in report_of(adapter, base).bake}
+    assert not any(loss.overflows for loss in before.values())
+    state = load_file(base)
+    state["blocks.1.proj.weight"].fill_(1e5)  # float16 ends at 65504
+    save_file(state, base)
+    found = {loss.dtype: loss for loss in report_of(adapter, base).bake}
+    assert {dtype for dtype, loss in found.items() if loss.overflows} == {"F16"}
+    for loss in found.values():
+        assert np.isfinite([loss.gain, loss.error, loss.unchanged]).all()
+    assert found["F16"].gain == pytest.approx(before["F16"].gain, abs=1e-3)
+
+
+def test_zeros_of_scale_0_are_numbers_like_any_other(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.safetensors", "F8_E4M3", has_scale=True)
+    state = load_file(base)
+    for part in ("weight", "scale_weight"):
+        state[f"blocks.1.proj.{part}"] = torch.zeros_like(state[f"blocks.1.proj.{part}"])
+    save_file(state, base)
+    found = report_of(write_adapter(tmp_path / "a.safetensors", 0.1), base)
+    for loss in found.bake:
+        assert not loss.overflows
+        assert np.isfinite([loss.gain, loss.error, loss.unchanged]).all()
