@@ -8,7 +8,7 @@ from cli.console import CommandError, err, out, plain
 
 if TYPE_CHECKING:
     from merge.recipe import Recipe
-    from merge.reports.report import Suggestion
+    from merge.reports.report import Report, Suggestion
 
 
 def filled_in(
@@ -18,8 +18,13 @@ def filled_in(
 
     Prints the reasons, beside the one document that a script reads.
     """
+    from merge.reports.suggest import least_loss, suggest_rank
+
+    method = document["method"]["name"]
+    if "rank" not in said:
+        document = {**document, "rank": least_loss(method)}
     recipe = make_recipe(dict(document), inputs)
-    found = _suggested(recipe, inputs)
+    report, found = _suggested(recipe, inputs)
     reasons = [found.reasons[0]]
     if "strengths" in said:
         reasons = ["strengths: as you chose them"]
@@ -28,9 +33,12 @@ def filled_in(
         changed = [{**source, "strength": strength} for source, strength in pairs]
         document = {**document, "inputs": changed}
         # What combines them best, and in how much room, depends on how strong they are.
-        found = _suggested(make_recipe(document, inputs), inputs)
-    own = {"method": found.method, "rank": found.rank}
-    for name, reason in zip(own, found.reasons[1:3], strict=True):
+        report, found = _suggested(make_recipe(document, inputs), inputs)
+    rank, why_rank = found.rank, found.reasons[2]
+    if "method" in said:
+        rank, why_rank = suggest_rank(report, method)
+    own = {"method": found.method, "rank": rank}
+    for name, reason in zip(own, (found.reasons[1], why_rank), strict=True):
         if name in said:
             own[name] = document[name]
             reasons.append(f"{name}: as you chose it")
@@ -41,7 +49,7 @@ def filled_in(
     return make_recipe({**document, **own}, inputs)
 
 
-def _suggested(recipe: "Recipe", inputs: Sequence[str]) -> "Suggestion":
+def _suggested(recipe: "Recipe", inputs: Sequence[str]) -> tuple["Report", "Suggestion"]:
     from cli.report import measured
 
     with as_typed(inputs):
@@ -49,4 +57,4 @@ def _suggested(recipe: "Recipe", inputs: Sequence[str]) -> "Suggestion":
     if report.suggestion is None:
         why = "; ".join(report.notes) or "the inputs change nothing"
         raise CommandError(f"--auto has nothing to suggest: {why}")
-    return report.suggestion
+    return report, report.suggestion

@@ -89,6 +89,8 @@ def report(
     said = {name: value for name, value in ranks.items() if value is not None}
     if len(said) > 1:
         raise WrongUsage("say one of --rank, --energy, --budget and --shared")
+    from merge.reports.suggest import least_loss
+
     recipe = make_recipe(
         {
             "kind": "merge",
@@ -97,7 +99,7 @@ def report(
                 inputs, block, component, leave_out, only, vectors, style_content
             ),
             "method": {"name": method},
-            "rank": said or {"exact": True},
+            "rank": said or least_loss(method),
             "output": {"dialect": dialect, "dtype": dtype},
         },
         inputs,

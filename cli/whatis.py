@@ -45,8 +45,8 @@ def whatis(
 ) -> None:
     """Which adapters are in a checkpoint: graft whatis CHECKPOINT --base B --adapters ink robot.
 
-    The difference from the base is explained by the adapters' changes as well as their strengths
-    allow, and what is left is compared with what rounding alone leaves.
+    The strengths are those that explain most of the difference from the base.
+    What is left is compared with what rounding alone leaves.
     """
     from merge.whatis import whatis as explain
 
@@ -79,7 +79,7 @@ def _print(answer: "Answer") -> None:
         out.print("nothing differs: it is the base" + _but(answer))
         return
     table = Table(box=None, pad_edge=False)
-    for title in ("adapter", "strength", "explains alone"):
+    for title in ("adapter", "strength", "only it explains"):
         table.add_column(title, justify="left" if title == "adapter" else "right")
     for index, name in enumerate(answer.names):
         table.add_row(plain(name), _strength(answer, index), _share(answer.whole.alone[index]))

@@ -180,7 +180,7 @@ class Recipe(Part):
             is_full = self.method.space is Space.ELEMENTS and self.rank.exact is not None
             detail = (
                 f"{self.method.name} makes changes of full rank, which no adapter holds exactly; "
-                "say a rank, an energy or a size, or bake them"
+                "say a rank or an energy, or bake them"
             )
             _refuse(is_full, "rank", detail)
         return self

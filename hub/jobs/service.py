@@ -17,7 +17,6 @@ from hub.blobs.store import Sha256
 from hub.context import Hub
 from hub.errors import (
     BadField,
-    BadName,
     Forbidden,
     JobNotFound,
     KeyReused,
@@ -213,10 +212,7 @@ def _check_target(
     try:
         target = repos.get_repo(session, viewer, namespace, name)
     except RepoNotFound:
-        if users.canonical_namespace(session, namespace) is None:
-            raise BadName(
-                f"there is no user or organisation {namespace!r}", "publish.repo"
-            ) from None
+        users.require_namespace(session, user, namespace, "publish.repo")
         private = publish.private
     else:
         private = target.private

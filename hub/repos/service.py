@@ -67,9 +67,7 @@ def create_repo(
     """
     user = _require_writer(session, viewer, check_namespace(namespace))
     check_name(name, "name")
-    canonical = users.canonical_namespace(session, namespace)
-    if canonical is None:
-        raise BadName(f"there is no user or organisation {namespace!r}", "namespace")
+    canonical = users.require_namespace(session, user, namespace, "namespace")
     key = key_of(f"{namespace}/{name}")
     if (existing := _find(session, key, RepoType(type))) is not None:
         if exist_ok:
@@ -161,9 +159,7 @@ def move_repo(session: Session, viewer: Viewer, repo: Repo, namespace: str, name
     user = _require_writer(session, viewer, repo.namespace)
     _require_writer(session, viewer, check_namespace(namespace))
     check_name(name, "name")
-    canonical = users.canonical_namespace(session, namespace)
-    if canonical is None:
-        raise BadName(f"there is no user or organisation {namespace!r}", "namespace")
+    canonical = users.require_namespace(session, user, namespace, "namespace")
     repo = _locked(session, repo)
     old_name, old_key = repo.full_name, repo.key
     key = key_of(f"{namespace}/{name}")

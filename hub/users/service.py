@@ -10,7 +10,7 @@ from sqlmodel import Session, col, select
 
 from hub.audit import record
 from hub.db import now
-from hub.errors import BadField, Forbidden, NameTaken, Unauthorized, UserNotFound
+from hub.errors import BadField, BadName, Forbidden, NameTaken, Unauthorized, UserNotFound
 from hub.users.models import Membership, Namespace, Organization, Role, Scope, Token, User
 from hub.users.names import check_namespace, key_of
 
@@ -116,6 +116,18 @@ def canonical_namespace(session: Session, namespace: str) -> str | None:
     key = key_of(namespace)
     user = session.exec(select(User.name).where(User.key == key)).first()
     return user or session.exec(select(Organization.name).where(Organization.key == key)).first()
+
+
+def require_namespace(session: Session, user: User, namespace: str, param: str) -> str:
+    """The name as its owner spelt it. BadName about the request's field `param`."""
+    found = canonical_namespace(session, namespace)
+    if found is None:
+        raise BadName(
+            f"there is no user or organisation {namespace!r}: take {user.name}/…, or make the "
+            "organisation first (POST /api/organizations)",
+            param,
+        )
+    return found
 
 
 def may_write(session: Session, viewer: Viewer, namespace: str) -> bool:

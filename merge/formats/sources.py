@@ -4,6 +4,7 @@ This package knows no network; a program that does hands in a RemoteFile of its 
 """
 
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -65,12 +66,17 @@ def beside(file: File, name: str) -> File | None:
 
 # Names that tools give every adapter: the folder's says which one it is.
 GENERIC_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+# Folders of huggingface_hub's cache, whose last is named by a commit.
+_COMMIT = re.compile(r"models--(?:.+?--)?(.+)/snapshots/[0-9a-f]+")
 
 
 def shown_name(file: File) -> str:
-    """What messages call a file: the last part of its path, or the last two where tools chose it."""
+    """What messages call a file: the last part of its path, with its folder or repo where tools
+    chose it.
+    """
     if isinstance(file, Path) and file.name in GENERIC_NAMES:
-        return "/".join(file.parts[-2:])
+        commit = _COMMIT.fullmatch("/".join(file.parts[-4:-1]))
+        return "/".join((commit[1], file.name) if commit else file.parts[-2:])
     return file.name
 
 

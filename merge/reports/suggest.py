@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from merge import methods
+from merge.method_parameters import Space
 from merge.reports.report import Choice, Group, Ranks, Report, Suggestion
 
 # Shares of the energy that the inputs have apart.
@@ -36,7 +38,7 @@ def suggest(report: Report) -> Suggestion | None:
         return None
     strengths, why_strengths = _strengths(report)
     row = next(row for row in METHODS if row.applies(report))
-    rank, why_rank = _rank(report, row.method["name"])
+    rank, why_rank = suggest_rank(report, row.method["name"])
     reasons = [why_strengths, f"method {_named(row.method)}: {row.reason(report)}", why_rank]
     return Suggestion(strengths, row.method, rank, (*reasons, *_storage(report)))
 
@@ -139,8 +141,11 @@ def _short(name: str) -> str:
     return name.replace("\\", "/").rpartition("/")[2].removesuffix(".safetensors")
 
 
-def _rank(report: Report, method: str) -> tuple[dict[str, Any], str]:
+def suggest_rank(report: Report, method: str) -> tuple[dict[str, Any], str]:
+    """For the result of any method, with the reason."""
     ranks = report.ranks
+    if _is_elementwise(method):
+        return {"energy": _ENERGY}, f"rank energy {_ENERGY:g}: what {method} gives has full rank"
     if not _has_factors(report):
         return {"energy": _ENERGY}, f"rank energy {_ENERGY:g}: the sum has full rank" + _cost(ranks)
     if ranks is None or report.total.scale is None:
@@ -170,9 +175,20 @@ def _cost(ranks: Ranks | None) -> str:
     )
 
 
+def least_loss(method: str) -> dict[str, Any]:
+    """The rank of a recipe that says none: exact, or where nothing is, next to it."""
+    return {"energy": _ENERGY} if _is_elementwise(method) else {"exact": True}
+
+
 # They keep biases beside factors, which sharing may drop: merge.plan refuses it.
 _BIASES_BESIDE = ("diffusers", "peft")
 _ENERGY = 0.99
+
+
+def _is_elementwise(method: str) -> bool:
+    """Whether its results have full rank, which nothing can hold exactly."""
+    row = methods.METHODS.get(method)
+    return row is not None and row.parameters.space is Space.ELEMENTS
 
 
 def _has_factors(report: Report) -> bool:

@@ -127,3 +127,21 @@ def test_what_was_said_wins_over_what_is_suggested(tmp_path: Path) -> None:
     assert graft(tmp_path, *asked, *said).returncode == 0
     recipe = Recipe.load(tmp_path / "said.yaml")
     assert (recipe.method, recipe.rank) == (Linear(), Rank(fixed=2))
+
+
+def test_auto_takes_a_rank_that_the_said_method_can_have(tmp_path: Path) -> None:
+    """The sizes and errors that a report knows are those of the sum alone."""
+    for method, energy in (("ties", 0.99), ("slerp", 0.9999)):
+        asked = ["merge", BORDO, CHEX, "--auto", "--method", method, "-o", f"{method}.safetensors"]
+        done = graft(tmp_path, *asked, "--save-recipe", f"{method}.yaml")
+        assert done.returncode == 0, done.stderr
+        recipe = Recipe.load(tmp_path / f"{method}.yaml")
+        assert (recipe.method.name, recipe.rank.energy) == (method, energy)
+        assert f"auto rank energy {energy}" in " ".join(done.stdout.split())
+
+
+def test_a_report_takes_every_method_without_a_rank(tmp_path: Path) -> None:
+    asked = ["report", BORDO, CHEX, "--json", "--method"]
+    plain, ties = (graft(tmp_path, *asked, method) for method in ("linear", "ties"))
+    assert json.loads(ties.stdout)["method"] == "ties"
+    assert json.loads(ties.stdout)["total"] == json.loads(plain.stdout)["total"]

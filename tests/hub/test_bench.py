@@ -135,7 +135,7 @@ def test_a_refused_merge_leaves_the_bench_as_it_was(client: TestClient, hub: Hub
     answer = client.post("/bench/merge", data=form, headers=HTML | bearer(hub.admin_token))
     assert answer.status_code == 422
     assert 'role="alert"' in answer.text
-    assert "there is no user or organisation" in unescape(answer.text)
+    assert "there is no user or organisation 'nobody': take admin/…" in unescape(answer.text)
     assert 'value="nobody/x"' in answer.text
     assert 'value="0.7"' in answer.text
 

@@ -534,3 +534,5 @@ def test_a_file_whose_name_says_nothing_is_named_with_its_folder(tmp_path: Path)
     for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
         assert shown_name(tmp_path / "ink" / name) == f"ink/{name}"
         assert shown_name(Path(name)) == name
+        cached = tmp_path / "models--acme--ink-v2" / "snapshots" / "b775df27" / name
+        assert shown_name(cached) == f"ink-v2/{name}"
