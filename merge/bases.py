@@ -22,6 +22,7 @@ from merge.families.family import TEXT_MODEL
 from merge.families.layers import PARAMETER, parameter_key
 from merge.formats.folders import Folder, is_part, is_weight_index, read_component, read_folder
 from merge.formats.header import Header, TensorInfo, read_header
+from merge.formats.keys import survey
 from merge.formats.reader import TensorFile
 from merge.formats.sources import File
 
@@ -345,11 +346,18 @@ def _open(file: File, families: Sequence[str]) -> Base:
     for component, beginnings in _COMPONENTS.items():
         if any(key.startswith(beginnings) for key in header.tensors):
             return Base(file, DIFFUSERS, {file.name: BaseFile(file, header, component)})
+    refuse_adapter(header, file.name)
     if families:
         titles = " or ".join(FAMILIES[name].title for name in families)
         detail = f"its keys and shapes are not those of {titles}, in any layout we know"
         raise BadCheckpoint(file.name, detail)
     return Base(file, MODEL, {file.name: BaseFile(file, header, MODEL)})
+
+
+def refuse_adapter(header: Header, name: str) -> None:
+    """BadCheckpoint about a file in the place of a checkpoint that holds an adapter."""
+    if survey(header.tensors).is_mostly_adapted:
+        raise BadCheckpoint(name, "it is an adapter, not a checkpoint")
 
 
 def _read_single(header: Header, name: str, families: Sequence[str]) -> Checkpoint | None:

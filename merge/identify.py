@@ -104,12 +104,11 @@ def identify_file(
 ) -> Identification:
     """The same for a file that is open, with hashes that are known."""
     found = survey(file.header.tensors)
-    n_adapted = sum(group.is_adapted for group in found.groups)
-    # Nothing that holds mostly factors is a checkpoint, and looking for one takes time.
-    checkpoint = _read_checkpoint(file) if 2 * n_adapted <= len(found.groups) else None
+    # Looking for a checkpoint takes time.
+    checkpoint = None if found.is_mostly_adapted else _read_checkpoint(file)
     if checkpoint is not None:
         facts = _checkpoint_facts(checkpoint)
-    elif n_adapted:
+    elif any(group.is_adapted for group in found.groups):
         facts = _adapter_facts(file, found, config)
     elif is_embedding(file.header.tensors):
         facts = _embedding_facts(file)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
-from merge.bases import MODEL, Base, Slice, open_base
+from merge.bases import MODEL, Base, Slice, open_base, refuse_adapter
 from merge.errors import BadCheckpoint, BadRecipe
 from merge.families import FAMILIES, Layer, Module
 from merge.families.checkpoints import read_checkpoint
@@ -105,6 +105,7 @@ def _families_of(file: File) -> tuple[str, ...]:
     try:
         return tuple(family.name for family in read_checkpoint(header, shown_name(file)).families)
     except BadCheckpoint:
+        refuse_adapter(header, shown_name(file))
         return ()
 
 

@@ -127,6 +127,11 @@ class Survey:
     adapter_names: tuple[str, ...]
     bundled: tuple[str, ...] = ()
 
+    @property
+    def is_mostly_adapted(self) -> bool:
+        """Whether most modules have what no checkpoint has: then it is an adapter."""
+        return 2 * sum(group.is_adapted for group in self.groups) > len(self.groups)
+
 
 # VeRA's projections: one pair for all modules, beside the model itself.
 _SHARED = ("vera_A", "vera_B")

@@ -233,7 +233,11 @@ MERGE = ["merge", "ink.safetensors", "-o", "x"]
             [*MERGE[:2], "--leave-out", "text_encoder*", "--to", "peft", "-o", "x.safetensors"],
             "error: x.safetensors: the result is a folder; name it without .safetensors",
         ),
-        (["bake", "ink.safetensors", "ink.safetensors", "-o", "x"], "in any layout we know"),
+        (["bake", "ink.safetensors", "ink.safetensors", "-o", "x"], "it is an adapter, not"),
+        (
+            ["extract", "ink.safetensors", PIPELINE, "--rank", "4", "-o", "x"],
+            "error: ink.safetensors: it is an adapter, not a checkpoint",
+        ),
         (["bake", "nope", "ink.safetensors", "-o", "x"], "nope: there is no such file"),
         (["recipe", "run", "nope.yaml", "-o", "x"], "error: nope.yaml: there is no such file"),
         (
