@@ -331,8 +331,12 @@ def open_base(file: File, families: Sequence[str]) -> Base:
 
 def _open(file: File, families: Sequence[str]) -> Base:
     if isinstance(file, Path) and file.is_dir():
-        is_model = (file / _CONFIG).is_file() and not (file / _PIPELINE).is_file()
-        return _open_model(file) if is_model else _open_folder(file)
+        if (file / _PIPELINE).is_file():
+            return _open_folder(file)
+        if (file / _CONFIG).is_file():
+            return _open_model(file)
+        detail = f"it is a folder with neither {_PIPELINE} (a pipeline) nor {_CONFIG} (a model)"
+        raise BadCheckpoint(file.name, detail)
     header = read_header(file)
     files = {file.name: BaseFile(file, header, None)}
     try:

@@ -814,13 +814,17 @@ def test_a_result_that_does_not_fit_is_refused(
 
 def test_what_is_no_checkpoint_is_refused(sd15: Family, tmp_path: Path) -> None:
     made = make_adapter(tmp_path / "a.safetensors", sd15, some_of(sd15))
-    with pytest.raises(BadCheckpoint, match="not those of Stable Diffusion 1.5, tiny"):
+    with pytest.raises(BadCheckpoint, match="it is an adapter, not a checkpoint"):
         plan(*make_recipe([(made.path, 1.0)], base=made.path))
+    other = tmp_path / "other.safetensors"
+    save_file({"layer.weight": torch.zeros(2, 2)}, other)
+    with pytest.raises(BadCheckpoint, match="not those of Stable Diffusion 1.5, tiny"):
+        plan(*make_recipe([(made.path, 1.0)], base=other))
     (tmp_path / "empty").mkdir()
     recipe = Recipe.parse(
         {"kind": "bake", "base": {"ref": "b"}, "inputs": [{"ref": str(made.path)}]}
     )
-    with pytest.raises(BadCheckpoint, match="model_index.json"):
+    with pytest.raises(BadCheckpoint, match=r"neither model_index.json .* nor config.json"):
         plan(recipe, {"b": tmp_path / "empty", str(made.path): made.path})
     with pytest.raises(BadRecipe, match="base: b was not found"):
         plan(recipe, {str(made.path): made.path})
