@@ -36,7 +36,7 @@ from hub.web.bench_state import Bench, Row
 from hub.web.gallery import ALGORITHM_TITLES
 from hub.web.render import page, part
 from hub.web.report_view import ReportView, view
-from merge.errors import MergeError
+from merge.errors import BadRecipe, MergeError
 from merge.recipe import Recipe
 
 router = APIRouter(include_in_schema=False, tags=["web"])
@@ -50,14 +50,16 @@ _NOT_NAMES = re.compile(r"[^a-z0-9]+")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why this is not possible; `param` is the field of the recipe."""
+    """Why this is not possible, in words of the page."""
 
     message: str
-    param: str | None
 
     @classmethod
-    def of(cls, error: HubError | MergeError) -> "Problem":
-        return cls(str(error), getattr(error, "param", None))
+    def of(cls, error: HubError | MergeError, bench: Bench) -> "Problem":
+        if not isinstance(error, BadRecipe):
+            return cls(str(error))
+        where = bench.named(error.param)
+        return cls(f"{where}: {error.detail}" if where else error.detail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ async def _start(request: Request, hub: Hub, viewer: Viewer, kind: JobKind) -> R
         job = await run_in_threadpool(_submit, hub, viewer, kind, bench, shown)
     except (HubError, MergeError) as error:
         status = status_of(type(error)) if isinstance(error, HubError) else 422
-        problem = Problem.of(error)
+        problem = Problem.of(error, bench)
         return _page(request, viewer, bench, shown, offered, None, problem=problem, status=status)
     request.app.state.jobs.offer()
     return RedirectResponse(f"/jobs/{job.id}", 303)
@@ -177,7 +179,7 @@ async def _measured(
         wanted = await run_in_threadpool(service.prepare, hub, viewer, document)
         report = json.loads(await reports.measure(request, wanted))
     except (HubError, MergeError) as error:
-        return Problem.of(error)
+        return Problem.of(error, bench)
     return view(report, [one.title for one in shown], bench)
 
 

@@ -5,6 +5,7 @@ comma), then only what is not the default. A form has the same fields apart: `re
 `text` once for each adapter. What a person typed stays as it was typed, so that it can be shown again.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -30,6 +31,14 @@ RANKS = {
 _USUAL = {"fixed": "16", "shared": "16", "energy": "0.99", "budget_bytes": "20000000"}
 DIALECTS = ("kohya", "diffusers", "comfy", "peft")
 DTYPES = ("float16", "bfloat16", "float32")
+_INPUT = re.compile(r"inputs\[(\d+)\](?:\.(\w+).*)?")
+_NAMES = {
+    "method": "Method",
+    "rank": "Rank",
+    "base": "Base",
+    "output.dialect": "Layout",
+    "output.dtype": "Precision",
+}
 # Title, and what it does; docs/methods.md has the formulas.
 METHODS = {
     "linear": ("Sum", "Adds up every change times its strength."),
@@ -144,6 +153,17 @@ class Bench:
             chosen = {"dialect": self.dialect, "dtype": self.dtype}
             document["output"] = {name: value for name, value in chosen.items() if value}
         return document
+
+    def named(self, param: str) -> str:
+        """What the page calls a field of the recipe; "" for what is not on it."""
+        found = _INPUT.fullmatch(param)
+        if found is not None and int(found[1]) < len(self.rows):
+            ref = self.rows[int(found[1])].ref
+            return f"{ref}, {found[2]}" if found[2] == "strength" else ref
+        part, _, name = param.partition(".")
+        if part == "method" and name not in ("", "name"):
+            return name.replace("_", " ").capitalize()
+        return _NAMES.get(param, _NAMES.get(part, ""))
 
     def choices(self) -> Iterator[Choice]:
         """The parameters of the method, each with the value in force."""

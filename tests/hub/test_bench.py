@@ -69,9 +69,12 @@ def test_the_report_alone_brings_its_address_and_what_people_copy(client: TestCl
 
 def test_a_refused_report_says_why_in_its_place(client: TestClient) -> None:
     for path, words in (
-        ("/bench/report?add=admin/no=1", "admin/no"),
-        ("/bench/report?add=admin/own=1", "admin/own"),
-        ("/bench/report?add=admin/ink=much", "inputs[0].strength"),
+        ("/bench/report?add=admin/no=1", "admin/no: Repository not found"),
+        ("/bench/report?add=admin/own=1", "admin/own: Repository not found"),
+        ("/bench/report?add=admin/ink=much", "admin/ink, strength: Input should be"),
+        ("/bench/report?add=admin/ink=1&rank=fixed:0", "Rank: Input should be"),
+        ("/bench/report?add=admin/ink=1&method=svc&with.floor=7", "Floor: Input should be"),
+        ("/bench/report?add=admin/ink=1&base=admin/no", "Base: Repository not found"),
         ("/bench/report?add=admin/ink=1&add=admin/robot=-1&method=slerp", "slerp"),
     ):
         text = visit(client, path)
