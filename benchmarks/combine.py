@@ -9,8 +9,8 @@ SD 1.5's 192; --flux: FLUX.1's 494), of ranks 16 and 32 in turns, and combines t
 at a rank, exactly, and by TIES with --ties. Peers form the dense change of a layer and decompose
 it. Each is run on one layer of each shape, and its time multiplied by how many layers have that
 shape, because all of them would take minutes; layers with more elements than --largest are not run
-but extrapolated by out * in * min(out, in) from the largest that was. Their memory is that of one
-such layer, ours that of the whole merge.
+but extrapolated by out * in * min(out, in) from the largest that was, and where all have more the
+smallest is run. Their memory is that of one such layer, ours that of the whole merge.
 
 Errors are those of the sampled layer that is worst, in float64: from the sum itself, which no
 adapter of the asked rank can come nearer to than the share that is printed first, and from the
@@ -160,7 +160,7 @@ def _compare(
         results = [_product(made, sample.keys) for sample in samples]
         core_seconds = f"{found['cpu']:.2f}"
         _print(title, found, core_seconds, [_worst(results, its) for its in wanted])
-    run = [sample for sample in samples if np.prod(sample.shape) <= options.largest]
+    run = [its for its in samples if np.prod(its.shape) <= options.largest] or list(samples[:1])
     for peer in options.peers:
         if peer.startswith("mergekit") and importlib.util.find_spec("mergekit") is None:
             print(f"  {peer:<26} is not installed")
