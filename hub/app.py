@@ -44,7 +44,7 @@ ROUTERS = (
     hf_routes.fallback,  # It answers whatever else is asked for under /api.
     *web.ROUTERS,  # Last: the page of a repo has an address of any two names.
 )
-DOWNLOADS_EVERY_S = 10
+COUNTS_EVERY_S = 10
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 
 
@@ -61,7 +61,7 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
             app.state.jobs = LocalDispatcher(opened, settings.workers, stopping=app.state.stopping)
             app.state.reports = Reports(Pool(opened))
             async with create_task_group() as background:
-                background.start_soon(_count_downloads, opened)
+                background.start_soon(_count, opened)
                 background.start_soon(run_in_threadpool, _catch_up, opened, app.state.stopping)
                 app.state.jobs.start()
                 try:
@@ -101,10 +101,11 @@ def _catch_up(hub: Hub, stopping: Event) -> None:
         log.exception("the catalogue could not catch up; `graft admin reindex` makes it anew")
 
 
-async def _count_downloads(hub: Hub) -> None:
+async def _count(hub: Hub) -> None:
     while True:
-        await sleep(DOWNLOADS_EVERY_S)
+        await sleep(COUNTS_EVERY_S)
         await run_in_threadpool(hub.downloads.flush, hub.db)
+        await run_in_threadpool(hub.uses.flush, hub.db)
 
 
 def mutating_routes(app: FastAPI) -> Iterator[RouteContext]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlmodel import Field, Session, SQLModel, select
@@ -15,7 +15,8 @@ from hub.repos.downloads import Downloads
 from hub.settings import Settings
 from hub.signing import Signer, secret_in, write_secret
 from hub.users import service as users
-from hub.users.models import User
+from hub.users.models import Scope, User
+from hub.users.uses import Uses
 
 ADMIN = "admin"
 DAY_S = 24 * 3600
@@ -39,6 +40,7 @@ class Hub:
     signer: Signer
     downloads: Downloads
     admin_token: str | None = None
+    uses: Uses = field(default_factory=Uses)
 
     @property
     def scratch(self) -> Path:
@@ -80,8 +82,10 @@ def open_hub(settings: Settings) -> Iterator[Hub]:
         # On SQLite the lock says that nobody else uses the folder; servers on PostgreSQL share it.
         store.sweep(older_than_s=0 if database.is_sqlite else DAY_S)
         downloads = Downloads()
-        yield Hub(settings, database, store, signer, downloads, token)
+        hub = Hub(settings, database, store, signer, downloads, token)
+        yield hub
         downloads.flush(database)
+        hub.uses.flush(database)
     finally:
         database.close()
 
@@ -104,4 +108,5 @@ def _store(session: Session, root: Path, min_free_bytes: int) -> FileBlobStore:
 def _first_admin(session: Session) -> str | None:
     if session.exec(select(User.id)).first() is not None:
         return None
-    return users.issue_token(session, users.create_user(session, ADMIN, admin=True), "first start")
+    user = users.create_user(session, ADMIN, admin=True)
+    return users.issue_token(session, user, "first start", Scope.ADMIN)

@@ -25,7 +25,7 @@ def seed(
     """
     with hub.db.write() as session:
         admin = session.exec(select(User).where(User.is_admin).order_by("id")).first()
-        viewer = Viewer(admin, Scope.WRITE)
+        viewer = Viewer(admin, Scope.ADMIN)
         unfinished = []
         for name in sorted(folders):
             namespace, _, repo_name = name.partition("/")

@@ -1,7 +1,7 @@
 """What routes ask for by type: the hub, a session, who is asking, and the right to write.
 
-Every route that changes something names its policy: `WriterDep`, or one of `Open` and `Signed`
-as a dependency; `hub.app` refuses to start otherwise.
+Every route that changes something names its policy: `WriterDep`, `AccountDep`, `AdminDep`, or one
+of `Open` and `Signed` as a dependency; `hub.app` refuses to start otherwise.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,8 +52,11 @@ def viewer(request: Request, hub: HubDep) -> Viewer:
         if scheme.lower() != "bearer":
             raise Unauthorized("Invalid credentials in Authorization header")
         with hub.db.read() as session:
-            return users.viewer_of(session, secret.strip())
-    return _of_cookie(request, hub)
+            found = users.viewer_of(session, secret.strip())
+    else:
+        found = _of_cookie(request, hub)
+    hub.uses.note(found.token_id)
+    return found
 
 
 ViewerDep = Annotated[Viewer, Depends(viewer)]
@@ -66,6 +69,24 @@ def writer(viewer: ViewerDep) -> Viewer:
 
 # A viewer whose token may write; whether also here is the service's question.
 WriterDep = Annotated[Viewer, Depends(writer)]
+
+
+def account(viewer: WriterDep) -> Viewer:
+    viewer.require_account()
+    return viewer
+
+
+# A viewer who may change their own account: tokens, password, organisations.
+AccountDep = Annotated[Viewer, Depends(account)]
+
+
+def administrator(viewer: WriterDep) -> Viewer:
+    viewer.require_admin()
+    return viewer
+
+
+# An administrator of the hub, with a token that says so.
+AdminDep = Annotated[Viewer, Depends(administrator)]
 
 
 def open_to_all() -> None:

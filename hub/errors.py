@@ -3,7 +3,7 @@
 HubError
 ├── NotFound            RepoNotFound RevisionNotFound EntryNotFound JobNotFound RecipeNotFound
 │                       HashNotFound UserNotFound PageNotFound
-├── Conflict            RepoExists RefExists NameTaken KeyReused
+├── Conflict            RepoExists RefExists NameTaken KeyReused LastAdmin
 │   └── StaleParent     the branch has moved since the caller looked
 ├── Invalid             the request asks for something impossible; `param` says where
 │   ├── BadName BadPath BadField BadUpload DigestMismatch
@@ -93,6 +93,9 @@ class NameTaken(Conflict): ...
 
 
 class KeyReused(Conflict): ...
+
+
+class LastAdmin(Conflict): ...
 
 
 class StaleParent(Conflict): ...

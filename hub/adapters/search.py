@@ -22,15 +22,14 @@ from sqlalchemy import (
     literal,
     or_,
     select,
-    true,
 )
 from sqlmodel import Session, col
 
 from hub.adapters import text
 from hub.adapters.models import Adapter, HashAlias, Tag
 from hub.errors import BadField, HashNotFound
+from hub.repos import service as repos
 from hub.repos.models import Repo, RepoType
-from hub.users import service as users
 from hub.users.names import key_of
 from hub.users.service import Viewer
 
@@ -142,10 +141,7 @@ def visible(session: Session, viewer: Viewer) -> ColumnElement[bool]:
 
 def readable(session: Session, viewer: Viewer) -> ColumnElement[bool]:
     """Condition on `repo`: one of any type that this viewer may read."""
-    private = users.private_namespaces(session, viewer)
-    if private is None:
-        return true()
-    return or_(col(Repo.private).is_(False), col(Repo.namespace_key).in_(private))
+    return repos.visible_to(session, viewer)
 
 
 # Inside

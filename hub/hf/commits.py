@@ -131,7 +131,7 @@ def _require_writable(session: Session, viewer: Viewer, repo: Repo, create_pr: s
     if create_pr.lower() in ("1", "true"):
         raise NotImplementedHere("this hub has no pull requests")
     user = viewer.require_write()
-    if not users.may_write(session, viewer, repo.namespace):
+    if not users.may_write(session, viewer, repo.namespace, repo.name):
         raise Forbidden(f"{user.name} may not write to {repo.full_name}")
 
 

@@ -45,7 +45,7 @@ def batch(
     upload = body.operation == "upload"
     if upload:
         user = viewer.require_write()
-        if not users.may_write(session, viewer, repo.namespace):
+        if not users.may_write(session, viewer, repo.namespace, repo.name):
             raise Forbidden(f"{user.name} may not write to {repo.full_name}")
     base = (
         f"{public_url(request)}{request.scope['raw_path'].decode('ascii').removesuffix('/batch')}"

@@ -18,7 +18,8 @@ from hub.hf.routing import hf_router
 from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry
 from hub.users import service as users
-from hub.users.models import Scope, User
+from hub.users.models import Scope, Token, User
+from hub.users.service import Viewer
 
 TREE_PAGE = 1000
 EXPANDED_PAGE = 50
@@ -54,9 +55,32 @@ def whoami(session: ReadSession, viewer: ViewerDep) -> dict[str, Any]:
         ],
         "auth": {
             "type": "access_token",
-            "accessToken": {"displayName": user.name, "role": str(viewer.scope or Scope.READ)},
+            "accessToken": _access_token(session, viewer),
         },
     }
+
+
+def _access_token(session: Session, viewer: Viewer) -> dict[str, Any]:
+    token = session.get_one(Token, viewer.token_id)
+    # Clients know read, write and fineGrained.
+    role = str(Scope.READ if token.scope == Scope.READ else Scope.WRITE)
+    answer: dict[str, Any] = {"displayName": token.name, "role": role}
+    answer["createdAt"] = info.date(token.created_at)
+    if viewer.places is not None:
+        actions = ["repo.content.read"] + (["repo.write"] if viewer.has(Scope.WRITE) else [])
+        answer["role"] = "fineGrained"
+        answer["fineGrained"] = {
+            "canReadGatedRepos": False,
+            "global": [],
+            "scoped": [
+                {
+                    "entity": {"type": "model" if "/" in place else "org", "name": place},
+                    "permissions": actions,
+                }
+                for place in sorted(viewer.places)
+            ],
+        }
+    return answer
 
 
 # Life of a repo
@@ -176,7 +200,7 @@ def auth_check(repo: RepoDep) -> dict[str, Any]:
 def auth_check_write(session: ReadSession, viewer: ViewerDep, repo: RepoDep) -> dict[str, Any]:
     """200 if the viewer may write to the repo."""
     user = viewer.require_write()
-    if not users.may_write(session, viewer, repo.namespace):
+    if not users.may_write(session, viewer, repo.namespace, repo.name):
         raise Forbidden(f"{user.name} may not write to {repo.full_name}")
     return {}
 

@@ -89,7 +89,7 @@ def _viewer(session: Session, job: Job) -> Viewer:
     user = session.get_one(User, job.requester_id)
     if user.is_disabled:
         raise Forbidden(f"{user.name} may not publish any more")
-    return Viewer(user, Scope.WRITE)
+    return Viewer(user, Scope.ADMIN)
 
 
 def _take_in(

@@ -207,7 +207,7 @@ def _check_target(
     check_namespace(namespace, "publish.repo")
     check_name(name, "publish.repo")
     user = viewer.require_write()
-    if not users.may_write(session, viewer, namespace):
+    if not users.may_write(session, viewer, namespace, name):
         raise Forbidden(f"{user.name} may not write to {namespace}", "publish.repo")
     try:
         target = repos.get_repo(session, viewer, namespace, name)

@@ -65,7 +65,7 @@ def create_repo(
 
     RepoExists, BadName, Forbidden; with `exist_ok` the repo that is there.
     """
-    user = _require_writer(session, viewer, check_namespace(namespace))
+    user = _require_writer(session, viewer, check_namespace(namespace), name)
     check_name(name, "name")
     canonical = users.require_namespace(session, user, namespace, "namespace")
     key = key_of(f"{namespace}/{name}")
@@ -145,7 +145,7 @@ def update_settings(
     session: Session, viewer: Viewer, repo: Repo, *, private: bool | None = None
 ) -> Repo:
     """Only what is given is changed."""
-    user = _require_writer(session, viewer, repo.namespace)
+    user = _require_writer(session, viewer, repo.namespace, repo.name)
     repo = _locked(session, repo)
     if private is not None and private != repo.private:
         repo.private = private
@@ -156,8 +156,8 @@ def update_settings(
 
 def move_repo(session: Session, viewer: Viewer, repo: Repo, namespace: str, name: str) -> Repo:
     """A new name; the old one redirects and stays its owner's. RepoExists, BadName, Forbidden."""
-    user = _require_writer(session, viewer, repo.namespace)
-    _require_writer(session, viewer, check_namespace(namespace))
+    user = _require_writer(session, viewer, repo.namespace, repo.name)
+    _require_writer(session, viewer, check_namespace(namespace), name)
     check_name(name, "name")
     canonical = users.require_namespace(session, user, namespace, "namespace")
     repo = _locked(session, repo)
@@ -185,7 +185,7 @@ def is_unused(session: Session, full_name: str, *, type: str = RepoType.MODEL) -
 
 def delete_repo(session: Session, viewer: Viewer, repo: Repo) -> None:
     """Its rows go, its name stays taken, its blobs stay until nothing else refers to them."""
-    user = _require_writer(session, viewer, repo.namespace)
+    user = _require_writer(session, viewer, repo.namespace, repo.name)
     repo = _locked(session, repo)
     for old in session.exec(select(Redirect).where(Redirect.repo_id == repo.id)).all():
         session.delete(old)
@@ -285,7 +285,7 @@ def commit(
 
     StaleParent if `parent` is given and the branch has moved; RevisionNotFound without the branch.
     """
-    user = _require_writer(session, viewer, repo.namespace)
+    user = _require_writer(session, viewer, repo.namespace, repo.name)
     if not message or len(message) > 1000:
         raise BadField("a commit's message has 1 to 1000 characters", "message")
     repo = _locked(session, repo)
@@ -399,23 +399,27 @@ def _locked(session: Session, repo: Repo) -> Repo:
 
 def visible_to(session: Session, viewer: Viewer) -> ColumnElement[bool]:
     """The condition on `Repo` that `may_read` decides for one."""
-    visible = users.private_namespaces(session, viewer)
-    if visible is None:
+    keys = users.private_keys(session, viewer)
+    if keys is None:
         return true()
-    return or_(col(Repo.private).is_(False), col(Repo.namespace_key).in_(visible))
+    return or_(
+        col(Repo.private).is_(False),
+        col(Repo.namespace_key).in_(keys.namespaces),
+        col(Repo.key).in_(keys.repos),
+    )
 
 
 def may_read(session: Session, viewer: Viewer, repo: Repo) -> bool:
     """Whether the viewer may know of a repo at all."""
-    return not repo.private or users.may_read_private(session, viewer, repo.namespace)
+    return not repo.private or users.may_read_private(session, viewer, repo.namespace, repo.name)
 
 
-def _require_writer(session: Session, viewer: Viewer, namespace: str) -> User:
+def _require_writer(session: Session, viewer: Viewer, namespace: str, name: str) -> User:
     viewer.require_write()
     viewer = users.recheck(session, viewer)
     user = viewer.require_write()
-    if not users.may_write(session, viewer, namespace):
-        raise Forbidden(f"{user.name} may not write to {namespace}")
+    if not users.may_write(session, viewer, namespace, name):
+        raise Forbidden(f"{user.name} may not write to {namespace}/{name}")
     return user
 
 
@@ -510,7 +514,7 @@ def _by_prefix(session: Session, repo: Repo, revision: str) -> Commit | None:
 def _create_ref(
     session: Session, viewer: Viewer, repo: Repo, kind: RefKind, name: str, revision: str
 ) -> Ref:
-    user = _require_writer(session, viewer, repo.namespace)
+    user = _require_writer(session, viewer, repo.namespace, repo.name)
     repo = _locked(session, repo)
     check_ref_name(name, kind)
     folder = {RefKind.BRANCH: "heads", RefKind.TAG: "tags"}[kind]
@@ -524,7 +528,7 @@ def _create_ref(
 
 
 def _delete_ref(session: Session, viewer: Viewer, repo: Repo, kind: RefKind, name: str) -> None:
-    user = _require_writer(session, viewer, repo.namespace)
+    user = _require_writer(session, viewer, repo.namespace, repo.name)
     repo = _locked(session, repo)
     ref = session.get(Ref, (repo.id, kind, name))
     if ref is None:

@@ -3,17 +3,33 @@
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import UniqueConstraint
+from sqlalchemy import JSON, Column, UniqueConstraint
 from sqlmodel import Field, SQLModel
 
 from hub.db import UTCDateTime, now
 
 
 class Scope(StrEnum):
-    """What a token may do; `write` includes `read`."""
+    """What a token may do; each includes the ones before it.
+
+    `write` publishes; `admin` also manages the account, its tokens and its organisations, and for
+    an administrator the hub.
+    """
 
     READ = "read"
     WRITE = "write"
+    ADMIN = "admin"
+
+    def includes(self, other: "Scope") -> bool:
+        order = list(Scope)
+        return order.index(self) >= order.index(other)
+
+
+class TokenKind(StrEnum):
+    """An access token's secret was handed out; a session is known to one browser's cookie only."""
+
+    ACCESS = "access"
+    SESSION = "session"
 
 
 class Role(StrEnum):
@@ -69,16 +85,25 @@ class Membership(SQLModel, table=True):
 
 
 class Token(SQLModel, table=True):
-    """A bearer token; the secret itself is not kept, only its SHA-256."""
+    """A bearer token or a login of the web page; a secret is not kept, only its SHA-256.
+
+    `places` are keys of namespaces and repos (`ns` or `ns/name`) it is confined to, or None.
+    A session that began with a token has it as `parent_id` and ends with it.
+    """
 
     __tablename__ = "token"
 
     id: int | None = Field(default=None, primary_key=True)
     user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
+    kind: str = TokenKind.ACCESS
     name: str
     hash: str = Field(unique=True)
     scope: str  # Scope
+    places: list[str] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
+    parent_id: int | None = None
+    address: str | None = None
     created_at: datetime = Field(default_factory=now, sa_type=UTCDateTime)
+    last_used_at: datetime | None = Field(default=None, sa_type=UTCDateTime)
     expires_at: datetime | None = Field(default=None, sa_type=UTCDateTime)
     revoked_at: datetime | None = Field(default=None, sa_type=UTCDateTime)
 

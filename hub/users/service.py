@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -10,20 +11,43 @@ from sqlmodel import Session, col, select
 
 from hub.audit import record
 from hub.db import now
-from hub.errors import BadField, BadName, Forbidden, NameTaken, Unauthorized, UserNotFound
-from hub.users.models import Membership, Namespace, Organization, Role, Scope, Token, User
-from hub.users.names import check_namespace, key_of
+from hub.errors import (
+    BadField,
+    BadName,
+    Forbidden,
+    LastAdmin,
+    NameTaken,
+    Unauthorized,
+    UserNotFound,
+)
+from hub.users.models import (
+    Membership,
+    Namespace,
+    Organization,
+    Role,
+    Scope,
+    Token,
+    TokenKind,
+    User,
+)
+from hub.users.names import check_name, check_namespace, key_of
 
 PREFIX = "graft_"
+MAX_PLACES = 100
+_NOUN = {TokenKind.ACCESS: "token", TokenKind.SESSION: "session"}
 
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """Who asks: a user with a token of some scope, or nobody."""
+    """Who asks: a user with a token of some scope, or nobody.
+
+    `places` are keys of the namespaces and repos the token is confined to; None: no such limit.
+    """
 
     user: User | None = None
     scope: Scope | None = None
     token_id: int | None = None
+    places: frozenset[str] | None = None
 
     @property
     def user_id(self) -> int | None:
@@ -31,8 +55,8 @@ class Viewer:
 
     @property
     def is_admin(self) -> bool:
-        """An administrator whose token may write."""
-        return self.user is not None and self.user.is_admin and self.scope == Scope.WRITE
+        """An administrator of the hub who asks as one: with scope `admin`, confined to no place."""
+        return self.user is not None and self.user.is_admin and self._manages()
 
     def require_user(self) -> User:
         """Unauthorized without a valid token."""
@@ -43,26 +67,100 @@ class Viewer:
     def require_write(self) -> User:
         """Unauthorized without a token, Forbidden with one that may only read."""
         user = self.require_user()
-        if self.scope != Scope.WRITE:
+        if not self.has(Scope.WRITE):
             raise Forbidden("this token may only read")
         return user
+
+    def require_account(self) -> User:
+        """Forbidden unless the token has scope `admin` and is confined to no place."""
+        user = self.require_user()
+        if not self._manages():
+            raise Forbidden("this needs a token with scope admin that is not limited to places")
+        return user
+
+    def require_admin(self) -> User:
+        """Forbidden unless an administrator of the hub asks as one."""
+        user = self.require_account()
+        if not user.is_admin:
+            raise Forbidden("this is for administrators of the hub")
+        return user
+
+    def has(self, scope: Scope) -> bool:
+        return self.scope is not None and self.scope.includes(scope)
+
+    def covers(self, namespace: str, name: str | None = None) -> bool:
+        """Whether the token's places, if it has any, include a repo or, without `name`, all of a
+        namespace."""
+        key = key_of(namespace)
+        if self.places is None or key in self.places:
+            return True
+        return name is not None and f"{key}/{key_of(name)}" in self.places
+
+    def _manages(self) -> bool:
+        return self.has(Scope.ADMIN) and self.places is None
 
 
 ANONYMOUS = Viewer()
 
 
-def create_user(session: Session, name: str, *, full_name: str = "", admin: bool = False) -> User:
-    """NameTaken for ever once a user or organisation had the name, in any case."""
+def create_user(
+    session: Session,
+    name: str,
+    *,
+    full_name: str = "",
+    admin: bool = False,
+    by: User | None = None,
+) -> User:
+    """NameTaken for ever once a user or organisation had the name, in any case.
+
+    `by` is the administrator who makes it; None: the users themselves, or the hub.
+    """
     user = User(name=name, key=_claim(session, name), full_name=full_name, is_admin=admin)
     session.add(user)
     session.flush()
-    record(session, user.id, "user.create", name)
+    record(session, user.id if by is None else by.id, "user.create", name)
     return user
 
 
-def create_organization(session: Session, name: str, owner: User) -> Organization:
+def all_users(session: Session) -> list[User]:
+    """By name."""
+    return list(session.exec(select(User).order_by(User.key)))
+
+
+def change_user(
+    session: Session,
+    by: User,
+    name: str,
+    *,
+    full_name: str | None = None,
+    is_admin: bool | None = None,
+    is_disabled: bool | None = None,
+) -> User:
+    """What is None stays; the hub keeps one administrator. UserNotFound, LastAdmin."""
+    # Two administrators who disable each other wait here, and the second finds who is left.
+    everybody = session.exec(select(User).where(User.is_admin).with_for_update()).all()
+    user = find_user(session, name)
+    loses = is_admin is False or is_disabled is True
+    if loses and not any(a.id != user.id and not a.is_disabled for a in everybody):
+        raise LastAdmin(f"{user.name} is the last administrator of this hub: name another first")
+    if full_name is not None:
+        user.full_name = full_name
+        record(session, by.id, "user.rename", f"{user.name}: {full_name}")
+    if is_admin is not None and is_admin != user.is_admin:
+        user.is_admin = is_admin
+        record(session, by.id, "user.promote" if is_admin else "user.demote", user.name)
+    if is_disabled is not None and is_disabled != user.is_disabled:
+        user.is_disabled = is_disabled
+        record(session, by.id, "user.disable" if is_disabled else "user.enable", user.name)
+    session.add(user)
+    return user
+
+
+def create_organization(
+    session: Session, name: str, owner: User, *, full_name: str = ""
+) -> Organization:
     """Its first member is `owner`, who may manage it."""
-    organization = Organization(name=name, key=_claim(session, name))
+    organization = Organization(name=name, key=_claim(session, name), full_name=full_name)
     session.add(organization)
     session.flush()
     assert owner.id is not None
@@ -70,26 +168,6 @@ def create_organization(session: Session, name: str, owner: User) -> Organizatio
     session.add(Membership(user_id=owner.id, organization_id=organization.id, role=Role.ADMIN))
     record(session, owner.id, "organization.create", name)
     return organization
-
-
-def set_role(session: Session, viewer: Viewer, organization: str, name: str, role: Role) -> None:
-    """Make a user a member, or change what they may do; Forbidden, UserNotFound."""
-    by = viewer.require_write()
-    if not _has_role(session, viewer, organization, (Role.ADMIN,)):
-        raise Forbidden(f"{by.name} may not change the members of {organization}")
-    query = select(Organization).where(Organization.key == key_of(organization))
-    found = session.exec(query).first()
-    if found is None:
-        raise UserNotFound(f"there is no organisation {organization!r}")
-    user = find_user(session, name)
-    assert user.id is not None
-    assert found.id is not None
-    member = session.get(Membership, (user.id, found.id))
-    if member is None:
-        member = Membership(user_id=user.id, organization_id=found.id)
-    member.role = role
-    session.add(member)
-    record(session, by.id, "organization.member", f"{found.name}: {user.name} ({role})")
 
 
 def find_user(session: Session, name: str) -> User:
@@ -130,25 +208,51 @@ def require_namespace(session: Session, user: User, namespace: str, param: str) 
     return found
 
 
-def may_write(session: Session, viewer: Viewer, namespace: str) -> bool:
-    """Whether the viewer may change repos of a namespace, as the database says now."""
-    return _has_role(session, viewer, namespace, (Role.WRITER, Role.ADMIN)) and (
-        viewer.scope == Scope.WRITE
+def may_write(session: Session, viewer: Viewer, namespace: str, name: str | None = None) -> bool:
+    """Whether the viewer may change a repo as the database says now; without `name`, any repo of
+    the namespace."""
+    return (
+        viewer.has(Scope.WRITE)
+        and viewer.covers(namespace, name)
+        and has_role(session, viewer, namespace, (Role.WRITER, Role.ADMIN))
     )
 
 
-def may_read_private(session: Session, viewer: Viewer, namespace: str) -> bool:
-    """Whether the viewer sees the private repos of a namespace."""
-    return _has_role(session, viewer, namespace, tuple(Role))
+def may_manage(session: Session, viewer: Viewer, namespace: str) -> bool:
+    """Whether the viewer may say who is a member of an organisation, and as what."""
+    return (
+        viewer.has(Scope.ADMIN)
+        and viewer.covers(namespace)
+        and has_role(session, viewer, namespace, (Role.ADMIN,))
+    )
 
 
-def private_namespaces(session: Session, viewer: Viewer) -> list[str] | None:
-    """Keys of the namespaces whose private repos the viewer sees; None means all of them."""
+def may_read_private(
+    session: Session, viewer: Viewer, namespace: str, name: str | None = None
+) -> bool:
+    """Whether the viewer sees a private repo; without `name`, every one of the namespace."""
+    return viewer.covers(namespace, name) and has_role(session, viewer, namespace, tuple(Role))
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateKeys:
+    """Keys of what a viewer sees though it is private: whole namespaces, and single repos."""
+
+    namespaces: list[str]
+    repos: list[str]
+
+
+def private_keys(session: Session, viewer: Viewer) -> PrivateKeys | None:
+    """What `may_read_private` decides for one, for conditions of queries; None means everything."""
     if viewer.user is None:
-        return []
-    if viewer.user.is_admin:
+        return PrivateKeys([], [])
+    if viewer.is_admin:
         return None
-    return [viewer.user.key, *(org.key for org, _ in organizations(session, viewer.user))]
+    own = [viewer.user.key, *(org.key for org, _ in organizations(session, viewer.user))]
+    if viewer.places is None:
+        return PrivateKeys(own, [])
+    single = [place for place in viewer.places if place.partition("/")[0] in own and "/" in place]
+    return PrivateKeys([key for key in own if key in viewer.places], sorted(single))
 
 
 def issue_token(
@@ -158,30 +262,54 @@ def issue_token(
     scope: Scope = Scope.WRITE,
     *,
     expires_at: datetime | None = None,
+    places: Iterable[str] | None = None,
 ) -> str:
-    """A new secret, `graft_` and 256 random bits; this is the only time it is seen."""
+    """A new secret, `graft_` and 256 random bits; this is the only time it is seen.
+
+    With `places` (`namespace` or `namespace/name`) it acts there only. BadField.
+    """
     if not 1 <= len(name) <= 100:
         raise BadField("a token's name has 1 to 100 characters", "name")
     assert user.id is not None
     secret = PREFIX + secrets.token_urlsafe(32)
+    limited = None if places is None else _places(session, places)
     session.add(
         Token(
             user_id=user.id,
             name=name,
-            hash=_hash(secret),
+            hash=hash_of(secret),
             scope=scope,
+            places=limited,
             expires_at=expires_at,
         )
     )
-    record(session, user.id, "token.issue", f"{user.name}: {name} ({scope})")
+    where = "" if limited is None else f" in {', '.join(limited)}"
+    record(session, user.id, "token.issue", f"{user.name}: {name} ({scope}){where}")
     return secret
 
 
-def tokens(session: Session, user: User) -> list[Token]:
-    """Tokens that still work, newest first; their secrets are not kept."""
-    query = select(Token).where(Token.user_id == user.id, col(Token.revoked_at).is_(None))
+def _places(session: Session, places: Iterable[str]) -> list[str]:
+    found = sorted({key_of(place.strip()) for place in places if place.strip()})
+    if not found:
+        raise BadField("name at least one place: a namespace, or namespace/name", "places")
+    if len(found) > MAX_PLACES:
+        raise BadField(f"a token is limited to at most {MAX_PLACES} places", "places")
+    for place in found:
+        namespace, slash, name = place.partition("/")
+        if canonical_namespace(session, namespace) is None:
+            raise BadField(f"there is no user or organisation {namespace!r}", "places")
+        if slash:
+            check_name(name, "places")
+    return found
+
+
+def tokens(session: Session, user: User, kind: TokenKind = TokenKind.ACCESS) -> list[Token]:
+    """Tokens, or sessions of the web page, that still work, newest first."""
+    query = select(Token).where(
+        Token.user_id == user.id, Token.kind == kind, col(Token.revoked_at).is_(None)
+    )
     found = session.exec(query.order_by(col(Token.id).desc())).all()
-    return [token for token in found if _is_alive(token)]
+    return [token for token in found if is_alive(token)]
 
 
 def revoke_token(session: Session, user: User, token_id: int) -> None:
@@ -191,12 +319,12 @@ def revoke_token(session: Session, user: User, token_id: int) -> None:
         raise UserNotFound(f"{user.name} has no such token")
     token.revoked_at = now()
     session.add(token)
-    record(session, user.id, "token.revoke", f"{user.name}: {token.name}")
+    record(session, user.id, f"{_NOUN[TokenKind(token.kind)]}.revoke", f"{user.name}: {token.name}")
 
 
 def viewer_of(session: Session, secret: str) -> Viewer:
     """Who a bearer token belongs to; Unauthorized if it is unknown, revoked or too old."""
-    hashed = _hash(secret)
+    hashed = hash_of(secret)
     token = session.exec(select(Token).where(Token.hash == hashed)).first()
     # The index compares hashes of 256-bit secrets, so its timing tells nothing about a secret.
     if token is None or not hmac.compare_digest(token.hash, hashed):
@@ -219,9 +347,13 @@ def recheck(session: Session, viewer: Viewer) -> Viewer:
 
 def _viewer(session: Session, token: Token) -> Viewer:
     user = session.get(User, token.user_id)
-    if not _is_alive(token) or user is None or user.is_disabled:
+    parent = session.get(Token, token.parent_id) if token.parent_id is not None else token
+    if user is None or user.is_disabled or parent is None:
         raise _invalid_token()
-    return Viewer(user, Scope(token.scope), token.id)
+    if not is_alive(token) or not is_alive(parent):
+        raise _invalid_token()
+    places = None if token.places is None else frozenset(token.places)
+    return Viewer(user, Scope(token.scope), token.id, places)
 
 
 def _invalid_token() -> Unauthorized:
@@ -229,11 +361,13 @@ def _invalid_token() -> Unauthorized:
     return Unauthorized("Invalid credentials in Authorization header")
 
 
-def _is_alive(token: Token) -> bool:
+def is_alive(token: Token) -> bool:
+    """Neither revoked nor too old."""
     return token.revoked_at is None and (token.expires_at is None or token.expires_at > now())
 
 
-def _hash(secret: str) -> str:
+def hash_of(secret: str) -> str:
+    """What is kept of a secret that nobody can guess."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -246,11 +380,13 @@ def _claim(session: Session, name: str) -> str:
     return key
 
 
-def _has_role(session: Session, viewer: Viewer, namespace: str, roles: tuple[Role, ...]) -> bool:
+def has_role(session: Session, viewer: Viewer, namespace: str, roles: tuple[Role, ...]) -> bool:
+    """Whether the namespace is the viewer's own, or an organisation where they have such a role;
+    administrators of the hub have every role everywhere."""
     if viewer.user is None:
         return False
     key = key_of(namespace)
-    if viewer.user.is_admin or viewer.user.key == key:
+    if viewer.is_admin or viewer.user.key == key:
         return True
     query = (
         select(Membership.role)
