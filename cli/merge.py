@@ -25,6 +25,7 @@ from cli.console import (
 )
 from cli.ranges import Blocks as RemoteBlocks
 from cli.refs import open_source, parse_weighted, path_of, place_of
+from cli.texts import write_text
 from cli.trees import as_yaml
 
 if TYPE_CHECKING:
@@ -345,7 +346,7 @@ def run(
             raise CommandError(f"{to}: the result is a folder; name it without .safetensors")
         outcome = _execute(planned, place)
     if save_recipe is not None:
-        save_recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+        write_text(save_recipe, recipe.to_yaml())
     if as_json:
         print_json(
             {

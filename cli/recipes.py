@@ -16,6 +16,7 @@ from cli.loras import Loras
 from cli.merge import AsJSON, Force, Out, run
 from cli.ranges import Blocks
 from cli.refs import fetch, path_of
+from cli.texts import write_text
 from cli.trees import as_document, as_tree, said
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def import_recipe(
     with as_typed(None, "the prompt" if is_prompt else source):
         found = read(text, Loras(loras).resolve)
     if place is not None:
-        place.write_text(found.recipe.to_yaml(), encoding="utf-8")
+        write_text(place, found.recipe.to_yaml())
     if as_json:
         recipe = found.recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         print_json({"tool": found.tool, "notes": list(found.notes), "recipe": recipe})

@@ -30,6 +30,7 @@ from cli.report_words import (
     shown_blocks,
     signed,
 )
+from cli.texts import write_text
 
 if TYPE_CHECKING:
     from merge.recipe import Recipe
@@ -108,9 +109,9 @@ def report(
     with as_typed(inputs):
         found, seconds = measured(recipe)
     if page is not None:
-        from cli.report_page.page import write_page
+        from cli.report_page.page import render
 
-        write_page(page, found)
+        write_text(page, render(found))
     if as_json:
         print_json(found.to_json())
         return

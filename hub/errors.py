@@ -201,6 +201,9 @@ def install(app: FastAPI, renderers: Mapping[str, Renderer]) -> None:
     @app.exception_handler(RequestValidationError)
     def bad_field(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            why = f"the request is not JSON: {first['ctx']['error']}"
+            return answer(request, BadField(why))
         place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
         param = ".".join(place) or None
         return answer(request, BadField(f"{param or 'the request'}: {first['msg']}", param))

@@ -1,6 +1,5 @@
 """A report as one HTML page that needs nothing else: styles and drawings are inside, and no script."""
 
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,17 +47,6 @@ class Chart:
     drawing: Markup
     meaning: str
     key: tuple[tuple[str, str], ...] = ()  # class of a swatch, what it stands for
-
-
-def write_page(path: Path, report: "Report") -> None:
-    """The page at `path`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
-    try:
-        temporary.write_text(render(report), encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def render(report: "Report") -> str:

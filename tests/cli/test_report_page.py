@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-from cli.report_page.page import render, write_page
+from cli.report_page.page import render
 from merge.reports.measure import measure
 from merge.reports.report import Report
 from tests.cli.test_merge import graft, refused
@@ -87,15 +87,6 @@ def test_names_of_files_are_text_and_not_markup(tmp_path: Path) -> None:
     assert any("<b onclick=x>" in words for words in page.words)
 
 
-def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, four: Report) -> None:
-    write_page(tmp_path / "a.html", four)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
-    (tmp_path / "folder.html").mkdir()
-    with pytest.raises(OSError, match="folder.html"):
-        write_page(tmp_path / "folder.html", four)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "folder.html"]
-
-
 def test_the_command_writes_it_and_replaces_nothing_unasked(tmp_path: Path) -> None:
     arguments = ("report", f"{BORDO}=0.8", CHEX, "--base", PIPELINE, "--html", "out.html")
     assert graft(tmp_path, *arguments).returncode == 0
@@ -134,7 +125,7 @@ def test_what_depends_on_a_base_has_a_page_and_a_command_that_works(
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone_and_asks_for_nothing(scheme: str, tmp_path: Path, four: Report) -> None:
-    write_page(tmp_path / "page.html", four)
+    (tmp_path / "page.html").write_text(render(four), encoding="utf-8")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"]

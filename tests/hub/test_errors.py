@@ -106,6 +106,13 @@ def test_a_wrong_field_is_named(client: TestClient, body: object, param: str | N
     assert (error["code"], error["param"]) == ("BadField", param)  # type: ignore[index]
 
 
+def test_a_body_that_is_no_json_is_said_to_be_none(client: TestClient) -> None:
+    headers = {"Content-Type": "application/json"}
+    status, error = error_of(client, "POST", "/body", content="garbage", headers=headers)
+    assert (status, error["code"], error["param"]) == (422, "BadField", None)  # type: ignore[index]
+    assert error["message"] == "the request is not JSON: Expecting value"  # type: ignore[index]
+
+
 def test_routing_and_waiting_have_the_same_body(client: TestClient) -> None:
     assert error_of(client, "GET", "/nowhere")[0] == 404
     status, error = error_of(client, "DELETE", "/hub")
