@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cli import upkeep
 from cli.console import CommandError, count_progress, out
 from cli.serve import load_settings
 
@@ -13,6 +14,7 @@ def register(app: typer.Typer) -> None:
     admin = typer.Typer(no_args_is_help=True)
     admin.callback()(_upkeep)
     admin.command()(reindex)
+    upkeep.register(admin)
     app.add_typer(admin, name="admin")
 
 

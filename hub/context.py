@@ -74,8 +74,7 @@ def open_hub(settings: Settings) -> Iterator[Hub]:
         with database.write() as session:
             wait_for_other_processes(session.connection())
             store = _store(session, data / "store", settings.min_free_bytes)
-            secret = settings.secret_key
-            signer = Signer(secret.get_secret_value() if secret else secret_in(data / "secret.key"))
+            signer = _signer(settings)
             token = _first_admin(session)
             if token is not None:
                 write_secret(data / "admin.token", token)
@@ -88,6 +87,34 @@ def open_hub(settings: Settings) -> Iterator[Hub]:
         hub.uses.flush(database)
     finally:
         database.close()
+
+
+@contextmanager
+def look_into_hub(settings: Settings) -> Iterator[Hub]:
+    """A hub that may be running: its catalogue can be read, but not written.
+
+    CannotStart if there is none, or one of another version.
+    """
+    from hub.migrations import require_current
+
+    data, url = settings.data_dir, settings.database_url
+    if url is None and not (data / "hub.sqlite3").is_file():
+        raise CannotStart(f"there is no hub in {data}")
+    secret = url.get_secret_value() if url is not None else None
+    database = Database(data, secret, read_only=True)
+    try:
+        require_current(database)
+        with database.read() as session:
+            store = _store(session, data / "store", settings.min_free_bytes)
+        yield Hub(settings, database, store, _signer(settings), Downloads())
+    finally:
+        database.close()
+
+
+def _signer(settings: Settings) -> Signer:
+    secret = settings.secret_key
+    path = settings.data_dir / "secret.key"
+    return Signer(secret.get_secret_value() if secret is not None else secret_in(path))
 
 
 def _store(session: Session, root: Path, min_free_bytes: int) -> FileBlobStore:

@@ -68,12 +68,17 @@ def now() -> datetime:
 
 
 class Database:
-    """Opened once per process; `read()` and `write()` are the only ways in."""
+    """Opened once per process; `read()` and `write()` are the only ways in.
 
-    def __init__(self, data_dir: Path, url: str | None = None) -> None:
+    With `read_only` it needs no lock, so it can be opened beside a running hub; any write fails.
+    """
+
+    def __init__(self, data_dir: Path, url: str | None = None, *, read_only: bool = False) -> None:
         self.is_sqlite = url is None
         self._lock: FileLock | None = None
-        if url is None:
+        if url is None and read_only:
+            self._writer = self._reader = _sqlite(data_dir / "hub.sqlite3", writer=False)
+        elif url is None:
             self._lock = _take_lock(data_dir / "hub.lock")
             path = data_dir / "hub.sqlite3"
             self._writer = _sqlite(path, writer=True)

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncIterable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from anyio import to_thread
@@ -21,6 +22,7 @@ from hub.blobs.store import MAX_GIT_BYTES, Hashes, Sha256, Stored, git_blob_hash
 from hub.errors import BadUpload, DigestMismatch, NoSpace
 
 CHUNK = 1 << 20
+TRASH_S = 24 * 3600
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -31,10 +33,11 @@ class FileBlobStore:
         self._root = root
         self._tmp = root / "tmp"
         self._blobs = root / "blobs"
+        self._trash = root / "trash"
         self._min_free = min_free_bytes
         root.mkdir(parents=True, exist_ok=True)
-        durable.make_folders(self._tmp, root)
-        durable.make_folders(self._blobs, root)
+        for folder in (self._tmp, self._blobs, self._trash):
+            durable.make_folders(folder, root)
         self.id = self._identity()
 
     @staticmethod
@@ -119,16 +122,28 @@ class FileBlobStore:
             path.unlink()
             durable.sync_folder(path.parent)
 
+    def trash(self, sha256: Sha256) -> None:
+        path = self._path(sha256)
+        try:
+            os.utime(path)  # The sweep counts from here.
+            os.replace(path, self._trash / sha256)
+        except FileNotFoundError:
+            return
+        durable.sync_folder(self._trash)
+        durable.sync_folder(path.parent)
+
+    def inventory(self) -> Iterator[tuple[Sha256, int, datetime]]:
+        for path in self._blobs.glob("??/??/*"):
+            found = path.stat()
+            yield Sha256(path.name), found.st_size, datetime.fromtimestamp(found.st_mtime, UTC)
+
     def is_writable(self) -> bool:
         return shutil.disk_usage(self._root).free > self._min_free and os.access(self._tmp, os.W_OK)
 
     def sweep(self, older_than_s: float) -> int:
         """Remove temporary files that no upload owns any more; how many there were."""
-        limit = time.time() - older_than_s
-        stale = [path for path in self._tmp.iterdir() if path.stat().st_mtime <= limit]
-        for path in stale:
-            path.unlink(missing_ok=True)
-        return len(stale)
+        _sweep(self._trash, TRASH_S)
+        return _sweep(self._tmp, older_than_s)
 
     def _identity(self) -> str:
         path = self._root / "STORE_ID"
@@ -241,6 +256,14 @@ class _Upload:
         for chunk in _read(self._path, 0, size):
             hashed.update(chunk)
         return hashed.hexdigest()
+
+
+def _sweep(folder: Path, older_than_s: float) -> int:
+    limit = time.time() - older_than_s
+    stale = [path for path in folder.iterdir() if path.stat().st_mtime <= limit]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
 
 
 def _read(path: Path, start: int, end: int) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncIterable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import NewType, Protocol
 
@@ -72,7 +73,19 @@ class BlobStore(Protocol):
         """Bytes, or None when the store lacks the blob."""
 
     def delete(self, sha256: Sha256) -> None:
-        """No error if it is already gone."""
+        """At once and for good; no error if it is already gone."""
+
+    def trash(self, sha256: Sha256) -> None:
+        """As `delete`, but where the store can, the bytes stay aside for a day."""
+
+    def inventory(self) -> Iterator[tuple[Sha256, int, datetime]]:
+        """Digest, size and time of every blob the store has; an error rather than a part of them.
+
+        The time is when the bytes became visible last, aware, in UTC.
+        """
+
+    def sweep(self, older_than_s: float) -> int:
+        """Remove what unfinished uploads and reads have left; how many files there were."""
 
     def is_writable(self) -> bool:
         """Whether an upload could succeed now; asked by the readiness probe."""

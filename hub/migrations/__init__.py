@@ -39,9 +39,7 @@ def is_declared(name: str | None, kind: str, _: object) -> bool:
 
 def migrate(database: Database) -> None:
     """Bring the schema to this version; CannotStart if a newer version has changed it."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent))
-    script = ScriptDirectory.from_config(config)
+    config, script = _script()
     with database.writer.connect() as connection, connection.begin():
         wait_for_other_processes(connection)
         present = MigrationContext.configure(connection).get_current_revision()
@@ -53,3 +51,21 @@ def migrate(database: Database) -> None:
             )
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def require_current(database: Database) -> None:
+    """CannotStart unless the schema is this version's; changes nothing."""
+    _, script = _script()
+    with database.read() as session:
+        present = MigrationContext.configure(session.connection()).get_current_revision()
+    if present != script.get_current_head():
+        raise CannotStart(
+            f"the catalogue has schema {present}, this version {script.get_current_head()};"
+            " start the hub once to bring it up to date"
+        )
+
+
+def _script() -> tuple[Config, ScriptDirectory]:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent))
+    return config, ScriptDirectory.from_config(config)

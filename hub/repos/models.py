@@ -26,10 +26,14 @@ class RefKind(StrEnum):
 
 
 class BlobState(StrEnum):
-    """A condemned blob is back to present as soon as anything refers to it again."""
+    """A condemned blob is back to present as soon as anything refers to it again.
+
+    One that is being deleted may have lost its bytes already: they have to be sent again.
+    """
 
     PRESENT = "present"
     CONDEMNED = "condemned"
+    DELETING = "deleting"
 
 
 class Blob(SQLModel, table=True):
