@@ -154,7 +154,7 @@ def heat(report: "Report", names: Sequence[str]) -> Markup:
     return drawing(top + _ROW * len(groups) + 2, "Cosines by block and pair", parts)
 
 
-_PLOT = (50, 12, WIDTH - 12, 250)  # left, top, right, bottom
+_PLOT = (50, 12, WIDTH - 32, 250)  # left, top, right, bottom; beyond it the last rank
 _HIGH = 286
 
 
