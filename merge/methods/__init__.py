@@ -375,8 +375,9 @@ METHODS: dict[str, Method] = {
             ),
             reference="Davari & Belilovsky 2023, https://arxiv.org/abs/2312.06795",
             deviation="`density` is the share that is kept, as in mergekit, and `gamma` the share that is "
-            "dropped on top; what else is dropped is the smallest. mergekit keeps nothing of a layer "
-            "so small that gamma of it rounds to no element.",
+            "dropped on top; what else is dropped is the smallest. Elements are ranked within a layer, "
+            "as in mergekit, where the authors' code ranks those of every row by themselves. "
+            "mergekit keeps nothing of a layer so small that gamma of it rounds to no element.",
         ),
     )
 }

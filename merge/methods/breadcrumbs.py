@@ -1,8 +1,9 @@
 """Model breadcrumbs: the sum of each change without its smallest and without its largest elements.
 
 Davari & Belilovsky 2023, arXiv:2312.06795: a mask per layer that leaves out the share
-gamma of the largest (outliers) and what is smallest. Here `density` says what is kept, as in
-mergekit, whose code keeps nothing of a layer so small that gamma of it rounds to no element.
+gamma of the largest (outliers) and what is smallest. The authors' code
+(https://github.com/rezazzr/breadcrumbs at 4a183d6) ranks the elements of every row by themselves;
+here the whole layer is ranked, and `density` says what is kept, as in mergekit, whose code keeps nothing of a layer so small that gamma of it rounds to no element.
 """
 
 from collections.abc import Sequence
