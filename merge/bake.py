@@ -267,7 +267,9 @@ class _Rewrite:
         def read_base(entry: Entry, parameter: str, is_copy: bool) -> torch.Tensor | None:
             return self._base.read(entry, parameter, self._working, is_copy=is_copy)
 
-        return prepare(patch, self._inputs, read_base, self._working)
+        ready = prepare(patch, self._inputs, read_base, self._working)
+        self._inputs.forget(patch.terms, self._working)
+        return ready
 
     def _compute_tile(
         self,

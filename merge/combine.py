@@ -113,7 +113,9 @@ def _budget_bytes(plan: MergePlan, products: Sequence[Module]) -> int | None:
 
 def _values(plan: MergePlan, module: Module, inputs: Inputs, out: str) -> Tensor:
     with _computed(plan, module, out):
-        return _decompose(plan, module, inputs).values
+        values = _decompose(plan, module, inputs).values
+    inputs.forget(module.terms, _working_dtype(plan))
+    return values
 
 
 @contextmanager
@@ -169,7 +171,9 @@ def _merge_module(
     for role, tensor in [*factors.items(), *stored.items()]:
         if not tensor.isfinite().all():
             raise Overflow(out, f"{module.name} ({role})", plan.dtype)
-    return Merged(module, rank, factors, stored, lost, inputs.given(module, dtype))
+    given = inputs.given(module, dtype)
+    inputs.forget(module.terms, dtype)
+    return Merged(module, rank, factors, stored, lost, given)
 
 
 def _merge_products(

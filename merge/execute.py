@@ -2,11 +2,14 @@
 
 Memory above the imports, with w worker threads:
 an extraction holds its output twice and, per worker, the subspace of a layer (merge.rangefinder);
-a merge holds its output and, per worker, six copies of the largest module's stacked factors;
+a merge holds its output and, per worker, six copies of the largest module's stacked factors (or
+six matrices as large as its change, where that is no low-rank product);
 a bake holds, per worker and once more, three copies of the largest patch's stacked factors (or four
 matrices as large as its weight, where the change is no low-rank product), one set of tile buffers
 (29 bytes for each of 256 Ki elements) and a block of 8 MiB, and for all of them two blocks more,
-however large the base is; blocks for another place may be larger, and more (its Target says).
+however large the base is; blocks for another place may be larger, and more (its Target says);
+a method of the core takes eight copies of a unit's stacked factors in float64 more per worker, and
+what is made of units that several layers share is kept for eight of them (merge.units).
 `plan.cost.memory_bytes` is this bound for two workers.
 """
 

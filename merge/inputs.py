@@ -31,7 +31,7 @@ from merge.quantised import as_groups, read_scale, spread
 from merge.recipe import Recipe
 from merge.terms import Term
 from merge.threads import Shared
-from merge.units import Unit
+from merge.units import KEPT_UNITS, Unit
 from merge.vectors import KINDS
 
 
@@ -44,10 +44,6 @@ def open_as_planned(file: File, header: Header) -> TensorFile:
     return opened
 
 
-# Units that are kept while the layers made of them are computed.
-_UNITS = 8
-
-
 class Inputs:
     """Opens every adapter once; may be used from several threads.
 
@@ -58,7 +54,7 @@ class Inputs:
         self, adapters: Sequence[Adapter], recipe: Recipe, base: "OpenBase | None" = None
     ) -> None:
         self._adapters, self._recipe, self._base = adapters, recipe, base
-        self._units: Shared[tuple[str, torch.dtype], Change] = Shared(_UNITS)
+        self._units: Shared[tuple[str, torch.dtype], Change] = Shared(KEPT_UNITS)
         # By module: the coefficients that the method has given, by adapter.
         self.coefficients: dict[str, Given] = {}
         self._stack = ExitStack()
@@ -91,6 +87,12 @@ class Inputs:
         if isinstance(entry, Unit):
             return self._units.get((entry.name, dtype), lambda: self._join(entry, dtype))
         return self._weighed(adapter, entry, self._read_change(adapter, entry, dtype))
+
+    def forget(self, terms: Sequence[Term], dtype: torch.dtype) -> None:
+        """Let go of units that nothing but these terms is made of."""
+        for unit in {term.entry.name: term.entry for term in terms}.values():
+            if isinstance(unit, Unit) and unit.is_within(terms):
+                self._units.forget((unit.name, dtype))
 
     def _join(self, unit: Unit, dtype: torch.dtype) -> Change:
         change = join_changes(unit, self._recipe, *self._readers(dtype))

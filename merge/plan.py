@@ -23,12 +23,13 @@ from merge.formats.grammar import NOTHING
 from merge.formats.header import Header, read_header
 from merge.formats.sources import File, is_folder, shown_name
 from merge.formats.targets import BLOCK_BYTES, WAITING_THREADS
+from merge.method_parameters import Space
 from merge.modules import Module, lay_out
 from merge.patches import Patch, find_patches
 from merge.presets import expand
 from merge.recipe import Input, Recipe
-from merge.terms import Name, Source, gather
-from merge.units import join
+from merge.terms import Name, Source, Term, gather
+from merge.units import KEPT_UNITS, Unit, join
 from merge.vectors import Vectors, read_vectors
 
 # What factors may be stored in: floats that torch can widen. Numbers that count or mark may be others.
@@ -36,6 +37,8 @@ _READABLE = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
 _MARKS = {"alpha", "on_input", "ranknum", "scaled_oft", "bias_indices", "bias_size"}
 # A module's stacked factors, their orthogonal parts and the result, for every worker thread.
 _WORKING_COPIES = 6
+# Of a method of the core, which computes in float64: what comes in, the cores' bases and the result.
+_CORE_COPIES, _CORE_BYTES = 8, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +195,12 @@ def _plan_merge(
         stored = sum(module.n_stored for module in modules) * item
         written = min(written, recipe.rank.budget_bytes + stored)
     working = 8 if recipe.numerics == "reproducible" else 4
-    largest = max(_working_elements(module) for module in modules) * working
-    cost = Cost(len(modules), written, written + WORKERS * _WORKING_COPIES * largest)
+    held = max(
+        _WORKING_COPIES * working * _working_elements(module) + _core_bytes(recipe, module.terms)
+        for module in modules
+    )
+    kept = _kept_bytes((module.terms for module in modules), working)
+    cost = Cost(len(modules), written, written + WORKERS * held + kept)
     return MergePlan(
         recipe, adapters, modules, left_out, family, dialect, dtype, max(ranks), cost, base
     )
@@ -213,6 +220,36 @@ def _working_elements(module: Module) -> int:
     if module.is_dense:
         return prod(module.shape) + module.n_stored
     return sum(module.shape) * module.rank + module.n_stored
+
+
+def _core_bytes(recipe: Recipe, terms: Sequence[Term]) -> int:
+    """What a method of the core takes for the largest unit of a layer."""
+    if recipe.method.space is not Space.CORE:
+        return 0
+    units = [term.entry for term in terms if isinstance(term.entry, Unit)]
+    numbers = (sum(unit.layer.extent) * (unit.exact_rank or 0) for unit in units)
+    return _CORE_COPIES * _CORE_BYTES * max(numbers, default=0)
+
+
+def _kept_bytes(layers: Iterable[Sequence[Term]], working: int) -> int:
+    """What stays of units that are in several layers."""
+    sizes = {
+        term.entry.name: _unit_bytes(term.entry, working)
+        for terms in layers
+        for term in terms
+        if isinstance(term.entry, Unit) and not term.entry.is_within(terms)
+    }
+    return min(KEPT_UNITS, len(sizes)) * max(sizes.values(), default=0)
+
+
+def _unit_bytes(unit: Unit, working: int) -> int:
+    """Factors and their spectrum, or a matrix for every change that depends on the base."""
+    if unit.exact_rank is not None:
+        return 2 * _CORE_BYTES * sum(unit.layer.extent) * unit.exact_rank
+    on_base = {
+        (term.adapter, term.entry.name) for term in unit.terms if term.entry.needs != NOTHING
+    }
+    return len(on_base) * prod(unit.layer.extent) * working
 
 
 def _check_smaller(recipe: Recipe, modules: Sequence[Module], item: int, alpha: int) -> None:
@@ -269,9 +306,13 @@ def _plan_bake(
     working = 8 if recipe.numerics == "reproducible" else 4
     patches = [p for keys in found.patches.values() for its in keys.values() for p in its]
     largest = max((patch.working_elements for patch in patches), default=0) * working
+    core = max((_core_bytes(recipe, patch.terms) for patch in patches), default=0)
+    kept = _kept_bytes((patch.terms for patch in patches), working)
     changed = {patch.name for patch in patches}
     blocks = _BLOCKS * min(BLOCK_BYTES, written)
-    cost = Cost(len(changed), written, _WRITERS * (largest + TILE_BYTES) + blocks)
+    cost = Cost(
+        len(changed), written, _WRITERS * (largest + TILE_BYTES) + WORKERS * core + kept + blocks
+    )
     return BakePlan(
         recipe, adapters, left_out, base, found.patches, found.additions, found.notes, cost
     )

@@ -25,6 +25,8 @@ from merge.recipe import Rank, Recipe
 from merge.terms import Name, Source, Term, terms_in
 
 LAYOUT = "unit"
+# So many that are in several layers of the output are kept at a time while those are computed.
+KEPT_UNITS = 8
 # Summed at their strengths whatever the method: what is stored whole, and new values.
 _SUMMED = ("full", "norm", "replacement", "tokens")
 # Factors of something else than a layer's weight, which of all adapters only PEFT's can name.
@@ -53,6 +55,15 @@ class Unit(Entry):
     def is_dense(self) -> bool:
         """Whether its change is no low-rank product that the factors alone give."""
         return self.exact_rank is None
+
+    def is_within(self, terms: Iterable[Term]) -> bool:
+        """Whether all of its rows that change are in these terms, so that nothing else needs it."""
+        rows = sum(
+            term.rows
+            for term in terms
+            if isinstance(term.entry, Unit) and term.entry.name == self.name
+        )
+        return rows == sum(run.rows for run in self.layer.runs)
 
     @property
     def adapters(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from merge.blocks import Options
 from merge.errors import BadRecipe, ShapeMismatch, Unsupported
 from merge.execute import execute
 from merge.families import FAMILIES, Family
+from merge.inputs import Inputs
 from merge.method_parameters import Space
 from merge.methods import METHODS
 from merge.plan import BakePlan, MergePlan, plan
@@ -486,3 +488,45 @@ def test_the_plan_of_a_resize_is_that_of_one_adapter(packed: Path, tmp_path: Pat
     assert isinstance(planned, MergePlan)
     assert [module.rank for module in planned.modules] == [3]
     assert json.loads(recipe.canonical_json())["kind"] == "resize"
+
+
+@pytest.mark.parametrize("name", ["svc", "ties", "karcher"])
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+def test_a_unit_is_kept_for_as_long_as_a_layer_may_need_it(
+    dialect: str, name: str, packed: Path, split: Path
+) -> None:
+    """The packed layer is one of kohya's file, and four of diffusers'."""
+    rank = {"fixed": 2} if name == "ties" else {"exact": True}
+    fields = {"method": _method(name), "output": {"dialect": dialect}, "rank": rank}
+    planned = plan(*make_recipe([(packed, 0.7), (split, 0.5)], **fields))
+    assert isinstance(planned, MergePlan)
+    kept = set()
+    with Inputs(planned.adapters, planned.recipe) as inputs:
+        for module in planned.modules:
+            term = module.terms[0]
+            change = weakref.ref(inputs.change(term.adapter, term.entry, torch.float64))
+            inputs.forget(module.terms, torch.float64)
+            if change() is not None:
+                kept.add(module.name)
+    ends = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    shared = {f"transformer.blocks.0.{end}" for end in ends}
+    assert kept == (shared if dialect == "diffusers" else set())
+
+
+@pytest.mark.parametrize("numerics", ["fast", "reproducible"])
+def test_the_cost_of_a_method_of_the_core_is_in_float64(
+    numerics: str, packed: Path, split: Path, own_base: Path, packed_base: Path
+) -> None:
+    def cost(name: str, **fields: Any) -> int:
+        inputs = [(packed, 0.7), (split, 0.5)]
+        fields |= {"method": _method(name), "numerics": numerics}
+        return plan(*make_recipe(inputs, **fields)).cost.memory_bytes
+
+    factors = (40 + 8) * (3 + 4)  # rows and columns of the packed layer, summed ranks
+    copies = 2 * 8 * 8 * factors
+    kohya = {"output": {"dialect": "kohya"}}
+    assert cost("svc", **kohya) == cost("karcher", **kohya) + copies
+    assert cost("svc", base=packed_base) == cost("karcher", base=packed_base) + copies
+    # Where a base has the four apart, the unit is kept for them.
+    small, large = cost("svc", base=own_base), cost("linear", base=own_base)
+    assert small > large + copies + 2 * 8 * factors
