@@ -10,7 +10,7 @@ from sqlmodel import Field, Session, SQLModel, select
 from hub.blobs.files import FileBlobStore
 from hub.blobs.store import BlobStore
 from hub.db import Database, wait_for_other_processes
-from hub.errors import CannotStart
+from hub.errors import CannotStart, StoreFailed
 from hub.repos.downloads import Downloads
 from hub.settings import Settings
 from hub.signing import Signer, secret_in, write_secret
@@ -73,7 +73,7 @@ def open_hub(settings: Settings) -> Iterator[Hub]:
         migrate(database)
         with database.write() as session:
             wait_for_other_processes(session.connection())
-            store = _store(session, data / "store", settings.min_free_bytes)
+            store = _store(session, settings)
             signer = _signer(settings)
             token = _first_admin(session)
             if token is not None:
@@ -105,7 +105,7 @@ def look_into_hub(settings: Settings) -> Iterator[Hub]:
     try:
         require_current(database)
         with database.read() as session:
-            store = _store(session, data / "store", settings.min_free_bytes)
+            store = _store(session, settings)
         yield Hub(settings, database, store, _signer(settings), Downloads())
     finally:
         database.close()
@@ -117,19 +117,39 @@ def _signer(settings: Settings) -> Signer:
     return Signer(secret.get_secret_value() if secret is not None else secret_in(path))
 
 
-def _store(session: Session, root: Path, min_free_bytes: int) -> FileBlobStore:
+def _store(session: Session, settings: Settings) -> BlobStore:
     """The store this catalogue describes; a repair on the wrong one would remove everything."""
     known = session.exec(select(StoreIdentity.store_id)).first()
-    if known is not None and not FileBlobStore.is_at(root):
-        raise CannotStart(f"the blobs of this catalogue are not at {root}; nothing was changed")
-    store = FileBlobStore(root, min_free_bytes=min_free_bytes)
+    try:
+        store, where = _open_store(settings, must_exist=known is not None)
+    except StoreFailed as error:
+        raise CannotStart(error.message) from error
     if known is None:
         session.add(StoreIdentity(store_id=store.id))
     elif known != store.id:
         raise CannotStart(
-            f"the catalogue describes blob store {known}, but the one at {root} is {store.id}"
+            f"the catalogue describes blob store {known}, but the one at {where} is {store.id}"
         )
     return store
+
+
+def _open_store(settings: Settings, *, must_exist: bool) -> tuple[BlobStore, str]:
+    """The store that the settings name, and how a person finds it."""
+    root, min_free = settings.data_dir / "store", settings.min_free_bytes
+    if settings.s3_bucket is None:
+        if must_exist and not FileBlobStore.is_at(root):
+            raise CannotStart(f"the blobs of this catalogue are not at {root}; nothing was changed")
+        return FileBlobStore(root, min_free_bytes=min_free), str(root)
+    from hub.blobs.bucket import Bucket, make_client
+    from hub.blobs.s3 import S3BlobStore
+
+    client = make_client(settings.s3_endpoint, settings.s3_region)
+    bucket = Bucket(client, settings.s3_bucket, settings.s3_prefix)
+    where = f"s3://{bucket.name}/{bucket.prefix}"
+    if must_exist and not S3BlobStore.is_at(bucket):
+        raise CannotStart(f"the blobs of this catalogue are not at {where}; nothing was changed")
+    cache_bytes = settings.s3_cache_bytes
+    return S3BlobStore(bucket, root, cache_bytes=cache_bytes, min_free_bytes=min_free), where
 
 
 def _first_admin(session: Session) -> str | None:

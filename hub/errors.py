@@ -13,6 +13,7 @@ HubError
 ├── TooLarge            more bytes than a setting allows
 ├── TooMany             of this user's jobs are not finished yet
 ├── NoSpace             the disk is, or would become, full
+├── StoreFailed         the object store does not answer, or refuses
 ├── Busy                the database or a process did not become free in time
 ├── NotImplementedHere  a feature of the protocol that this hub does not have
 └── CannotStart         the hub cannot open its data; never reaches a client
@@ -137,6 +138,9 @@ class TooMany(HubError): ...
 class NoSpace(HubError): ...
 
 
+class StoreFailed(HubError): ...
+
+
 class Busy(HubError): ...
 
 
@@ -157,6 +161,7 @@ STATUS: Mapping[type[HubError], HTTPStatus] = {
     TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     TooMany: HTTPStatus.TOO_MANY_REQUESTS,
     NoSpace: HTTPStatus.INSUFFICIENT_STORAGE,
+    StoreFailed: HTTPStatus.SERVICE_UNAVAILABLE,
     Busy: HTTPStatus.SERVICE_UNAVAILABLE,
     NotImplementedHere: HTTPStatus.NOT_IMPLEMENTED,
     CannotStart: HTTPStatus.INTERNAL_SERVER_ERROR,

@@ -44,6 +44,21 @@ class Settings(BaseSettings):
     min_free_bytes: int = Field(
         256 * MiB, ge=0, description="uploads that would leave less free space are refused"
     )
+    s3_bucket: str | None = Field(
+        None,
+        description="keep the blobs in this S3 bucket; credentials come from where boto3 looks,"
+        " such as `AWS_ACCESS_KEY_ID`",
+    )
+    s3_prefix: str = Field("", description="only below this prefix of the bucket")
+    s3_endpoint: str | None = Field(
+        None, description="`https://…` of an S3 store other than AWS; else boto3's own settings"
+    )
+    s3_region: str | None = Field(
+        None, description="region of the bucket; else boto3's own settings"
+    )
+    s3_cache_bytes: int = Field(
+        16 * GiB, ge=0, description="space for local copies of blobs that jobs read from S3"
+    )
     workers: int = Field(1, ge=0, description="jobs that run at the same time; 0 runs none")
     job_memory_bytes: int = Field(
         8 * GiB, gt=0, description="memory one job's process may use before it is stopped"

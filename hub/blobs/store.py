@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NewType, Protocol
 
-from hub.errors import BadField
+from hub.errors import BadField, BadUpload, DigestMismatch
 
 # 64 lower-case hexadecimal digits.
 Sha256 = NewType("Sha256", str)
@@ -114,6 +114,36 @@ class Hashes:
     @property
     def git_oid(self) -> str | None:
         return self._git.hexdigest() if self._git is not None else None
+
+
+class Arrival:
+    """Bytes on their way in, held against what was announced of them."""
+
+    def __init__(self, expected: Sha256 | None, size: int | None) -> None:
+        self._expected = expected
+        self._size = size
+        self._hashes = Hashes(size)
+
+    @property
+    def size(self) -> int:
+        return self._hashes.size
+
+    def update(self, chunk: bytes) -> None:
+        """BadUpload as soon as there are too many."""
+        if self._size is not None and self._hashes.size + len(chunk) > self._size:
+            raise BadUpload(f"more than the announced {self._size} bytes arrived")
+        self._hashes.update(chunk)
+
+    def check(self) -> Hashes:
+        """BadUpload or DigestMismatch unless everything came."""
+        hashes = self._hashes
+        if self._size is not None and hashes.size != self._size:
+            raise BadUpload(f"{hashes.size} of the announced {self._size} bytes arrived")
+        if self._expected is not None and hashes.sha256 != self._expected:
+            raise DigestMismatch(
+                f"the bytes have SHA-256 {hashes.sha256}, not {self._expected}; send them again"
+            )
+        return hashes
 
 
 def git_blob_hash(size: int) -> "hashlib._Hash":

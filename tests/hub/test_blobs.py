@@ -7,27 +7,70 @@ import resource
 import signal
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from anyio import run
 
-from hub.blobs import durable
-from hub.blobs.files import FileBlobStore
+from hub.blobs import durable, s3
+from hub.blobs.bucket import Bucket, make_client
+from hub.blobs.files import TRASH_S, FileBlobStore
+from hub.blobs.s3 import S3BlobStore, key_of
 from hub.blobs.store import BlobStore, Sha256, lfs_pointer_oid, parse_sha256
 from hub.errors import BadField, BadUpload, DigestMismatch, NoSpace
+from tests.fixtures.s3 import serve_moto, serve_s3
+from tests.fixtures.swift import serve_swift
 
 # `printf 'hello' | git hash-object --stdin`, git 2.39.5
 HELLO_GIT = "b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0"
 HELLO = Sha256(hashlib.sha256(b"hello").hexdigest())
 
 
-@pytest.fixture(params=[FileBlobStore])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
-    made: BlobStore = request.param(tmp_path / "store")
-    return made
+MiB = 2**20
+# All of them take parts of this size, and moto and Swift none that are smaller.
+PART_BYTES = 5 * MiB
+SERVERS = {"moto": serve_moto, "rclone": serve_s3, "swift": serve_swift}
+Make = Callable[[str], BlobStore]
+
+
+@pytest.fixture(scope="module", params=["files", *SERVERS])
+def client(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """Of a server with a bucket, or None for local files."""
+    if request.param == "files":
+        yield None
+        return
+    with (
+        SERVERS[request.param](tmp_path_factory.mktemp("s3")) as server,
+        pytest.MonkeyPatch.context() as environment,
+    ):
+        server.use(environment)
+        made = make_client(None, None)
+        made.create_bucket(Bucket="bucket")
+        yield made
+
+
+@pytest.fixture
+def make_store(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """The store of a name, new at its first use in a test."""
+    if client is None:
+        return lambda name: FileBlobStore(tmp_path / name)
+    monkeypatch.setattr(s3, "PART_BYTES", PART_BYTES)
+    prefix = uuid.uuid4().hex
+    return lambda name: S3BlobStore(
+        Bucket(client, "bucket", f"{prefix}/{name}"), tmp_path / name, cache_bytes=MiB
+    )
+
+
+@pytest.fixture
+def store(make_store: Make) -> BlobStore:
+    return make_store("store")
 
 
 async def stream(*chunks: bytes) -> AsyncIterator[bytes]:
@@ -120,18 +163,102 @@ def test_an_adopted_file_is_moved_in(store: BlobStore, tmp_path: Path) -> None:
 
 def test_a_new_upload_repairs_a_damaged_blob(store: BlobStore) -> None:
     store.put([b"hello"])
-    path = store.path(HELLO)
-    assert path is not None
-    path.chmod(0o600)
-    path.write_bytes(b"")
+    if isinstance(store, S3BlobStore):
+        store.bucket.put(key_of(HELLO), b"")
+    else:
+        path = store.path(HELLO)
+        assert path is not None
+        path.chmod(0o600)
+        path.write_bytes(b"")
+    assert store.size(HELLO) == 0
     store.put([b"hello"])
     assert b"".join(store.open(HELLO)) == b"hello"
 
 
-def test_a_store_keeps_its_identity(store: BlobStore, tmp_path: Path) -> None:
-    assert len(store.id) == 32
-    assert type(store)(tmp_path / "store").id == store.id
-    assert type(store)(tmp_path / "other").id != store.id
+def test_a_store_keeps_its_identity(make_store: Make) -> None:
+    first = make_store("store").id
+    assert len(first) == 32
+    assert make_store("store").id == first
+    assert make_store("other").id != first
+
+
+@pytest.mark.parametrize("announced", ["digest and size", "digest", "size", "nothing"])
+def test_a_blob_of_several_parts_is_whole(store: BlobStore, announced: str) -> None:
+    content = os.urandom(2 * PART_BYTES + 1234)
+    sha256 = Sha256(hashlib.sha256(content).hexdigest())
+    pieces = [content[i : i + MiB] for i in range(0, len(content), MiB)]
+    stored = store.put(
+        pieces,
+        expected=sha256 if "digest" in announced else None,
+        size=len(content) if "size" in announced else None,
+    )
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    assert (stored.sha256, stored.git_oid, stored.size) == (sha256, git, len(content))
+    assert b"".join(store.open(sha256)) == content
+    edge = slice(PART_BYTES - 3, PART_BYTES + 3)
+    assert b"".join(store.open(sha256, edge.start, edge.stop)) == content[edge]
+
+
+@pytest.mark.parametrize("fault", ["digest", "size", "break"])
+def test_a_large_upload_that_fails_leaves_nothing(
+    store: BlobStore, tmp_path: Path, fault: str
+) -> None:
+    content = os.urandom(PART_BYTES + MiB)
+    right = Sha256(hashlib.sha256(content).hexdigest())
+
+    def pieces() -> Iterator[bytes]:
+        yield content[:-1]
+        if fault == "break":
+            raise ConnectionResetError
+        yield b"" if fault == "size" else bytes([content[-1] ^ 1])
+
+    expected = {"digest": DigestMismatch, "size": BadUpload, "break": ConnectionResetError}
+    with pytest.raises(expected[fault]):
+        store.put(pieces(), expected=right, size=len(content))
+    assert list(store.inventory()) == []
+    if isinstance(store, S3BlobStore):
+        key = store.bucket.prefix + key_of(right)
+        assert key not in [upload["Key"] for upload in unfinished(store.bucket)]
+    assert everything_in(tmp_path) in ([], ["store/STORE_ID"])
+
+
+def unfinished(bucket: Bucket) -> list[Any]:
+    try:
+        return list(bucket.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads", []))
+    except bucket.client.exceptions.NoSuchUpload:  # rclone's way to say that there never was one
+        return []
+
+
+def test_a_local_copy_lasts_as_long_as_its_use(store: BlobStore, tmp_path: Path) -> None:
+    store.put([b"hello"])
+    with store.local(HELLO) as path, store.local(HELLO) as again:
+        assert path.read_bytes() == again.read_bytes() == b"hello"
+    with pytest.raises(FileNotFoundError), store.local(Sha256("0" * 64)):
+        pass
+    assert not list((tmp_path / "store/cache").glob("uses/*"))
+
+
+def test_the_inventory_tells_of_every_blob(store: BlobStore) -> None:
+    before = datetime.now(UTC) - timedelta(seconds=2)
+    assert list(store.inventory()) == []
+    stored = [store.put([bytes([i]) * i]) for i in range(5)]
+    found = list(store.inventory())
+    assert {(sha256, size) for sha256, size, _ in found} == {(s.sha256, s.size) for s in stored}
+    assert all(before < changed < datetime.now(UTC) + timedelta(seconds=2) for *_, changed in found)
+
+
+def test_what_is_in_the_trash_is_no_blob_any_more(store: BlobStore) -> None:
+    store.put([b"hello"])
+    store.trash(HELLO)
+    store.trash(HELLO)
+    assert store.size(HELLO) is None
+    assert list(store.inventory()) == []
+    store.put([b"hello"])
+    assert store.size(HELLO) == 5
+
+
+def test_a_store_that_can_be_written_to_says_so(store: BlobStore) -> None:
+    assert store.is_writable()
 
 
 # The local store
@@ -141,6 +268,18 @@ def test_a_blob_cannot_be_written_to(tmp_path: Path) -> None:
     store = FileBlobStore(tmp_path)
     store.put([b"hello"])
     assert (tmp_path / "blobs" / HELLO[:2] / HELLO[2:4] / HELLO).stat().st_mode & 0o777 == 0o444
+
+
+def test_the_trash_is_kept_for_a_day(tmp_path: Path) -> None:
+    store = FileBlobStore(tmp_path)
+    store.put([b"hello"])
+    store.trash(HELLO)
+    store.sweep(older_than_s=0)
+    assert (tmp_path / "trash" / HELLO).read_bytes() == b"hello"
+    yesterday = time.time() - TRASH_S - 1
+    os.utime(tmp_path / "trash" / HELLO, (yesterday, yesterday))
+    store.sweep(older_than_s=3600)
+    assert everything_in(tmp_path) == ["STORE_ID"]
 
 
 def test_an_upload_that_breaks_leaves_nothing(tmp_path: Path) -> None:
