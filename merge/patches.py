@@ -290,7 +290,7 @@ def resolved(source: Source, shape: tuple[int, ...] | None) -> Source:
     is_open = 0 in layer.shape or source.entry.layout == _EXPERTS
     if shape is None or layer.module is None:
         return source
-    if not is_open and prod(shape) != prod(layer.shape):
+    if not is_open and (shape[0] != layer.shape[0] or prod(shape) != prod(layer.shape)):
         return source
     run = Run(source.run.module, 0, 0, shape[0])
     entry = replace(source.entry, layer=replace(layer, shape=shape, runs=(run,)))

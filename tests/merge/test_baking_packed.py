@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge.errors import Unsupported
+from merge.errors import ShapeMismatch, Unsupported
 from merge.families import FAMILIES, Family
 from merge.plan import BakePlan, plan
 from tests.fixtures.engine import make_recipe, run
-from tests.fixtures.packed import own_state, packed_family, packed_state
+from tests.fixtures.packed import lora, own_state, packed_family, packed_state, random, write
 
 State = dict[str, torch.Tensor]
 PREFIX = "transformer."
@@ -249,3 +249,14 @@ def test_a_patch_for_every_run_of_rows(family: Family, tmp_path: Path) -> None:
         (16, 8),
         (24, 16),
     ]
+
+
+@pytest.mark.parametrize("method", ["linear", "svc", "ties"])
+def test_a_change_of_the_transposed_shape_is_refused_when_planned(
+    method: str, tmp_path: Path
+) -> None:
+    base = write(tmp_path / "base.safetensors", {"layer.weight": random(6, 4)})
+    adapter = write(tmp_path / "a.safetensors", lora("layer", 4, 6, 2, seed=1))
+    recipe, files = make_recipe([(adapter, 1.0)], base=base, method={"name": method})
+    with pytest.raises(ShapeMismatch, match=r"the change is \(4, 6\), layer.weight in base"):
+        plan(recipe, files)
