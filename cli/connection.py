@@ -161,7 +161,8 @@ def explained(hub: Connection, repo: str | None = None) -> Iterator[None]:
 def _prepare_client() -> None:
     """Must run before huggingface_hub is imported, which reads these once.
 
-    Our hub takes large files over LFS and speaks no Xet; the bars are ours.
+    Over LFS a large file is read once and sent as it is, and a refusal names its cause, as hf_xet's
+    do not; the bars are ours.
     """
     for name in ("DISABLE_XET", "DISABLE_PROGRESS_BARS", "DISABLE_TELEMETRY"):
         os.environ[f"HF_HUB_{name}"] = "1"

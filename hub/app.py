@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, nullcontext
 from threading import Event
 from urllib.parse import urlsplit
 
-from anyio import create_task_group, sleep
+from anyio import CapacityLimiter, create_task_group, sleep
 from fastapi import FastAPI
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import RouteContext, iter_route_contexts
@@ -21,6 +21,7 @@ from hub.context import Hub, open_hub
 from hub.deps import POLICIES
 from hub.hf import routes as hf_routes
 from hub.hf import routing as hf
+from hub.hf import xet
 from hub.http import EveryResponse, Traffic
 from hub.jobs import routes as jobs
 from hub.jobs.dispatcher import LocalDispatcher
@@ -41,6 +42,7 @@ ROUTERS = (
     jobs.router,
     reports.router,
     hf_routes.router,
+    xet.cas,
     hf_routes.fallback,  # It answers whatever else is asked for under /api.
     *web.ROUTERS,  # Last: the page of a repo has an address of any two names.
 )
@@ -79,12 +81,13 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.state.traffic = Traffic()
+    app.state.rebuilds = CapacityLimiter(xet.REBUILDS)
     # Set when the process is told to end: event streams and jobs end before their connections.
     app.state.stopping = Event()
     # Outermost last: the headers belong on the refusal of a wrong host too.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=_hosts(settings), www_redirect=False)
     app.add_middleware(EveryResponse, traffic=app.state.traffic, bug_page=web.bug_page)
-    errors.install(app, renderers={hf.TAG: hf.render, "web": web.refusal})
+    errors.install(app, renderers={hf.TAG: hf.render, xet.TAG: xet.render, "web": web.refusal})
 
     for router in ROUTERS:
         # A route that takes more says so with its own `max_body_size`.

@@ -9,5 +9,6 @@ cards       front matter of README.md          listing   which repos, page by pa
 deps        the repo and the commit of an address
 repos       create, settings, info, tree, refs  files    downloads
 commits     preupload and commit               lfs    batch, upload, verify
+xet         the upload token, xorbs and shards
 routes      the routers that `hub.app` includes
 """

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from anyio import to_thread
-from fastapi import Request, Response
+from fastapi import Request
 from sqlmodel import Session
 
 from hub.adapters.service import publish
@@ -44,7 +44,6 @@ def preupload(
     revision: str,
     body: bodies.Preupload,
     request: Request,
-    response: Response,
     create_pr: str = "",
 ) -> dict[str, Any]:
     """How each file is to be sent, and what is at its path now.
@@ -53,9 +52,8 @@ def preupload(
     """
     _require_writable(session, viewer, repo, create_pr)
     head = repos.resolve(session, repo, revision)
-    can_lfs = request.headers.get(CAN_LFS) == "lfs"
     limit = hub.settings.max_regular_bytes
-    if can_lfs:
+    if request.headers.get(CAN_LFS) == "lfs":
         limit = min(limit, SMALL_BYTES)
     before = {entry.path: entry for entry in repos.entries(session, head)}
     answers = []
@@ -73,12 +71,6 @@ def preupload(
             # Clients leave a file out if this is its own digest, in the kind of the mode above.
             answer["oid"] = blob.sha256 if is_lfs else blob.git_oid
         answers.append(answer)
-    if not can_lfs and any(answer["uploadMode"] == "lfs" for answer in answers):
-        # Clients print it. From 1.20 on they would use Xet, and fail without saying how to go on.
-        response.headers["X-HF-Warning"] = (
-            f"large-files; this hub takes files above {limit // 2**20} MiB over Git LFS."
-            " If the upload fails, set HF_HUB_DISABLE_XET=1."
-        )
     return {"files": answers, "commitOid": head.id}
 
 

@@ -6,11 +6,11 @@ from fastapi import APIRouter, Request, Response
 
 from hub.deps import Open
 from hub.errors import NotImplementedHere
-from hub.hf import commits, files, lfs, repos
+from hub.hf import commits, files, lfs, repos, xet
 from hub.hf.routing import hf_router
 
 router = APIRouter()
-for part in (repos, commits, lfs, files):
+for part in (repos, commits, lfs, xet, files):
     router.include_router(part.router)
 
 # Included after every other router: what nobody answers under /api.

@@ -20,6 +20,7 @@ MODELS = (
     "hub.repos.models",
     "hub.adapters.models",
     "hub.jobs.models",
+    "hub.xet.models",
 )
 
 

@@ -343,17 +343,17 @@ def delete_tag(session: Session, viewer: Viewer, repo: Repo, name: str) -> None:
     _delete_ref(session, viewer, repo, RefKind.TAG, name)
 
 
-def hold(session: Session, viewer: Viewer, stored: Stored) -> None:
-    """Remember that this user has sent these bytes; they are kept for 48 hours without a commit."""
+def hold(session: Session, viewer: Viewer, stored: Stored, keep: timedelta = HOLD_FOR) -> None:
+    """Remember that this user has sent these bytes; without a commit they are kept for `keep`."""
     user = viewer.require_write()
     _keep(session, [stored])
     assert user.id is not None
     query = select(Hold).where(Hold.sha256 == stored.sha256, Hold.user_id == user.id)
     held = session.exec(query).first()
-    until = now() + HOLD_FOR
+    until = now() + keep
     if held is None:
         held = Hold(sha256=stored.sha256, user_id=user.id, expires_at=until)
-    held.expires_at = until
+    held.expires_at = max(held.expires_at, until)
     session.add(held)
 
 

@@ -56,6 +56,9 @@ OPEN_ROUTES = {
     "PUT /{namespace}/{name}.git/info/lfs/objects/{oid}",
     "PUT /{kind:repos}/{namespace}/{name}.git/info/lfs/objects/{oid}",
     "* /api/{path:path}",
+    "POST /xet/{cache}/v1/xorbs/{prefix}/{xorb}",
+    "POST /xet/{cache}/v1/shards",
+    "* /xet/{cache}/{path:path}",
 }
 
 
