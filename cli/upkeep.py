@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.console import CommandError, byte_progress, out, plain, print_json
+from cli.console import CommandError, WrongUsage, byte_progress, out, plain, print_json
 from cli.serve import load_settings
 
 if TYPE_CHECKING:
+    from hub.context import Hub
     from hub.upkeep.findings import Finding
+    from hub.upkeep.gc import Blobs
 
 Data = Annotated[Path | None, typer.Option(help="Folder of the hub's data (data).")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document.")]
@@ -19,30 +21,36 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 
 def register(admin: typer.Typer) -> None:
     admin.command()(fsck)
+    admin.command()(gc)
 
 
 def fsck(
     data: Data = None,
     full: Annotated[bool, typer.Option(help="Read and hash every byte of the store.")] = False,
+    accept: Annotated[
+        bool, typer.Option(help="After a restore: if all is well, blobs may be collected again.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check that everything the hub promised is there; changes nothing.
 
     The hub may run meanwhile. Exit status 1 if something is wrong.
     """
-    from hub.context import look_into_hub
     from hub.upkeep import fsck as checks
 
-    settings = load_settings(data_dir=data)
+    if accept and not full:
+        raise WrongUsage("--accept needs --full")
     label = "Reading" if full else "Checking"
-    with _refusals(), look_into_hub(settings) as hub, byte_progress(label, None) as progress:
+    with _hub(data, to_write=accept) as hub, byte_progress(label, None) as progress:
         bar = progress.task_ids[0]
         found = checks.fsck(
             hub,
             full=full,
             report=lambda done, total: progress.update(bar, completed=done, total=total),
         )
-    sound = checks.is_sound(found)
+        sound = checks.is_sound(found)
+        if accept and sound:
+            checks.accept(hub)
     if as_json:
         print_json({"sound": sound, "findings": [finding.to_json() for finding in found]})
     else:
@@ -60,12 +68,58 @@ def _print_findings(found: Sequence["Finding"]) -> None:
         out.print(f"      {plain(finding.advice)}")
 
 
+def gc(
+    data: Data = None,
+    delete: Annotated[bool, typer.Option(help="Do it; without it only say what would go.")] = False,
+    confirm: Annotated[
+        int | None, typer.Option(help="That this many blobs may go, where that is very many.")
+    ] = None,
+    without_backup: Annotated[
+        bool, typer.Option("--without-backup", help="Although there is no recent backup.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Collect bytes that nothing refers to: condemn them now, delete them a day later.
+
+    With --delete on SQLite the hub must be stopped.
+    """
+    from hub.upkeep import gc as collection
+
+    with _hub(data, to_write=delete) as hub:
+        planned = collection.plan(hub)
+        brake = collection.brake(hub, planned, confirm=confirm, without_backup=without_backup)
+        if delete:
+            planned = collection.collect(
+                hub, planned, confirm=confirm, without_backup=without_backup
+            )
+    if as_json:
+        print_json({"done": delete, "refused": brake} | planned.to_json())
+        return
+    said = ("condemned", "deleted") if delete else ("would be condemned", "would be deleted")
+    _print_blobs(said[0], planned.condemn)
+    _print_blobs(f"without a row {said[0]}", planned.orphans)
+    _print_blobs(said[1], planned.delete)
+    _print_blobs(f"left by an interrupted run {said[1]}", planned.unfinished)
+    if not delete:
+        out.print("Nothing was changed; --delete does it." if brake is None else plain(brake))
+
+
+def _print_blobs(what: str, blobs: "Blobs") -> None:
+    if blobs:
+        out.print(f"{len(blobs)} blobs of {sum(blobs.sizes.values()):,} bytes {what}")
+
+
 @contextmanager
-def _refusals() -> Iterator[None]:
-    """What the hub refuses, as the one sentence of a failed command."""
+def _hub(data: Path | None, *, to_write: bool) -> Iterator["Hub"]:
+    """The hub of a folder; one that is only read may be running. Refusals are one sentence."""
+    from hub.context import look_into_hub, open_hub
     from hub.errors import HubError
 
+    settings = load_settings(data_dir=data)
+    if settings.database_url is None and not (settings.data_dir / "hub.sqlite3").exists():
+        raise CommandError(f"there is no hub in {settings.data_dir}")
     try:
-        yield
+        with open_hub(settings) if to_write else look_into_hub(settings) as hub:
+            yield hub
     except HubError as error:
         raise CommandError(error.message) from error

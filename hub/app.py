@@ -4,6 +4,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
+from itertools import count
 from threading import Event
 from urllib.parse import urlsplit
 
@@ -29,6 +30,7 @@ from hub.reports import routes as reports
 from hub.reports.pool import Pool
 from hub.reports.service import Reports
 from hub.settings import Settings
+from hub.upkeep import sweep as upkeep
 from hub.users import routes as users
 from hub.web import routes as web
 
@@ -65,6 +67,7 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
             async with create_task_group() as background:
                 background.start_soon(_count, opened)
                 background.start_soon(run_in_threadpool, _catch_up, opened, app.state.stopping)
+                background.start_soon(_keep_up, opened)
                 app.state.jobs.start()
                 try:
                     yield
@@ -109,6 +112,12 @@ async def _count(hub: Hub) -> None:
         await sleep(COUNTS_EVERY_S)
         await run_in_threadpool(hub.downloads.flush, hub.db)
         await run_in_threadpool(hub.uses.flush, hub.db)
+
+
+async def _keep_up(hub: Hub) -> None:
+    for hour in count():
+        await run_in_threadpool(upkeep.keep_up, hub, hour)
+        await sleep(upkeep.EVERY_S)
 
 
 def mutating_routes(app: FastAPI) -> Iterator[RouteContext]:

@@ -12,6 +12,7 @@ from hub.blobs.store import BlobStore
 from hub.db import Database, wait_for_other_processes
 from hub.errors import CannotStart, StoreFailed
 from hub.repos.downloads import Downloads
+from hub.repos.service import STORE
 from hub.settings import Settings
 from hub.signing import Signer, secret_in, write_secret
 from hub.users import service as users
@@ -28,6 +29,8 @@ class StoreIdentity(SQLModel, table=True):
     __tablename__ = "store_identity"
 
     store_id: str = Field(primary_key=True)
+    # Why nothing may be collected, after a restore until a full check has passed.
+    unchecked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def open_hub(settings: Settings) -> Iterator[Hub]:
         migrate(database)
         with database.write() as session:
             wait_for_other_processes(session.connection())
-            store = _store(session, settings)
+            store = database.info[STORE] = _store(session, settings)
             signer = _signer(settings)
             token = _first_admin(session)
             if token is not None:

@@ -75,6 +75,8 @@ class Database:
 
     def __init__(self, data_dir: Path, url: str | None = None, *, read_only: bool = False) -> None:
         self.is_sqlite = url is None
+        # What every writing session carries in its own `info`.
+        self.info: dict[str, Any] = {}
         self._lock: FileLock | None = None
         if url is None and read_only:
             self._writer = self._reader = _sqlite(data_dir / "hub.sqlite3", writer=False)
@@ -99,7 +101,8 @@ class Database:
         On SQLite the next writer waits until this block has ended, from its first statement on:
         no streaming, hashing or network inside.
         """
-        with Session(self._writer, expire_on_commit=False) as session, session.begin():
+        made = Session(self._writer, expire_on_commit=False, info=self.info)
+        with made as session, session.begin():
             yield session
 
     @property

@@ -63,3 +63,15 @@ class Settings(BaseSettings):
     job_memory_bytes: int = Field(
         8 * GiB, gt=0, description="memory one job's process may use before it is stopped"
     )
+    gc_grace_days: int = Field(
+        7, ge=1, description="blobs that nothing refers to are kept this long at least"
+    )
+    gc_condemned_hours: int = Field(
+        24, ge=1, description="and this long after `graft admin gc` has condemned them"
+    )
+    gc_backup_days: int = Field(
+        7, ge=0, description="`graft admin gc` refuses without a backup this young; 0 asks for none"
+    )
+    gc_every_hours: int = Field(
+        0, ge=0, description="collect this often while the hub runs; 0 only by command"
+    )

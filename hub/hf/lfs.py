@@ -50,10 +50,17 @@ def batch(
     base = (
         f"{public_url(request)}{request.scope['raw_path'].decode('ascii').removesuffix('/batch')}"
     )
-    objects = []
+    here = set()
     for item in body.objects:
         stored = repos.known(session, viewer, Sha256(item.oid))
-        has = stored is not None and stored.size == item.size
+        if stored is not None and stored.size == item.size:
+            here.add(item.oid)
+    if upload and here:
+        with hub.db.write() as writing:
+            here = repos.hold_known(writing, viewer, here)
+    objects = []
+    for item in body.objects:
+        has = item.oid in here
         if upload:
             objects.append(_upload(hub, viewer, base, item, has))
         else:

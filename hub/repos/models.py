@@ -45,6 +45,8 @@ class Blob(SQLModel, table=True):
     size: int = Field(sa_type=BigInteger)
     git_oid: str | None = None
     state: str = BlobState.PRESENT
+    # Since when the state is another one than present.
+    condemned_at: datetime | None = Field(default=None, sa_type=UTCDateTime, index=True)
     created_at: datetime = Field(default_factory=now, sa_type=UTCDateTime)
     verified_at: datetime = Field(default_factory=now, sa_type=UTCDateTime)
 

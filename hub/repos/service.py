@@ -6,19 +6,21 @@ Reading never tells a missing repo from one the viewer may not see.
 Writing checks the right to do so again inside the transaction.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 from sqlalchemy import ColumnElement, delete, insert, true
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, or_, select
 
 from hub.audit import record
-from hub.blobs.store import Sha256, Stored
+from hub.blobs.store import BlobStore, Sha256, Stored
 from hub.db import now
 from hub.errors import (
     BadField,
     BadName,
+    Busy,
     EntryNotFound,
     Forbidden,
     RefExists,
@@ -48,7 +50,9 @@ from hub.users.names import check_name, check_namespace, key_of
 from hub.users.service import Viewer
 
 MAIN = "main"
+STORE = "store"  # of `session.info` in a writing session
 HOLD_FOR = timedelta(hours=48)
+_AT_ONCE = 500  # rows of one statement: databases limit its parameters
 
 
 def create_repo(
@@ -344,15 +348,41 @@ def delete_tag(session: Session, viewer: Viewer, repo: Repo, name: str) -> None:
 
 
 def hold(session: Session, viewer: Viewer, stored: Stored, keep: timedelta = HOLD_FOR) -> None:
-    """Remember that this user has sent these bytes; without a commit they are kept for `keep`."""
+    """Remember that this user has sent these bytes; without a commit they are kept for `keep`.
+
+    Busy if the same bytes were being collected at this moment: they have to be sent again.
+    """
     user = viewer.require_write()
     _keep(session, [stored])
+    _revive(session, [stored.sha256])
     assert user.id is not None
-    query = select(Hold).where(Hold.sha256 == stored.sha256, Hold.user_id == user.id)
+    _hold(session, user.id, stored.sha256, keep)
+
+
+def hold_known(session: Session, viewer: Viewer, digests: Collection[str]) -> set[str]:
+    """Keep for 48 hours what a client is told it need not send; those of `digests` still here.
+
+    `known` says what the viewer may be told of; this makes it true until the commit.
+    """
+    user = viewer.require_write()
+    assert user.id is not None
+    rows = select(Blob).where(col(Blob.sha256).in_(digests)).order_by(col(Blob.sha256))
+    kept = set()
+    for blob in session.exec(rows.with_for_update()):
+        if blob.state != BlobState.DELETING:
+            blob.state, blob.condemned_at = BlobState.PRESENT, None
+            session.add(blob)
+            _hold(session, user.id, blob.sha256, HOLD_FOR)
+            kept.add(blob.sha256)
+    return kept
+
+
+def _hold(session: Session, user_id: int, sha256: str, keep: timedelta) -> None:
+    query = select(Hold).where(Hold.sha256 == sha256, Hold.user_id == user_id)
     held = session.exec(query).first()
     until = now() + keep
     if held is None:
-        held = Hold(sha256=stored.sha256, user_id=user.id, expires_at=until)
+        held = Hold(sha256=sha256, user_id=user_id, expires_at=until)
     held.expires_at = max(held.expires_at, until)
     session.add(held)
 
@@ -363,7 +393,7 @@ def known(session: Session, viewer: Viewer, sha256: Sha256) -> Stored | None:
     Knowing a digest is no right to the bytes, so everybody else has to send them again.
     """
     blob = session.get(Blob, sha256)
-    if blob is None:
+    if blob is None or blob.state == BlobState.DELETING:
         return None
     stored = Stored(sha256, blob.git_oid, blob.size)
     if viewer.user_id is not None:
@@ -450,12 +480,44 @@ def _tell(session: Session, kind: str, repo: Repo, made: Commit | None = None) -
 
 
 def _keep(session: Session, stored: Sequence[Stored]) -> None:
-    for item in stored:
-        blob = session.get(Blob, item.sha256)
-        if blob is None:
-            blob = Blob(sha256=item.sha256, size=item.size, git_oid=item.git_oid)
-        blob.state = BlobState.PRESENT
-        session.add(blob)
+    """Rows of bytes that have arrived; another writer may add the same ones at this moment."""
+    fresh = Blob(sha256="", size=0).model_dump()
+    rows = [
+        fresh | {"sha256": item.sha256, "size": item.size, "git_oid": item.git_oid}
+        for _, item in sorted({item.sha256: item for item in stored}.items())
+    ]
+    on = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+    for start in range(0, len(rows), _AT_ONCE):
+        new = on.insert(Blob).values(rows[start : start + _AT_ONCE])
+        # A row that is there is written too, so that nobody removes it before this is over.
+        session.execute(
+            new.on_conflict_do_update(index_elements=["sha256"], set_={"size": new.excluded.size})
+        )
+
+
+def _revive(session: Session, digests: Collection[str]) -> None:
+    """Take blobs that something refers to from now on back from the collection; Busy.
+
+    The row is locked before its state is read, and the collection removes bytes only while it has
+    that lock, so what the store says here stays true until this transaction ends.
+    """
+    wanted = sorted(digests)
+    for start in range(0, len(wanted), _AT_ONCE):
+        query = (
+            select(Blob)
+            .where(col(Blob.sha256).in_(wanted[start : start + _AT_ONCE]))
+            .where(col(Blob.state) != BlobState.PRESENT)
+            .order_by(col(Blob.sha256))
+            .with_for_update()
+            .execution_options(populate_existing=True)
+        )
+        for blob in session.exec(query):
+            if blob.state == BlobState.DELETING:
+                store: BlobStore = session.info[STORE]
+                if store.size(Sha256(blob.sha256)) != blob.size:
+                    raise Busy(f"{blob.sha256} was just collected; send the file again")
+            blob.state, blob.condemned_at = BlobState.PRESENT, None
+            session.add(blob)
     session.flush()
 
 
@@ -483,6 +545,9 @@ def _insert_commit(
     session.add(made)
     session.flush()
     unchanged = ops.files_of(before.values())
+    # What the parent has is kept by it.
+    digests = {file.sha256 for file in after.values()}
+    _revive(session, digests - {entry.sha256 for entry in before.values()})
     rows = [
         {
             "commit_id": made.id,

@@ -7,8 +7,8 @@ from sqlalchemy.orm import aliased
 from sqlmodel import Session, and_, col, or_, select
 
 from hub.adapters.models import Adapter, Card
-from hub.audit import broken_link
-from hub.context import Hub
+from hub.audit import broken_link, record
+from hub.context import Hub, StoreIdentity
 from hub.db import now
 from hub.jobs.models import TERMINAL, Job, JobState
 from hub.repos.models import Blob, BlobState, Commit, CommitEntry, Event, Ref, RefKind, Repo
@@ -40,6 +40,16 @@ def fsck(
             mine = {sha256: what for sha256, what in stock.items() if sha256 in known}
             found += check_hashes(hub, session, mine, report)
     return found
+
+
+def accept(hub: Hub) -> None:
+    """A restored hub was found whole: from now on blobs may be collected again."""
+    with hub.db.write() as session:
+        identity = session.exec(select(StoreIdentity)).one()
+        if identity.unchecked is not None:
+            identity.unchecked = None
+            session.add(identity)
+            record(session, None, "store.accept", hub.store.id)
 
 
 def is_sound(findings: Sequence[Finding]) -> bool:

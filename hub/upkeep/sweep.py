@@ -1,0 +1,71 @@
+"""What goes by itself when its time is over: promises to keep bytes, unfinished uploads, trash."""
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+
+from sqlalchemy import CursorResult, Delete, delete
+from sqlmodel import Session, col
+
+from hub.context import DAY_S, Hub
+from hub.db import now
+from hub.errors import HubError
+from hub.repos.models import Blob, BlobState, Hold
+from hub.upkeep import gc
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 3600.0
+# As long as the trash keeps bytes, and longer than any upload takes from its bytes to its row.
+REMEMBER = timedelta(hours=24)
+
+
+def sweep(hub: Hub) -> dict[str, int]:
+    """Everything that is over, by kind: how many there were."""
+    swept = {"temporary files": hub.store.sweep(DAY_S)}
+    for what, step in SWEEPS.items():
+        with hub.db.write() as session:
+            swept[what] = step(session)
+    return swept
+
+
+def keep_up(hub: Hub, hour: int) -> None:
+    """What a running hub does at its start (hour 0) and every hour after it."""
+    _try(lambda: sweep(hub))
+    every = hub.settings.gc_every_hours
+    if every and hour and hour % every == 0:
+        _try(lambda: gc.collect(hub, gc.plan(hub)))
+
+
+def _try(step: Callable[[], object]) -> None:
+    try:
+        step()
+    except HubError as error:
+        log.warning("upkeep: %s", error.message)
+    except Exception:  # a hub that cannot clean up still serves; the next hour tries again
+        log.exception("upkeep failed")
+
+
+def _holds(session: Session) -> int:
+    return _count(session, delete(Hold).where(col(Hold.expires_at) < now()))
+
+
+def _removed(session: Session) -> int:
+    """Rows of bytes that are gone, once no upload can remember them as present."""
+    gone = delete(Blob).where(
+        col(Blob.state) == BlobState.DELETING, col(Blob.condemned_at) < now() - REMEMBER
+    )
+    return _count(session, gone)
+
+
+def _count(session: Session, statement: Delete) -> int:
+    done = session.execute(statement)
+    assert isinstance(done, CursorResult)
+    return done.rowcount
+
+
+# Add to it what comes later; each step is a transaction of its own.
+SWEEPS: dict[str, Callable[[Session], int]] = {
+    "expired holds": _holds,
+    "rows of collected blobs": _removed,
+}
