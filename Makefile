@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser run test test-slow check lint types layers docs demo bench clean
+.PHONY: help setup setup-browser run test test-slow fuzz check lint types layers docs demo bench clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,12 @@ test: setup setup-browser lint types layers ## lint, types, layers and the whole
 
 test-slow: setup setup-browser ## what takes minutes: retraining, full-size models
 	$(BIN)/pytest -m slow
+
+FUZZ_S ?= 600
+fuzz: setup ## look for bytes and requests that break a parser or the hub (FUZZ_S seconds each)
+	$(BIN)/python -m tests.fuzz headers .fuzz/headers -max_total_time=$(FUZZ_S) -max_len=4000
+	$(BIN)/python -m tests.fuzz commits .fuzz/commits -max_total_time=$(FUZZ_S) -max_len=4000
+	FUZZ_EXAMPLES=200 $(BIN)/pytest --timeout 0 tests/hub/test_openapi.py
 
 lint: setup ## ruff: style and common mistakes
 	$(BIN)/ruff format --check .
