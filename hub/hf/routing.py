@@ -88,7 +88,8 @@ def refusal(
     status: HTTPStatus, code: str | None, message: str, headers: dict[str, str] | None = None
 ) -> Response:
     """An error as JSON, and in headers too, because a HEAD request sees nothing else."""
-    line = " ".join(message.split()).encode("ascii", "replace").decode()[:500]
+    printable = "".join(c if c.isprintable() else " " for c in message)
+    line = " ".join(printable.split()).encode("ascii", "replace").decode()[:500]
     extra = {"X-Error-Message": line, **(headers or {})}
     if code is not None:
         extra["X-Error-Code"] = code
