@@ -12,6 +12,7 @@ from cli import (
     admin,
     convert,
     extract,
+    import_folder,
     inspect,
     merge,
     recipes,
@@ -35,6 +36,7 @@ app = typer.Typer(
 # One row per module, in the order of `graft --help`.
 for module in (
     repos,
+    import_folder,
     inspect,
     convert,
     merge,

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 DEFAULT_ENDPOINT = "http://127.0.0.1:8470"
 
 
+class HubRefused(CommandError):
+    """The hub answered, and the answer was no."""
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
     """A hub and the token for it; the token of one hub is never sent to another."""
@@ -126,7 +130,7 @@ def explained(hub: Connection, repo: str | None = None) -> Iterator[None]:
         # What huggingface_hub makes of any failure inside an LFS upload.
         cause = error.__cause__
         if isinstance(cause, errors.HfHubHTTPError):
-            raise CommandError(_refused(hub, cause.response)) from error
+            raise HubRefused(_refused(hub, cause.response)) from error
         if isinstance(cause, httpx2.TransportError):
             raise CommandError(f"{hub.endpoint} stopped answering") from error
         raise
@@ -143,14 +147,14 @@ def explained(hub: Connection, repo: str | None = None) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise CommandError(f"{repo} is not a repo name: write namespace/name") from error
     except (errors.HfHubHTTPError, httpx2.HTTPStatusError) as error:
-        raise CommandError(_refused(hub, error.response)) from error
+        raise HubRefused(_refused(hub, error.response)) from error
     except ValueError as error:
         # How huggingface_hub tells of a card that the hub refused and of a failed LFS batch.
-        raise CommandError(f"{repo}: {' '.join(str(error).split())}") from error
+        raise HubRefused(f"{repo}: {' '.join(str(error).split())}") from error
     except errors.LocalEntryNotFoundError as error:
         cause = error.__cause__
         if isinstance(cause, errors.HfHubHTTPError):
-            raise CommandError(_refused(hub, cause.response)) from error
+            raise HubRefused(_refused(hub, cause.response)) from error
         raise CommandError(f"{hub.endpoint} does not answer; is the hub running?") from error
     except httpx2.TimeoutException as error:
         raise CommandError(f"{hub.endpoint} stopped answering") from error

@@ -5,7 +5,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from enum import StrEnum
 from functools import partial
@@ -132,7 +132,7 @@ def push_files(
             f"Upload {len(files)} files" if len(files) > 1 else f"Upload {min(files)}"
         )
         try:
-            commit = _commit(api, repo, files, title, progress)
+            commit = commit_files(api, repo, files, title, progress)
         except OSError as error:
             if error.filename is None:  # Not a file of ours: HTTP errors are OSErrors too.
                 raise
@@ -141,7 +141,14 @@ def push_files(
     return {"repo": repo, "commit": commit, "url": f"{hub.endpoint}/{repo}"}
 
 
-def _commit(api: "HfApi", repo: str, files: dict[str, Path], title: str, progress: Progress) -> str:
+def commit_files(
+    api: "HfApi",
+    repo: str,
+    files: Mapping[str, Path | bytes],
+    title: str,
+    progress: Progress,
+) -> str:
+    """Send files, or bytes as files, as one commit on `main`; its id. The bar advances."""
     from huggingface_hub import CommitOperationAdd
 
     task = progress.task_ids[0]
@@ -149,8 +156,8 @@ def _commit(api: "HfApi", repo: str, files: dict[str, Path], title: str, progres
     with ExitStack() as stack:
         readers = []
         for name, file in files.items():
-            size = file.stat().st_size
-            if size < COUNTED_BYTES:
+            size = len(file) if isinstance(file, bytes) else file.stat().st_size
+            if isinstance(file, bytes) or size < COUNTED_BYTES:
                 operations.append(CommitOperationAdd(name, file))
                 progress.advance(task, size)
                 continue
