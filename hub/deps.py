@@ -1,7 +1,7 @@
 """What routes ask for by type: the hub, a session, who is asking, and the right to write.
 
 Every route that changes something names its policy: `WriterDep`, `AccountDep`, `AdminDep`, or one
-of `Open` and `Signed` as a dependency; `hub.app` refuses to start otherwise.
+of `Open`, `OpenForm` and `Signed` as a dependency; `hub.app` refuses to start otherwise.
 """
 
 from collections.abc import Callable, Iterator
@@ -93,13 +93,25 @@ def open_to_all() -> None:
     """Policy of a route that changes nothing, or only the caller's own cookie."""
 
 
+def open_form(request: Request) -> None:
+    """Policy of a form for people who are not signed in: another site's page cannot send it."""
+    if "Origin" in request.headers:
+        _require_same_origin(request)
+
+
 def signed_address() -> None:
     """Policy of a route whose address carries a signature that the route checks."""
 
 
 Open = Depends(open_to_all)
+OpenForm = Depends(open_form)
 Signed = Depends(signed_address)
-POLICIES: tuple[Callable[..., object], ...] = (writer, open_to_all, signed_address)
+POLICIES: tuple[Callable[..., object], ...] = (
+    writer,
+    open_to_all,
+    open_form,
+    signed_address,
+)
 
 
 def public_url(request: Request) -> str:
@@ -108,8 +120,13 @@ def public_url(request: Request) -> str:
     return (configured or str(request.base_url)).rstrip("/")
 
 
+def address_of(request: Request) -> str:
+    """Where a request comes from; a proxy on this machine says it in X-Forwarded-For."""
+    return request.client.host if request.client is not None else ""
+
+
 def session_cookie(hub: Hub, viewer: Viewer) -> str:
-    """The value of the web page's cookie after a login with a token; it dies with that token."""
+    """The value of the web page's cookie; it dies with the row that `viewer.token_id` names."""
     return hub.signer.sign("session", viewer.token_id)
 
 

@@ -2,7 +2,7 @@
 
 HubError
 ├── NotFound            RepoNotFound RevisionNotFound EntryNotFound JobNotFound RecipeNotFound
-│                       HashNotFound UserNotFound PageNotFound
+│                       HashNotFound UserNotFound PageNotFound InvitationNotFound
 ├── Conflict            RepoExists RefExists NameTaken KeyReused LastAdmin
 │   └── StaleParent     the branch has moved since the caller looked
 ├── Invalid             the request asks for something impossible; `param` says where
@@ -12,6 +12,7 @@ HubError
 ├── Forbidden           a valid token that may not do this
 ├── TooLarge            more bytes than a setting allows
 ├── TooMany             of this user's jobs are not finished yet
+│   └── TooManyTries    to sign in; `retry_after_s` says when the next one counts
 ├── NoSpace             the disk is, or would become, full
 ├── StoreFailed         the object store does not answer, or refuses
 ├── Busy                the database or a process did not become free in time
@@ -81,6 +82,9 @@ class UserNotFound(NotFound): ...
 class PageNotFound(NotFound): ...
 
 
+class InvitationNotFound(NotFound): ...
+
+
 class Conflict(HubError): ...
 
 
@@ -133,6 +137,12 @@ class TooLarge(HubError): ...
 
 
 class TooMany(HubError): ...
+
+
+class TooManyTries(TooMany):
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NoSpace(HubError): ...
@@ -193,6 +203,8 @@ def install(app: FastAPI, renderers: Mapping[str, Renderer]) -> None:
         response = chosen(request, error, status or status_of(type(error)))
         if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
             response.headers["Retry-After"] = RETRY_AFTER_S
+        if isinstance(error, TooManyTries):
+            response.headers["Retry-After"] = str(error.retry_after_s)
         return response
 
     @app.exception_handler(HubError)

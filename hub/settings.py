@@ -32,6 +32,7 @@ class Settings(BaseSettings):
     secret_key: SecretStr | None = Field(
         None, description="signs sessions and upload links; without it `secret.key` is made"
     )
+    signup: bool = Field(False, description="anybody may make an account on the page `/signup`")
     session_days: int = Field(30, gt=0, description="how long a login of the web page lasts")
     max_regular_bytes: int = Field(
         64 * MiB, gt=0, description="larger files are asked for over Git LFS"

@@ -108,6 +108,61 @@ class Token(SQLModel, table=True):
     revoked_at: datetime | None = Field(default=None, sa_type=UTCDateTime)
 
 
+class Password(SQLModel, table=True):
+    """Apart from `user`, so that no listing of users can hold a hash."""
+
+    __tablename__ = "password"
+
+    user_id: int = Field(primary_key=True, foreign_key="user.id", ondelete="CASCADE")
+    hash: str  # argon2id, with its parameters
+    changed_at: datetime = Field(default_factory=now, sa_type=UTCDateTime)
+
+
+class Identity(SQLModel, table=True):
+    """Whom an OpenID Connect provider means by a subject; the e-mail address decides nothing."""
+
+    __tablename__ = "identity"
+    __table_args__ = (UniqueConstraint("issuer", "subject"),)
+
+    id: int | None = Field(default=None, primary_key=True)
+    user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
+    issuer: str
+    subject: str
+    name: str = ""
+    created_at: datetime = Field(default_factory=now, sa_type=UTCDateTime)
+
+
+class Invitation(SQLModel, table=True):
+    """A link that works once: for a new user, or for a new password of `user_id`.
+
+    A new user becomes a member of the organisation, if one is named.
+    """
+
+    __tablename__ = "invitation"
+
+    id: int | None = Field(default=None, primary_key=True)
+    hash: str = Field(unique=True)
+    user_id: int | None = Field(default=None, foreign_key="user.id", ondelete="CASCADE")
+    organization_id: int | None = Field(
+        default=None, foreign_key="organization.id", ondelete="CASCADE"
+    )
+    role: str | None = None  # Role
+    created_by: int = Field(foreign_key="user.id", ondelete="CASCADE")
+    created_at: datetime = Field(default_factory=now, sa_type=UTCDateTime)
+    expires_at: datetime = Field(sa_type=UTCDateTime)
+    used_at: datetime | None = Field(default=None, sa_type=UTCDateTime)
+
+
+class Tries(SQLModel, table=True):
+    """How often somebody tried to sign in as a user, or from an address, in one window of time."""
+
+    __tablename__ = "tries"
+
+    key: str = Field(primary_key=True)
+    n: int
+    since: datetime = Field(sa_type=UTCDateTime, index=True)
+
+
 class NameTombstone(SQLModel, table=True):
     """A repo name that was deleted or moved away; only its last owner or an admin may reuse it."""
 

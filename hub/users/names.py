@@ -11,9 +11,20 @@ _DOS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 
 # First segments of addresses that are not a namespace; a test compares this with the routes.
 RESERVED = frozenset(
-    ("api", "assets", "bench", "datasets", "docs", "favicon.ico", "healthz", "jobs", "login")
+    (
+        "api",
+        "assets",
+        "bench",
+        "datasets",
+        "docs",
+        "favicon.ico",
+        "healthz",
+        "invite",
+        "jobs",
+        "login",
+    )
     + ("logout", "me", "metrics", "models", "new", "oauth", "organizations", "readyz", "repos")
-    + ("robots.txt", "search", "settings", "spaces", "static", "upload", "users", "xet")
+    + ("robots.txt", "search", "settings", "signup", "spaces", "static", "upload", "users", "xet")
 )
 
 

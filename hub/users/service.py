@@ -56,7 +56,7 @@ class Viewer:
     @property
     def is_admin(self) -> bool:
         """An administrator of the hub who asks as one: with scope `admin`, confined to no place."""
-        return self.user is not None and self.user.is_admin and self._manages()
+        return self.user is not None and self.user.is_admin and self.manages
 
     def require_user(self) -> User:
         """Unauthorized without a valid token."""
@@ -74,7 +74,7 @@ class Viewer:
     def require_account(self) -> User:
         """Forbidden unless the token has scope `admin` and is confined to no place."""
         user = self.require_user()
-        if not self._manages():
+        if not self.manages:
             raise Forbidden("this needs a token with scope admin that is not limited to places")
         return user
 
@@ -96,7 +96,9 @@ class Viewer:
             return True
         return name is not None and f"{key}/{key_of(name)}" in self.places
 
-    def _manages(self) -> bool:
+    @property
+    def manages(self) -> bool:
+        """Whether the token may change the account: it has scope `admin` and is confined nowhere."""
         return self.has(Scope.ADMIN) and self.places is None
 
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hub.db import now
 from hub.deps import hub_of, public_url, viewer
-from hub.errors import Unauthorized
+from hub.errors import Forbidden, HubError, TooManyTries, Unauthorized, status_of
 from hub.jobs.schemas import JobProgress
 from hub.users.service import Viewer
 from hub.web import static_files
@@ -29,6 +29,7 @@ def page(
         "theme": cookies.get("theme") if cookies.get("theme") in THEMES else None,
         "cards": cookies.get("cards") if cookies.get("cards") in CARD_SIZES else "normal",
         "user": viewer.user.name if viewer.user is not None else None,
+        "is_admin": viewer.is_admin,
         "here": _here(request),
         "base_url": public_url(request),
         "room": None,
@@ -44,6 +45,18 @@ def page(
     return HTMLResponse(html, status, headers)
 
 
+def refused_page(
+    request: Request, template: str, viewer: Viewer, error: HubError | None, **context: Any
+) -> HTMLResponse:
+    """A form shown again with what was wrong; the template has a place for `problem`."""
+    if error is None:
+        return page(request, template, viewer, **context)
+    answer = page(request, template, viewer, status=status_of(type(error)), **context)
+    if isinstance(error, TooManyTries):
+        answer.headers["Retry-After"] = str(error.retry_after_s)
+    return answer
+
+
 def part(template: str, **context: Any) -> HTMLResponse:
     """What a page puts in its own place; it depends on who asks too."""
     html = _environment.get_template(template).render(context)
@@ -51,19 +64,28 @@ def part(template: str, **context: Any) -> HTMLResponse:
 
 
 def viewer_of_page(request: Request) -> Viewer:
-    """Who looks at an error page: a token that is refused is nobody's."""
+    """Who looks at an error page: a token or a form that is refused is nobody's."""
     try:
         return viewer(request, hub_of(request))
-    except Unauthorized:
+    except (Unauthorized, Forbidden):
         return Viewer()
 
 
 def _here(request: Request) -> str:
     """Where to come back to; from the login page that is not the login page."""
-    if request.url.path == "/login":
+    if request.url.path in ("/login", "/signup", "/invite"):
         return "/"
     query = request.url.query
     return request.url.path + (f"?{query}" if query else "")
+
+
+def local(address: str) -> str:
+    """An address of this hub, "/" for all others: nobody is sent elsewhere by a link to us.
+
+    Browsers read "//host" and "/\\host" as another host, and drop control characters first.
+    """
+    is_path = address.startswith("/") and address[1:2] not in ("/", "\\")
+    return address if is_path and address.isprintable() else "/"
 
 
 def size(n_bytes: int) -> str:
@@ -102,7 +124,7 @@ def ago(moment: datetime) -> str:
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         n = int(seconds // length)
         if unit == "day" and n > 30:
-            return f"{moment.day} {moment:%b %Y}"
+            return day(moment)
         if n >= 1:
             return f"{n} {unit}{'' if n == 1 else 's'} ago"
     return "just now"
@@ -110,6 +132,10 @@ def ago(moment: datetime) -> str:
 
 def full_time(moment: datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def day(moment: datetime) -> str:
+    return f"{moment.day} {moment:%b %Y}"
 
 
 def iso(moment: datetime) -> str:
@@ -152,6 +178,6 @@ _environment = Environment(
 )
 _environment.filters |= {
     function.__name__: function
-    for function in (size, count, thousands, ago, full_time, iso, duration, steps, pretty)
+    for function in (size, count, thousands, ago, day, full_time, iso, duration, steps, pretty)
 }
 _environment.globals |= {"static": static_files.address, "version": _version()}

@@ -7,13 +7,21 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response
 
 from hub.context import DAY_S
-from hub.deps import SESSION_COOKIE, HubDep, Open, ReadSession, ViewerDep, public_url
-from hub.deps import session_cookie as make_cookie
-from hub.errors import HubError, PageNotFound, Unauthorized, render
-from hub.users import service as users
+from hub.deps import Open
+from hub.errors import HubError, PageNotFound, render
 from hub.users.service import ANONYMOUS, Viewer
-from hub.web import bench, gallery, job_pages, repo_pages, static_files
-from hub.web.render import THEMES, page, viewer_of_page
+from hub.web import (
+    admin_pages,
+    bench,
+    gallery,
+    job_pages,
+    login_pages,
+    organization_pages,
+    repo_pages,
+    settings_pages,
+    static_files,
+)
+from hub.web.render import THEMES, local, page, viewer_of_page
 
 router = APIRouter(include_in_schema=False, tags=["web"])
 
@@ -26,9 +34,9 @@ ADVICE = {
     HTTPStatus.NOT_FOUND: ("Not here", HIDDEN),
     HTTPStatus.FORBIDDEN: (
         "Not yours to do",
-        "Ask somebody of that namespace, or sign in with another token. Nothing was changed.",
+        "Ask somebody who may, or sign in as somebody else. Nothing was changed.",
     ),
-    HTTPStatus.UNAUTHORIZED: ("Please sign in", "Signing in takes an access token of this hub."),
+    HTTPStatus.UNAUTHORIZED: ("Please sign in", "Then this page is yours, or says whose it is."),
     HTTPStatus.INTERNAL_SERVER_ERROR: (
         "The hub made a mistake",
         "Its log says more. Your files are safe: nothing is changed by a page that fails.",
@@ -36,46 +44,6 @@ ADVICE = {
     HTTPStatus.SERVICE_UNAVAILABLE: ("Busy", "Reload the page in a moment."),
 }
 OTHER_ADVICE = ("That did not work", "Nothing was changed. Go back and try it differently.")
-
-
-@router.get("/login")
-def login_form(request: Request, viewer: ViewerDep, next: str = "/") -> Response:
-    return page(request, "login.html", viewer, next=local(next), problem=None)
-
-
-@router.post("/login", dependencies=[Open])
-def login(
-    request: Request,
-    hub: HubDep,
-    session: ReadSession,
-    token: Annotated[str, Form(max_length=200)],
-    next: Annotated[str, Form(max_length=2000)] = "/",
-) -> Response:
-    """A token becomes a signed cookie that ends with it."""
-    try:
-        viewer = users.viewer_of(session, token.strip())
-    except Unauthorized:
-        problem = "This token is unknown, revoked or too old."
-        nobody = viewer_of_page(request)
-        return page(request, "login.html", nobody, status=401, next=local(next), problem=problem)
-    answer = RedirectResponse(local(next), HTTPStatus.SEE_OTHER)
-    answer.set_cookie(
-        SESSION_COOKIE,
-        make_cookie(hub, viewer),
-        max_age=hub.settings.session_days * DAY_S,
-        httponly=True,
-        samesite="lax",
-        secure=public_url(request).startswith("https:"),
-    )
-    return answer
-
-
-@router.post("/logout", dependencies=[Open])
-def logout(viewer: ViewerDep) -> Response:
-    """Ends the session in this browser; asking for the viewer checks where the form came from."""
-    answer = RedirectResponse("/", HTTPStatus.SEE_OTHER)
-    answer.delete_cookie(SESSION_COOKIE)
-    return answer
 
 
 @router.post("/settings/theme", dependencies=[Open])
@@ -88,15 +56,6 @@ def set_theme(
     if theme in THEMES:
         answer.set_cookie("theme", theme, max_age=365 * DAY_S, samesite="lax")
     return answer
-
-
-def local(address: str) -> str:
-    """An address of this hub, "/" for all others: nobody is sent elsewhere by a link to us.
-
-    Browsers read "//host" and "/\\host" as another host, and drop control characters first.
-    """
-    is_path = address.startswith("/") and address[1:2] not in ("/", "\\")
-    return address if is_path and address.isprintable() else "/"
 
 
 def refusal(request: Request, error: HubError, status: HTTPStatus) -> Response:
@@ -146,6 +105,10 @@ ROUTERS = (
     static_files.router,
     gallery.router,
     router,
+    login_pages.router,
+    settings_pages.router,
+    organization_pages.router,
+    admin_pages.router,
     job_pages.router,
     bench.router,
     repo_pages.router,

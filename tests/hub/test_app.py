@@ -47,6 +47,8 @@ APP = create_app(Settings())
 OPEN_ROUTES = {
     "POST /login",
     "POST /logout",
+    "POST /signup",
+    "POST /invite",
     "POST /settings/theme",
     "POST /api/validate-yaml",
     "POST /api/reports",
