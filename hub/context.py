@@ -82,7 +82,10 @@ def open_hub(settings: Settings) -> Iterator[Hub]:
             if token is not None:
                 write_secret(data / "admin.token", token)
         # On SQLite the lock says that nobody else uses the folder; servers on PostgreSQL share it.
-        store.sweep(older_than_s=0 if database.is_sqlite else DAY_S)
+        try:
+            store.sweep(older_than_s=0 if database.is_sqlite else DAY_S)
+        except StoreFailed as error:
+            raise CannotStart(error.message) from error
         downloads = Downloads()
         hub = Hub(settings, database, store, signer, downloads, token)
         yield hub
@@ -151,8 +154,15 @@ def _open_store(settings: Settings, *, must_exist: bool) -> tuple[BlobStore, str
     where = f"s3://{bucket.name}/{bucket.prefix}"
     if must_exist and not S3BlobStore.is_at(bucket):
         raise CannotStart(f"the blobs of this catalogue are not at {where}; nothing was changed")
-    cache_bytes = settings.s3_cache_bytes
-    return S3BlobStore(bucket, root, cache_bytes=cache_bytes, min_free_bytes=min_free), where
+    public = settings.s3_public_endpoint
+    store = S3BlobStore(
+        bucket,
+        root,
+        cache_bytes=settings.s3_cache_bytes,
+        min_free_bytes=min_free,
+        presigner=make_client(public, settings.s3_region) if public is not None else None,
+    )
+    return store, where
 
 
 def _first_admin(session: Session) -> str | None:

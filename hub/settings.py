@@ -41,6 +41,9 @@ class Settings(BaseSettings):
         512 * MiB, gt=0, description="largest body of one commit with the files in it"
     )
     max_upload_bytes: int = Field(64 * GiB, gt=0, description="largest single file")
+    lfs_part_bytes: int = Field(
+        64 * MiB, gt=0, description="clients send larger Git LFS files in parts of this size"
+    )
     max_body_bytes: int = Field(2 * MiB, gt=0, description="largest body of any other request")
     min_free_bytes: int = Field(
         256 * MiB, ge=0, description="uploads that would leave less free space are refused"
@@ -56,6 +59,11 @@ class Settings(BaseSettings):
     )
     s3_region: str | None = Field(
         None, description="region of the bucket; else boto3's own settings"
+    )
+    s3_public_endpoint: str | None = Field(
+        None,
+        description="address under which clients reach the S3 store; with it large files go"
+        " between them and the store without passing through the hub",
     )
     s3_cache_bytes: int = Field(
         16 * GiB, ge=0, description="space for local copies of blobs that jobs read from S3"

@@ -11,18 +11,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from hub.errors import NoSpace, StoreFailed
+from hub.errors import BadUpload, NoSpace, StoreFailed
 
 CHUNK = 1 << 20
 ERRORS = (ClientError, BotoCoreError)
 _ATTEMPTS = 3
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
+_WRONG_PARTS = {"InvalidPart", "InvalidPartOrder", "EntityTooSmall"}
 _FULL = {"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "507"}
 
 
@@ -159,22 +161,33 @@ class Bucket:
             )
         return str(answer["ETag"])
 
-    def complete(self, key: str, upload_id: str, parts: Sequence[str], size: int) -> None:
-        """All parts, in their order, become one object of this size, which was not there before."""
+    def put_part_file(self, key: str, upload_id: str, number: int, path: Path, md5: str) -> str:
+        """As `put_part`, from a file whose Content-MD5 is known."""
+        with path.open("rb") as file, self._explained():
+            answer = self.client.upload_part(
+                **self.at(key), UploadId=upload_id, PartNumber=number, Body=file, ContentMD5=md5
+            )
+        return str(answer["ETag"])
+
+    def complete(self, key: str, upload_id: str, parts: Sequence[str], size: int) -> int | None:
+        """All parts, in their order, become one object; how large it is then.
+
+        FileNotFoundError if there is no such upload and no object; BadUpload for a wrong part.
+        """
         numbered = [{"PartNumber": n, "ETag": tag} for n, tag in enumerate(parts, 1)]
         try:
             with self._explained():
                 self.client.complete_multipart_upload(
                     **self.at(key), UploadId=upload_id, MultipartUpload={"Parts": numbered}
                 )
-        except StoreFailed:
+        except StoreFailed as error:
             # The answer may be lost, or this was a second request after a first that worked.
-            if self.size(key) != size:
+            found = self.size(key)
+            if found is None and isinstance(error, _Absent):
+                raise FileNotFoundError(key) from error
+            if found != size:
                 raise
-            return
-        found = self.size(key)
-        if found != size:
-            raise StoreFailed(f"{self} says it has {found} bytes of the {size} that were sent")
+        return self.size(key)
 
     def abort(self, key: str, upload_id: str) -> None:
         """No error if the upload is already gone."""
@@ -233,6 +246,8 @@ class Bucket:
                 raise _Absent(self._sentence(error)) from error
             if code in ("InvalidRange", "416"):
                 raise _OutOfRange(self._sentence(error)) from error
+            if code in _WRONG_PARTS:
+                raise BadUpload(self._sentence(error)) from error
             if code in _FULL:
                 raise NoSpace(f"{self} is full; nothing was stored") from error
             raise StoreFailed(self._sentence(error)) from error

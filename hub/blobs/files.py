@@ -1,4 +1,6 @@
-"""Blobs in a local folder: `STORE_ID`, `tmp/`, `trash/`, `blobs/ab/cd/<sha256>` with mode 0444.
+"""Blobs in a local folder: `blobs/ab/cd/<sha256>` with mode 0444, `STORE_ID`.
+
+`tmp/` and `parts/` hold what is on its way in, `trash/` what was removed in the last day.
 
 The order of one upload: temporary file on the same file system, hash while streaming, compare,
 fsync the file, rename, fsync the folder. Only then may a catalogue row name the blob.
@@ -13,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hub.blobs import durable
+from hub.blobs.parts import FileParts
 from hub.blobs.spool import (
     Spool,
     SpoolFile,
@@ -23,7 +26,7 @@ from hub.blobs.spool import (
     removed_on_failure,
     sweep_folder,
 )
-from hub.blobs.store import Arrival, Hashes, Sha256, Stored
+from hub.blobs.store import Arrival, Sha256, Stored
 
 TRASH_S = 24 * 3600
 
@@ -40,6 +43,7 @@ class FileBlobStore:
         for folder in (self._tmp, self._blobs, self._trash):
             durable.make_folders(folder, root)
         self._spool = Spool(self._tmp, min_free_bytes)
+        self.parts = FileParts(root / "parts", self._spool, self.adopt)
         self.id = self._identity()
 
     @staticmethod
@@ -65,18 +69,19 @@ class FileBlobStore:
         with self._upload(expected, size) as upload:
             return await receive(chunks, upload)
 
-    def adopt(self, path: Path) -> Stored:
+    def adopt(self, path: Path, *, expected: Sha256 | None = None) -> Stored:
         size = path.stat().st_size
         if path.stat().st_dev != self._tmp.stat().st_dev:
-            stored = self.put(read_file(path, 0, size), size=size)
+            stored = self.put(read_file(path, 0, size), expected=expected, size=size)
             path.unlink()
             return stored
         taken = self._tmp / uuid.uuid4().hex
         os.rename(path, taken)
         with full_disk_is_no_space(), removed_on_failure(taken):
-            hashes = Hashes(size)
+            arrival = Arrival(expected, size)
             for chunk in read_file(taken, 0, size):
-                hashes.update(chunk)
+                arrival.update(chunk)
+            hashes = arrival.check()
             descriptor = os.open(taken, os.O_RDWR | getattr(os, "O_BINARY", 0))
             try:
                 durable.sync_file(descriptor)
@@ -133,6 +138,7 @@ class FileBlobStore:
 
     def sweep(self, older_than_s: float) -> int:
         sweep_folder(self._trash, TRASH_S)
+        self.parts.sweep()
         return self._spool.sweep(older_than_s)
 
     def _identity(self) -> str:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from hub.blobs.bucket import Bucket
 from hub.blobs.cache import Cache
@@ -26,6 +26,7 @@ from hub.blobs.spool import (
     receive,
     removed_on_failure,
 )
+from hub.blobs.staging import StagedParts
 from hub.blobs.store import Arrival, Hashes, Sha256, Stored
 from hub.errors import StoreFailed
 
@@ -38,14 +39,24 @@ _BLOBS = "blobs/sha256/"
 
 
 class S3BlobStore:
-    """`folder` holds what is on its way in, and copies for jobs of at most `cache_bytes`."""
+    """`folder` holds what is on its way in, and copies for jobs of at most `cache_bytes`.
+
+    `presigner` is a client whose endpoint the hub's clients can reach too, if there is one.
+    """
 
     def __init__(
-        self, bucket: Bucket, folder: Path, *, cache_bytes: int = 0, min_free_bytes: int = 0
+        self,
+        bucket: Bucket,
+        folder: Path,
+        *,
+        cache_bytes: int = 0,
+        min_free_bytes: int = 0,
+        presigner: Any | None = None,
     ) -> None:
         self.bucket = bucket
         self._spool = Spool(folder / "tmp", min_free_bytes)
         self._cache = Cache(folder / "cache", cache_bytes)
+        self.parts = StagedParts(bucket, self._spool, key_of, self.put, presigner)
         self.id = self._identity()
 
     @staticmethod
@@ -71,11 +82,12 @@ class S3BlobStore:
         with self._upload(expected, size) as upload:
             return await receive(chunks, upload)
 
-    def adopt(self, path: Path) -> Stored:
+    def adopt(self, path: Path, *, expected: Sha256 | None = None) -> Stored:
         size = path.stat().st_size
-        hashes = Hashes(size)
+        arrival = Arrival(expected, size)
         for chunk in read_file(path, 0, size):
-            hashes.update(chunk)
+            arrival.update(chunk)
+        hashes = arrival.check()
         self._send_file(path, hashes)
         path.unlink()
         return Stored(hashes.sha256, hashes.git_oid, size)
@@ -107,6 +119,7 @@ class S3BlobStore:
                 yield Sha256(name), found.size, found.changed
 
     def sweep(self, older_than_s: float) -> int:
+        self.parts.sweep()
         return self._spool.sweep(older_than_s) + self._cache.sweep(older_than_s)
 
     def is_writable(self) -> bool:
@@ -243,8 +256,12 @@ class Parts:
     def complete(self, size: int) -> None:
         while self._sending:
             self._tags.append(self._sending.popleft().result())
-        self._bucket.complete(self._key, self._upload_id, self._tags, size)
+        found = self._bucket.complete(self._key, self._upload_id, self._tags, size)
         self._is_complete = True
+        if found != size:
+            raise StoreFailed(
+                f"{self._bucket} says it has {found} bytes of the {size} that were sent"
+            )
 
     def close(self) -> None:
         # Before the upload is taken back: a part that arrives later would stay.

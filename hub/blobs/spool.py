@@ -8,13 +8,15 @@ import uuid
 from collections.abc import AsyncIterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from anyio import to_thread
 
 from hub.blobs import durable
-from hub.blobs.store import MAX_GIT_BYTES, Stored, git_blob_hash
+from hub.blobs.store import MAX_GIT_BYTES, git_blob_hash
 from hub.errors import NoSpace
+
+Made_co = TypeVar("Made_co", covariant=True)
 
 CHUNK = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -80,15 +82,15 @@ class SpoolFile:
             os.close(self._descriptor)
 
 
-class Upload(Protocol):
+class Upload(Protocol[Made_co]):
     """What a store makes of bytes in their order."""
 
     def write(self, chunk: bytes) -> None: ...
 
-    def finish(self) -> Stored: ...
+    def finish(self) -> Made_co: ...
 
 
-async def receive(chunks: AsyncIterable[bytes], upload: Upload) -> Stored:
+async def receive(chunks: AsyncIterable[bytes], upload: Upload[Made_co]) -> Made_co:
     """A request body into an upload.
 
     It comes in pieces of some 64 KiB; a thread hop for each would cost more than writing it.
@@ -152,6 +154,14 @@ def removed_on_failure(path: Path) -> Iterator[None]:
     finally:
         if not done:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def removed_at_end(path: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

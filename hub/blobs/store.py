@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import AsyncIterable, Iterable, Iterator
+from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -57,8 +57,8 @@ class BlobStore(Protocol):
     ) -> Stored:
         """As `put`, from a request body."""
 
-    def adopt(self, path: Path) -> Stored:
-        """Take over a finished local file, which is gone from `path` afterwards."""
+    def adopt(self, path: Path, *, expected: Sha256 | None = None) -> Stored:
+        """Take over a finished local file, which is gone from `path` afterwards. DigestMismatch."""
 
     def open(self, sha256: Sha256, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """The bytes [start, end); FileNotFoundError at once if the store lacks the blob."""
@@ -87,8 +87,43 @@ class BlobStore(Protocol):
     def sweep(self, older_than_s: float) -> int:
         """Remove what unfinished uploads and reads have left; how many files there were."""
 
+    @property
+    def parts(self) -> "PartStore":
+        """For files that arrive in parts."""
+
     def is_writable(self) -> bool:
         """Whether an upload could succeed now; asked by the readiness probe."""
+
+
+class PartStore(Protocol):
+    """Files on their way in as parts, in any order, perhaps for days and through restarts.
+
+    A handle says which file; whoever begins one remembers it, and finishes or drops it.
+    """
+
+    def begin(self) -> str:
+        """The handle of a new file."""
+
+    def address(self, handle: str, number: int, size: int, seconds: int) -> str | None:
+        """Where a client may PUT the part of this size itself for so long; None: to us."""
+
+    async def put(
+        self, handle: str, number: int, offset: int, size: int, chunks: AsyncIterable[bytes]
+    ) -> str:
+        """Durable when it returns; what `finish` names the part by. BadUpload (size), NoSpace.
+
+        Numbers begin with 1; the bytes belong at `offset` of the file.
+        """
+
+    def finish(self, handle: str, tags: Sequence[str], expected: Sha256, size: int) -> Stored:
+        """All parts by their numbers become a blob, which appears only if its digest is right.
+
+        BadUpload or DigestMismatch, after which the parts are gone;
+        FileNotFoundError if they were gone before.
+        """
+
+    def drop(self, handle: str) -> None:
+        """No error if it is already gone."""
 
 
 class Hashes:

@@ -10,5 +10,6 @@ deps        the repo and the commit of an address
 repos       create, settings, info, tree, refs  files    downloads
 commits     preupload and commit               lfs    batch, upload, verify
 xet         the upload token, xorbs and shards
+lfs_parts   LFS objects in parts, on local disk or in S3
 routes      the routers that `hub.app` includes
 """

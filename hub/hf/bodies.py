@@ -122,6 +122,16 @@ class LFSBatch(_Body):
     hash_algo: str = "sha256"
 
 
+class LFSPart(_Body):
+    partNumber: Annotated[int, Field(ge=1, le=10_000, strict=True)]
+    etag: str = Field(min_length=1, max_length=1024)
+
+
+class LFSParts(_Body):
+    oid: Oid
+    parts: list[LFSPart] = Field(max_length=10_000)
+
+
 class PathsInfo(_Body):
     paths: list[str] = Field(max_length=10_000)
     expand: bool = False

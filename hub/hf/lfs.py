@@ -1,18 +1,21 @@
-"""Git LFS, basic transfers: which objects to send, the bytes, and the question whether they came."""
+"""Git LFS: which objects to send, the bytes whole (basic) or in parts, and whether they came."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from anyio import to_thread
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from hub.blobs.store import Sha256, Stored
+from hub.blobs.store import Sha256
 from hub.context import Hub
 from hub.deps import HubDep, Open, ReadSession, Signed, ViewerDep, WriterDep, public_url
 from hub.errors import BadRequest, EntryNotFound, Forbidden, Unauthorized
 from hub.hf import bodies
+from hub.hf import lfs_parts as parts
 from hub.hf.deps import RepoDep
 from hub.hf.files import read_blob
+from hub.hf.lfs_parts import LFS, LFS_OF_TYPE
 from hub.hf.routing import UNLIMITED, hf_router
 from hub.repos import service as repos
 from hub.users import service as users
@@ -24,9 +27,6 @@ LINK_S = 6 * 3600
 PURPOSE = "lfs-upload"
 
 router = hf_router()
-
-LFS = "/{namespace}/{name}.git/info/lfs/objects"
-LFS_OF_TYPE = "/{kind:repos}" + LFS
 
 
 @router.post(LFS + "/batch", dependencies=[Open])
@@ -58,32 +58,43 @@ def batch(
     if upload and here:
         with hub.db.write() as writing:
             here = repos.hold_known(writing, viewer, here)
+    # One transfer for the whole batch, as git-lfs expects.
+    in_parts = upload and "multipart" in body.transfers and _is_large(hub, body.objects)
     objects = []
     for item in body.objects:
         has = item.oid in here
-        if upload:
-            objects.append(_upload(hub, viewer, base, item, has))
-        else:
+        if not upload:
             objects.append(_download(base, item, has))
-    return JSONResponse({"transfer": "basic", "objects": objects}, media_type=MEDIA_TYPE)
+        elif has or item.size > hub.settings.max_upload_bytes:
+            objects.append(_no_upload(hub, item))
+        elif in_parts and item.size > 0:
+            objects.append(parts.actions(hub, viewer, repo, base, item))
+        else:
+            objects.append(_upload(hub, viewer, base, item))
+    answer = {"transfer": "multipart" if in_parts else "basic", "objects": objects}
+    return JSONResponse(answer, media_type=MEDIA_TYPE)
 
 
-def _upload(
-    hub: Hub, viewer: Viewer, base: str, item: bodies.LFSObject, has: bool
-) -> dict[str, Any]:
+def _is_large(hub: Hub, items: Sequence[bodies.LFSObject]) -> bool:
+    return any(item.size > hub.settings.lfs_part_bytes for item in items)
+
+
+def _no_upload(hub: Hub, item: bodies.LFSObject) -> dict[str, Any]:
     answer: dict[str, Any] = {"oid": item.oid, "size": item.size, "authenticated": True}
-    if item.size > hub.settings.max_upload_bytes:
-        limit = hub.settings.max_upload_bytes
-        return answer | {"error": {"code": 413, "message": f"files have at most {limit} bytes"}}
-    if has:
-        return answer
+    limit = hub.settings.max_upload_bytes
+    if item.size > limit:
+        answer["error"] = {"code": 413, "message": f"files have at most {limit} bytes"}
+    return answer
+
+
+def _upload(hub: Hub, viewer: Viewer, base: str, item: bodies.LFSObject) -> dict[str, Any]:
     # Clients send no Authorization with the bytes, so the address itself says who may send what.
     link = hub.signer.sign(PURPOSE, [viewer.token_id, item.oid, item.size])
-    answer["actions"] = {
+    actions = {
         "upload": {"href": f"{base}/{item.oid}?signature={link}"},
         "verify": {"href": f"{base}/{item.oid}/verify"},
     }
-    return answer
+    return {"oid": item.oid, "size": item.size, "authenticated": True, "actions": actions}
 
 
 def _download(base: str, item: bodies.LFSObject, has: bool) -> dict[str, Any]:
@@ -101,24 +112,13 @@ async def upload(request: Request, hub: HubDep, oid: str, signature: str) -> Res
     if link is None or link[1] != oid:
         raise Unauthorized("this upload address is not valid any more")
     token_id, _, size = link
-    viewer = await to_thread.run_sync(_viewer, hub, token_id)
+    viewer = await to_thread.run_sync(parts.viewer_of, hub, token_id)
     announced = request.headers.get("Content-Length")
     if announced is not None and announced != str(size):
         raise BadRequest(f"{announced} bytes are announced, the object has {size}")
     stored = await hub.store.put_stream(request.stream(), expected=Sha256(oid), size=size)
-    await to_thread.run_sync(_hold, hub, viewer, stored)
+    await to_thread.run_sync(parts.hold, hub, viewer, stored)
     return Response()
-
-
-def _viewer(hub: Hub, token_id: int) -> Viewer:
-    with hub.db.read() as session:
-        return users.viewer_of_token_id(session, token_id)
-
-
-def _hold(hub: Hub, viewer: Viewer, stored: Stored) -> None:
-    with hub.db.write() as session:
-        users.recheck(session, viewer)
-        repos.hold(session, viewer, stored)
 
 
 @router.post(LFS + "/{oid}/verify")

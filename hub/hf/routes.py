@@ -6,11 +6,11 @@ from fastapi import APIRouter, Request, Response
 
 from hub.deps import Open
 from hub.errors import NotImplementedHere
-from hub.hf import commits, files, lfs, repos, xet
+from hub.hf import commits, files, lfs, lfs_parts, repos, xet
 from hub.hf.routing import hf_router
 
 router = APIRouter()
-for part in (repos, commits, lfs, xet, files):
+for part in (repos, commits, lfs, lfs_parts, xet, files):
     router.include_router(part.router)
 
 # Included after every other router: what nobody answers under /api.

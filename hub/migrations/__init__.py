@@ -18,6 +18,7 @@ MODELS = (
     "hub.context",
     "hub.users.models",
     "hub.repos.models",
+    "hub.repos.uploads",
     "hub.adapters.models",
     "hub.jobs.models",
     "hub.xet.models",

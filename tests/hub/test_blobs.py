@@ -22,7 +22,7 @@ from hub.blobs.bucket import Bucket, make_client
 from hub.blobs.files import TRASH_S, FileBlobStore
 from hub.blobs.s3 import S3BlobStore, key_of
 from hub.blobs.store import BlobStore, Sha256, lfs_pointer_oid, parse_sha256
-from hub.errors import BadField, BadUpload, DigestMismatch, NoSpace
+from hub.errors import BadField, BadUpload, DigestMismatch, NoSpace, StoreFailed
 from tests.fixtures.s3 import serve_moto, serve_s3
 from tests.fixtures.swift import serve_swift
 
@@ -255,6 +255,84 @@ def test_what_is_in_the_trash_is_no_blob_any_more(store: BlobStore) -> None:
     assert list(store.inventory()) == []
     store.put([b"hello"])
     assert store.size(HELLO) == 5
+
+
+# Parts
+
+GONE = (FileNotFoundError, StoreFailed)  # moto answers 500 for an upload that it does not know
+LARGE = os.urandom(2 * PART_BYTES + 1234)
+LARGE_SHA256 = Sha256(hashlib.sha256(LARGE).hexdigest())
+
+
+def send(store: BlobStore, handle: str, number: int, data: bytes, size: int | None = None) -> str:
+    async def upload() -> str:
+        pieces = stream(*(data[i : i + MiB] for i in range(0, len(data), MiB)))
+        size_ = len(data) if size is None else size
+        return await store.parts.put(handle, number, (number - 1) * PART_BYTES, size_, pieces)
+
+    return run(upload)
+
+
+def parts_of(content: bytes) -> list[bytes]:
+    return [content[i : i + PART_BYTES] for i in range(0, len(content), PART_BYTES)]
+
+
+def test_parts_become_a_blob_in_whatever_order_they_come(
+    store: BlobStore, make_store: Make
+) -> None:
+    handle = store.parts.begin()
+    tags = {
+        3: send(store, handle, 3, parts_of(LARGE)[2]),
+        1: send(store, handle, 1, LARGE[:PART_BYTES]),
+    }
+    again = make_store("store")  # as after a restart
+    again.sweep(older_than_s=0)
+    tags[2] = send(again, handle, 2, parts_of(LARGE)[1])
+    assert list(store.inventory()) == []
+    stored = again.parts.finish(handle, [tags[1], tags[2], tags[3]], LARGE_SHA256, len(LARGE))
+    git = hashlib.sha1(b"blob %d\0" % len(LARGE) + LARGE).hexdigest()
+    assert (stored.sha256, stored.git_oid, stored.size) == (LARGE_SHA256, git, len(LARGE))
+    assert b"".join(store.open(LARGE_SHA256)) == LARGE
+    with pytest.raises(GONE):
+        store.parts.finish(handle, list(tags.values()), LARGE_SHA256, len(LARGE))
+    assert leftovers(store) == []
+
+
+@pytest.mark.parametrize("fault", ["digest", "size"])
+def test_parts_that_are_not_the_file_are_refused_and_gone(store: BlobStore, fault: str) -> None:
+    handle = store.parts.begin()
+    content = LARGE[:-1] + bytes([LARGE[-1] ^ 1]) if fault == "digest" else LARGE[:-1]
+    tags = [send(store, handle, n, part) for n, part in enumerate(parts_of(content), 1)]
+    with pytest.raises(DigestMismatch if fault == "digest" else BadUpload):
+        store.parts.finish(handle, tags, LARGE_SHA256, len(LARGE))
+    assert list(store.inventory()) == []
+    assert leftovers(store) == []
+
+
+def test_a_dropped_upload_leaves_nothing(store: BlobStore) -> None:
+    handle = store.parts.begin()
+    tag = send(store, handle, 1, LARGE[:PART_BYTES])
+    store.parts.drop(handle)
+    store.parts.drop(handle)
+    assert leftovers(store) == []
+    with pytest.raises(GONE):
+        store.parts.finish(handle, [tag], LARGE_SHA256, PART_BYTES)
+
+
+@pytest.mark.parametrize("announced", [4, 6])
+def test_a_part_of_another_size_is_refused(store: BlobStore, announced: int) -> None:
+    handle = store.parts.begin()
+    with pytest.raises(BadUpload, match=f"the {announced} bytes of this part arrived"):
+        send(store, handle, 1, b"hello", announced)
+    store.parts.drop(handle)
+
+
+def leftovers(store: BlobStore) -> list[Any]:
+    """Of unfinished uploads."""
+    if isinstance(store, S3BlobStore):
+        mine = [u for u in unfinished(store.bucket) if u["Key"].startswith(store.bucket.prefix)]
+        return [*mine, *store.bucket.list("staging/")]
+    return list((store._root / "parts").iterdir())  # type: ignore[attr-defined]
 
 
 def test_a_store_that_can_be_written_to_says_so(store: BlobStore) -> None:
