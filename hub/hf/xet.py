@@ -103,6 +103,8 @@ async def upload_xorb(
 
 
 @cas.post("/v1/shards", dependencies=[Signed], max_body_size=MAX_SHARD_BYTES)
+# hf_xet 1.5, which huggingface_hub 1.20 still takes.
+@cas.post("/shards", dependencies=[Signed], max_body_size=MAX_SHARD_BYTES)
 async def upload_shard(request: Request, hub: HubDep, viewer: SenderDep) -> dict[str, int]:
     """Answered when all its files are here; clients wait without a limit, and ask again."""
     with tempfile.TemporaryFile(dir=hub.scratch) as shard:

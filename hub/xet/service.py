@@ -13,8 +13,8 @@ from hashlib import sha256
 from typing import BinaryIO
 
 from anyio import to_thread
-from sqlalchemy import CursorResult, delete
-from sqlmodel import Session, col, exists, select
+from sqlalchemy import update
+from sqlmodel import Session, col, select
 
 from hub.blobs.store import Sha256, Stored
 from hub.context import Hub
@@ -228,22 +228,23 @@ def _xorbs(
     """The xorbs that a file is made of; with `keep` their time begins anew. BadUpload."""
     names = sorted({term.xorb for term in file.terms()})
     found: dict[XetHash, Xorb] = {}
-    with hub.db.write() if keep else hub.db.read() as session:
-        for start in range(0, len(names), _ROWS):
-            query = (
-                select(Xorb, Blob)
-                .join(Blob, col(Blob.sha256) == col(Xorb.sha256))
-                .join(Hold, col(Hold.sha256) == col(Xorb.sha256))
-                .where(col(Xorb.hash).in_(names[start : start + _ROWS]))
-                .where(Hold.user_id == viewer.user_id)
-                # Of two blobs with one xorb the older may be the one that was lost.
-                .order_by(col(Xorb.created_at))
-            )
-            for xorb, blob in session.exec(query).all():
-                found[XetHash(xorb.hash)] = xorb
-                if keep:
-                    stored = Stored(Sha256(blob.sha256), blob.git_oid, blob.size)
-                    repos.hold(session, viewer, stored, KEEP_XORBS)
+    until = now() + KEEP_XORBS
+    for start in range(0, len(names), _ROWS):
+        mine = (
+            select(Xorb)
+            .join(Hold, col(Hold.sha256) == col(Xorb.sha256))
+            .where(col(Xorb.hash).in_(names[start : start + _ROWS]))
+            .where(Hold.user_id == viewer.user_id)
+            # Of two blobs with one xorb the older may be the one that was lost.
+            .order_by(col(Xorb.created_at))
+        )
+        with hub.db.write() if keep else hub.db.read() as session:
+            xorbs = session.exec(mine).all()
+            if keep:
+                held = col(Hold.sha256).in_([xorb.sha256 for xorb in xorbs])
+                longer = update(Hold).where(held, col(Hold.user_id) == viewer.user_id)
+                session.execute(longer.values(expires_at=until))
+        found |= {XetHash(xorb.hash): xorb for xorb in xorbs}
     missing = next((name for name in names if name not in found), None)
     if missing is not None:
         raise _unknown(hub, viewer, f"the xorb {missing}")
@@ -256,11 +257,3 @@ def _unknown(hub: Hub, viewer: Viewer, what: str) -> BadUpload:
     with hub.db.write() as session:
         forget_caches(session, viewer.user_id)
     return BadUpload(f"this hub does not have {what} from you (any more): upload again")
-
-
-def sweep_xorbs(session: Session) -> int:
-    """Forget the xorbs that nobody holds any more, so that their blobs are free; how many."""
-    held = exists().where(col(Hold.sha256) == col(Xorb.sha256), col(Hold.expires_at) > now())
-    done = session.execute(delete(Xorb).where(~held))
-    assert isinstance(done, CursorResult)
-    return done.rowcount

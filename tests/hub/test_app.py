@@ -64,6 +64,7 @@ OPEN_ROUTES = {
     "* /api/{path:path}",
     "POST /xet/{cache}/v1/xorbs/{prefix}/{xorb}",
     "POST /xet/{cache}/v1/shards",
+    "POST /xet/{cache}/shards",
     "* /xet/{cache}/{path:path}",
 }
 

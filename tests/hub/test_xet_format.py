@@ -95,7 +95,7 @@ ROOTS = [
 ]
 
 
-@pytest.mark.parametrize(("row", "xorb", "file"), ROOTS)
+@pytest.mark.parametrize(("row", "xorb", "file"), ROOTS, ids=[str(len(row)) for row, *_ in ROOTS])
 def test_roots_are_those_of_the_reference_implementation(
     row: list[int], xorb: str, file: str
 ) -> None:
