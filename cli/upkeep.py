@@ -1,6 +1,6 @@
 """`graft admin fsck|gc|backup|restore`: what keeps a hub's data whole."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +22,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 def register(admin: typer.Typer) -> None:
     admin.command()(fsck)
     admin.command()(gc)
+    admin.command()(backup)
+    admin.command()(restore)
 
 
 def fsck(
@@ -41,13 +43,8 @@ def fsck(
     if accept and not full:
         raise WrongUsage("--accept needs --full")
     label = "Reading" if full else "Checking"
-    with _hub(data, to_write=accept) as hub, byte_progress(label, None) as progress:
-        bar = progress.task_ids[0]
-        found = checks.fsck(
-            hub,
-            full=full,
-            report=lambda done, total: progress.update(bar, completed=done, total=total),
-        )
+    with _hub(data, to_write=accept) as hub, _bytes(label) as report:
+        found = checks.fsck(hub, full=full, report=report)
         sound = checks.is_sound(found)
         if accept and sound:
             checks.accept(hub)
@@ -102,6 +99,75 @@ def gc(
     _print_blobs(f"left by an interrupted run {said[1]}", planned.unfinished)
     if not delete:
         out.print("Nothing was changed; --delete does it." if brake is None else plain(brake))
+
+
+def backup(
+    folder: Annotated[Path, typer.Argument(help="Where the snapshots and blobs are kept.")],
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy the catalogue, then every blob that the folder does not have yet; the hub may run.
+
+    A catalogue on PostgreSQL needs pg_dump. Exit status 1 if the hub had lost blobs.
+    """
+    from hub.upkeep import backup as backups
+
+    with _hub(data, to_write=False) as hub, _bytes("Copying") as report:
+        made = backups.backup(hub, folder, report)
+    if as_json:
+        print_json(made.to_json())
+    else:
+        out.print(f"{made.name}: {made.blobs} blobs, {made.copied} of them new")
+    _fail_for(made.lost, "the hub itself has lost or damaged")
+
+
+def restore(
+    folder: Annotated[Path, typer.Argument(help="What `graft admin backup` wrote.")],
+    data: Data = None,
+    snapshot: Annotated[str | None, typer.Option(help="Its name (the latest).")] = None,
+    revoke_tokens: Annotated[
+        bool, typer.Option("--revoke-tokens", help="Nobody may use an old token or login.")
+    ] = False,
+    blobs: Annotated[
+        bool, typer.Option("--blobs", help="Only give a hub back the blobs that it has lost.")
+    ] = False,
+) -> None:
+    """Make a hub from a backup in an empty folder.
+
+    Nothing is collected in it until `graft admin fsck --full --accept` has passed.
+    """
+    from hub.errors import HubError
+    from hub.upkeep import restore as bringing_back
+
+    if blobs:
+        with _hub(data, to_write=False) as hub, _bytes("Reading") as report:
+            n, lost = bringing_back.mend(hub, folder, report)
+        out.print(f"{n} blobs put back")
+    else:
+        settings = load_settings(data_dir=data)
+        try:
+            chosen = bringing_back.choose(folder, snapshot)
+            with _bytes("Copying") as report:
+                lost = bringing_back.restore(
+                    settings, folder, chosen, revoke_tokens=revoke_tokens, report=report
+                )
+        except HubError as error:
+            raise CommandError(error.message) from error
+        out.print(f"{chosen.name} is back; check it with `graft admin fsck --full --accept`")
+    _fail_for(lost, "the backup lacks")
+
+
+def _fail_for(lost: Sequence[str], what: str) -> None:
+    if lost:
+        raise CommandError(f"{what} {len(lost)} blobs: {', '.join(lost)}")
+
+
+@contextmanager
+def _bytes(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Bytes done and in all, as a bar."""
+    with byte_progress(label, None) as progress:
+        bar = progress.task_ids[0]
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
 def _print_blobs(what: str, blobs: "Blobs") -> None:

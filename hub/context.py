@@ -127,7 +127,7 @@ def _store(session: Session, settings: Settings) -> BlobStore:
     """The store this catalogue describes; a repair on the wrong one would remove everything."""
     known = session.exec(select(StoreIdentity.store_id)).first()
     try:
-        store, where = _open_store(settings, must_exist=known is not None)
+        store, where = open_store(settings, must_exist=known is not None)
     except StoreFailed as error:
         raise CannotStart(error.message) from error
     if known is None:
@@ -139,7 +139,7 @@ def _store(session: Session, settings: Settings) -> BlobStore:
     return store
 
 
-def _open_store(settings: Settings, *, must_exist: bool) -> tuple[BlobStore, str]:
+def open_store(settings: Settings, *, must_exist: bool) -> tuple[BlobStore, str]:
     """The store that the settings name, and how a person finds it."""
     root, min_free = settings.data_dir / "store", settings.min_free_bytes
     if settings.s3_bucket is None:

@@ -44,6 +44,8 @@ class FileBlobStore:
             durable.make_folders(folder, root)
         self._spool = Spool(self._tmp, min_free_bytes)
         self.parts = FileParts(root / "parts", self._spool, self.adopt)
+        if not self.is_at(root):
+            self.renew()
         self.id = self._identity()
 
     @staticmethod
@@ -141,19 +143,20 @@ class FileBlobStore:
         self.parts.sweep()
         return self._spool.sweep(older_than_s)
 
+    def renew(self) -> None:
+        temporary = self._tmp / uuid.uuid4().hex
+        descriptor = durable.create_exclusive(temporary)
+        try:
+            os.write(descriptor, f"{uuid.uuid4().hex}\n".encode())
+            durable.sync_file(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, self._root / "STORE_ID")
+        durable.sync_folder(self._root)
+        self.id = self._identity()
+
     def _identity(self) -> str:
-        path = self._root / "STORE_ID"
-        if not path.exists():
-            temporary = self._tmp / uuid.uuid4().hex
-            descriptor = durable.create_exclusive(temporary)
-            try:
-                os.write(descriptor, f"{uuid.uuid4().hex}\n".encode())
-                durable.sync_file(descriptor)
-            finally:
-                os.close(descriptor)
-            os.replace(temporary, path)
-            durable.sync_folder(self._root)
-        return path.read_text().strip()
+        return (self._root / "STORE_ID").read_text().strip()
 
     def _path(self, sha256: Sha256) -> Path:
         return self._blobs / sha256[:2] / sha256[2:4] / sha256

@@ -129,6 +129,10 @@ class S3BlobStore:
         except StoreFailed:
             return False
 
+    def renew(self) -> None:
+        self.bucket.put(MARKER, f"{uuid.uuid4().hex}\n".encode())
+        self.id = self._identity()
+
     def _identity(self) -> str:
         if self.bucket.head(MARKER) is None:
             self.bucket.put(MARKER, f"{uuid.uuid4().hex}\n".encode())

@@ -43,6 +43,9 @@ class BlobStore(Protocol):
     def id(self) -> str:
         """Identity of this store; the catalogue remembers it and refuses another one."""
 
+    def renew(self) -> None:
+        """Take another identity: catalogues that know the old one refuse this store."""
+
     def put(
         self, chunks: Iterable[bytes], *, expected: Sha256 | None = None, size: int | None = None
     ) -> Stored:

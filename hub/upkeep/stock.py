@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 from sqlmodel import Session, col, select
 
-from hub.blobs.store import Sha256
+from hub.blobs.store import BlobStore, Sha256
 from hub.context import Hub
 from hub.db import now
 from hub.repos.models import Blob, BlobState, Commit, CommitEntry, Repo
@@ -56,18 +56,18 @@ def check_hashes(hub: Hub, session: Session, stock: Stock, report: Report) -> Fi
     done, total = 0, sum(size for size, _ in stock.values())
     for sha256 in sorted(stock):
         report(done, total)
-        if _hash(hub, Sha256(sha256)) not in (sha256, None):
+        if hash_of(hub.store, Sha256(sha256)) not in (sha256, None):
             what = f"the bytes of {_named(session, sha256)} are damaged"
             yield Finding("I2", "damaged-blob", what, _BRING_BACK)
         done += stock[sha256][0]
     report(total, total)
 
 
-def _hash(hub: Hub, sha256: Sha256) -> str | None:
-    """None when it was collected while we read."""
+def hash_of(store: BlobStore, sha256: Sha256) -> str | None:
+    """Of the bytes that the store gives under this name; None without any."""
     hashed = hashlib.sha256()
     try:
-        for chunk in hub.store.open(sha256):
+        for chunk in store.open(sha256):
             hashed.update(chunk)
     except FileNotFoundError:
         return None
