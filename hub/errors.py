@@ -3,6 +3,7 @@
 HubError
 ├── NotFound            RepoNotFound RevisionNotFound EntryNotFound JobNotFound RecipeNotFound
 │                       HashNotFound UserNotFound PageNotFound InvitationNotFound
+│                       AccessRequestNotFound DiscussionNotFound
 ├── Conflict            RepoExists RefExists NameTaken KeyReused LastAdmin
 │   └── StaleParent     the branch has moved since the caller looked
 ├── Invalid             the request asks for something impossible; `param` says where
@@ -10,6 +11,7 @@ HubError
 │   └── BadRequest      the request cannot be read at all
 ├── Unauthorized        no valid token
 ├── Forbidden           a valid token that may not do this
+│   └── GatedRepo       the repo may be seen; its files are for those who were let in
 ├── TooLarge            more bytes than a setting allows
 ├── TooMany             of this user's jobs are not finished yet
 │   └── TooManyTries    to sign in; `retry_after_s` says when the next one counts
@@ -85,6 +87,12 @@ class PageNotFound(NotFound): ...
 class InvitationNotFound(NotFound): ...
 
 
+class AccessRequestNotFound(NotFound): ...
+
+
+class DiscussionNotFound(NotFound): ...
+
+
 class Conflict(HubError): ...
 
 
@@ -131,6 +139,14 @@ class Unauthorized(HubError): ...
 
 
 class Forbidden(HubError): ...
+
+
+class GatedRepo(Forbidden):
+    """`repo` is its full name."""
+
+    def __init__(self, repo: str) -> None:
+        super().__init__(f"access to {repo} is restricted: ask for it on the repo's page", "repo")
+        self.repo = repo
 
 
 class TooLarge(HubError): ...

@@ -15,7 +15,7 @@ from hub.users.service import Viewer
 
 log = logging.getLogger(__name__)
 
-__all__ = ["catch_up", "project", "publish", "reindex"]
+__all__ = ["catch_up", "project", "publish", "reindex", "try_to_project"]
 
 
 def publish(
@@ -52,7 +52,7 @@ def publish(
         assert repo.id is not None
         on_main = repo.head == made.id
     if on_main:
-        _try_to_project(hub, repo.id)
+        try_to_project(hub, repo.id)
     return made
 
 
@@ -63,7 +63,7 @@ def catch_up(hub: Hub, should_stop: Callable[[], bool] = lambda: False) -> int:
     for n, repo_id in enumerate(waiting):
         if should_stop():
             return n
-        _try_to_project(hub, repo_id)
+        try_to_project(hub, repo_id)
     return len(waiting)
 
 
@@ -75,12 +75,13 @@ def reindex(hub: Hub, report: Callable[[int, int], None] = lambda done, total: N
         ids = [i for i in session.exec(select(Repo.id).order_by(col(Repo.id))) if i is not None]
     for n, repo_id in enumerate(ids):
         report(n, len(ids))
-        _try_to_project(hub, repo_id)
+        try_to_project(hub, repo_id)
     report(len(ids), len(ids))
     return len(ids)
 
 
-def _try_to_project(hub: Hub, repo_id: int) -> None:
+def try_to_project(hub: Hub, repo_id: int) -> None:
+    """After a change was committed: what cannot be read now is tried again at the next start."""
     try:
         project(hub, repo_id)
     except Exception:  # one repo's files must not hold the others hostage

@@ -3,10 +3,12 @@
 Unknown fields are ignored: clients of other versions send more than we need.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -15,6 +17,7 @@ from pydantic import (
 )
 
 from hub.errors import BadRequest
+from hub.repos.models import AccessState, DiscussionStatus, Gate
 
 Oid = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0, le=2**53, strict=True)]
@@ -47,6 +50,13 @@ def parse(kind: type[Parsed], body: bytes | dict[str, Any], where: str = "the bo
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise BadRequest(f"{where}: {field}: {first['msg']}", field or None) from error
+
+
+def _number_of(identifier: object) -> object:
+    """Ids of rows are shown as 24 hexadecimal digits."""
+    if isinstance(identifier, str) and re.fullmatch("[0-9a-f]{24}", identifier):
+        return min(int(identifier, 16), 2**63 - 1)
+    return identifier
 
 
 class _Visible(_Body):
@@ -82,7 +92,68 @@ class MoveRepo(_Body):
 
 
 class Settings(_Visible):
-    gated: Literal["auto", "manual"] | bool | None = None
+    gated: Gate | Literal[False] | None = None
+
+
+class Decision(_Body):
+    """About the request of `user`, or the one with `requestId`."""
+
+    status: AccessState
+    user: str | None = None
+    requestId: Annotated[int | None, BeforeValidator(_number_of)] = None
+    rejectionReason: str | None = Field(None, max_length=1000)
+
+
+class Grant(_Body):
+    user: str
+
+
+class Squash(_Body):
+    message: str | None = Field(None, min_length=1, max_length=1000)
+
+
+class Revert(_Body):
+    branch: str = "main"
+
+
+class _Deletions(_Body):
+    sha: list[Oid] = Field(max_length=1000)
+    rewriteHistory: bool = True
+
+
+class LFSDeletions(_Body):
+    deletions: _Deletions
+
+
+class Duplicate(_Visible):
+    repository: str
+
+
+class NewDiscussion(_Body):
+    title: str
+    description: str = ""
+    pullRequest: bool = False
+
+
+class Comment(_Body):
+    comment: str
+
+
+class Edit(_Body):
+    content: str
+
+
+class Title(_Body):
+    title: str
+
+
+class Status(_Body):
+    status: DiscussionStatus
+    comment: str | None = None
+
+
+class Merge(_Body):
+    comment: str | None = None
 
 
 class Card(_Body):

@@ -11,16 +11,16 @@ from hub.adapters.service import publish
 from hub.blobs.store import Sha256, Stored
 from hub.context import Hub
 from hub.deps import HubDep, ReadSession, WriterDep, public_url
-from hub.errors import BadRequest, Forbidden, NotImplementedHere, TooLarge
+from hub.errors import BadRequest, TooLarge
 from hub.hf import bodies, info
 from hub.hf.deps import RepoDep, TypeDep, find
 from hub.hf.ndjson import Line, read_lines
 from hub.hf.routing import UNLIMITED, hf_router
+from hub.repos import discussions
 from hub.repos import service as repos
-from hub.repos.models import Blob, Repo
+from hub.repos.models import Blob, Commit, Repo
 from hub.repos.operations import Add, Copy, Delete, DeleteFolder, Operation
 from hub.repos.paths import check_path
-from hub.users import service as users
 from hub.users.service import Viewer
 
 API = "/api/{kind:repos}/{namespace}/{name}"
@@ -50,7 +50,7 @@ def preupload(
 
     Rights are checked here already: a commit that is refused makes clients try it in pieces.
     """
-    _require_writable(session, viewer, repo, create_pr)
+    _require_writable(session, viewer, repo, revision, create_pr)
     head = repos.resolve(session, repo, revision)
     limit = hub.settings.max_regular_bytes
     if request.headers.get(CAN_LFS) == "lfs":
@@ -91,40 +91,80 @@ async def commit(
     def writable() -> Repo:
         with hub.db.read() as session:
             repo = find(request, session, viewer, type, namespace, name)
-            _require_writable(session, viewer, repo, create_pr)
+            _require_writable(session, viewer, repo, revision, create_pr)
             return repo
 
     repo = await to_thread.run_sync(writable)
     header, operations = await _read_commit(hub, viewer, request)
-    made = await to_thread.run_sync(
-        lambda: publish(
-            hub,
-            viewer,
-            namespace,
-            name,
-            branch=revision,
-            operations=operations,
-            message=header.summary,
-            description=header.description,
-            parent=header.parentCommit,
-            type=type,
+    url = info.repo_url(public_url(request), repo)
+    pull_url = None
+    if _is_set(create_pr):
+        made, number = await to_thread.run_sync(
+            _propose, hub, viewer, repo, revision, header, operations
         )
-    )
+        pull_url = f"{url}/discussions/{number}"
+    else:
+        made = await to_thread.run_sync(
+            lambda: publish(
+                hub,
+                viewer,
+                namespace,
+                name,
+                branch=revision,
+                operations=operations,
+                message=header.summary,
+                description=header.description,
+                parent=header.parentCommit,
+                type=type,
+            )
+        )
     return {
         "success": True,
         "commitOid": made.id,
-        "commitUrl": f"{info.repo_url(public_url(request), repo)}/commit/{made.id}",
+        "commitUrl": f"{url}/commit/{made.id}",
         "hookOutput": "",
-        "pullRequestUrl": None,
+        "pullRequestUrl": pull_url,
     }
 
 
-def _require_writable(session: Session, viewer: Viewer, repo: Repo, create_pr: str) -> None:
-    if create_pr.lower() in ("1", "true"):
-        raise NotImplementedHere("this hub has no pull requests")
-    user = viewer.require_write()
-    if not users.may_write(session, viewer, repo.namespace, repo.name):
-        raise Forbidden(f"{user.name} may not write to {repo.full_name}")
+def _propose(
+    hub: Hub,
+    viewer: Viewer,
+    repo: Repo,
+    branch: str,
+    header: bodies.CommitHeader,
+    operations: list[Operation],
+) -> tuple[Commit, int]:
+    """A new pull request with this one commit, and its number."""
+    title, text = header.summary[: discussions.MAX_TITLE], header.description
+    with hub.db.write() as session:
+        pull = discussions.propose(
+            session, viewer, repo, title, text, branch=branch, parent=header.parentCommit
+        )
+        made = repos.commit(
+            session,
+            viewer,
+            repo,
+            branch=f"refs/pr/{pull.num}",
+            operations=operations,
+            message=header.summary,
+            description=header.description,
+        )
+        return made, pull.num
+
+
+def _is_set(flag: str) -> bool:
+    return flag.lower() in ("1", "true")
+
+
+def _require_writable(
+    session: Session, viewer: Viewer, repo: Repo, revision: str, create_pr: str
+) -> None:
+    """Anybody who reads a repo may propose something; the rest is for its writers."""
+    if _is_set(create_pr):
+        repos.require_participant(session, viewer, repo)
+    else:
+        repos.require_committer(session, viewer, repo, revision)
 
 
 async def _read_commit(

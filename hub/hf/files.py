@@ -14,7 +14,7 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from hub.blobs.store import BlobStore, Sha256
-from hub.deps import HubDep, ReadSession
+from hub.deps import HubDep, ReadSession, ViewerDep
 from hub.hf.deps import CommitDep, RepoDep
 from hub.hf.ranges import RangeNotSatisfiable, parse_range
 from hub.hf.routing import hf_router
@@ -40,11 +40,14 @@ def resolve(
     request: Request,
     hub: HubDep,
     session: ReadSession,
+    viewer: ViewerDep,
     repo: RepoDep,
     commit: CommitDep,
     path: str,
 ) -> Response:
     """One file of a revision, never a redirect: X-Repo-Commit says what the revision meant."""
+    if repo.gated is not None:
+        repos.require_files(session, viewer, repo)
     entry = repos.entry(session, commit, path)
     headers = _headers(repo, commit, entry)
     if request.headers.get("If-None-Match") == headers["ETag"]:
@@ -80,7 +83,7 @@ def _headers(repo: Repo, commit: Commit, entry: CommitEntry) -> dict[str, str]:
         "Accept-Ranges": "bytes",
         "Content-Type": media if media in SHOWN else "application/octet-stream",
         "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
-        "Cache-Control": "private, no-store" if repo.private else "no-cache",
+        "Cache-Control": "private, no-store" if repo.private or repo.gated else "no-cache",
     }
 
 

@@ -34,7 +34,7 @@ def repo_summary(repo: Repo, tags: Sequence[str]) -> Json:
         "createdAt": date(repo.created_at),
         "lastModified": date(repo.last_modified),
         "private": repo.private,
-        "gated": False,
+        "gated": repo.gated or False,
         "disabled": False,
         "downloads": repo.downloads,
         "downloadsAllTime": repo.downloads,

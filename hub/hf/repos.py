@@ -10,13 +10,13 @@ from sqlmodel import Session, col, select
 
 from hub.adapters.card import parse_card
 from hub.deps import HubDep, Open, ReadSession, ViewerDep, WriterDep, WriteSession, public_url
-from hub.errors import Forbidden, NotImplementedHere, RepoExists, RepoNotFound
+from hub.errors import Forbidden, RepoExists, RepoNotFound
 from hub.hf import bodies, info, listing
 from hub.hf.cards import card_at
 from hub.hf.deps import CommitDep, RepoDep, TypeDep, type_named
-from hub.hf.routing import hf_router
+from hub.hf.routing import hf_router, next_page
 from hub.repos import service as repos
-from hub.repos.models import Commit, CommitEntry
+from hub.repos.models import Commit, CommitEntry, RepoType
 from hub.users import service as users
 from hub.users.models import Scope, Token, User
 from hub.users.service import Viewer
@@ -49,8 +49,13 @@ def whoami(session: ReadSession, viewer: ViewerDep) -> dict[str, Any]:
         "isPro": False,
         "avatarUrl": "",
         "orgs": [
-            {"type": "org", "id": f"{org.id:024x}", "name": org.name, "fullname": org.name}
-            | {"roleInOrg": str(role)}
+            {
+                "type": "org",
+                "id": f"{org.id:024x}",
+                "name": org.name,
+                "fullname": org.full_name or org.name,
+                "roleInOrg": str(role),
+            }
             for org, role in users.organizations(session, user)
         ],
         "auth": {
@@ -99,18 +104,31 @@ def create(
             session, viewer, namespace, body.name, private=body.is_private() or False, type=type
         )
     except RepoExists as error:
-        try:
-            existing = repos.get_repo(session, viewer, namespace, body.name, type=type)
-        except RepoNotFound:
-            # The name is reserved by a repo that is gone: a 409 would mean that it can be used.
-            raise Forbidden(error.message) from error
-        return JSONResponse(
-            {"error": error.message, "url": info.repo_url(base, existing)},
-            409,
-            {"X-Error-Code": error.code, "X-Error-Message": error.message},
-        )
+        return already_there(session, viewer, base, type, namespace, body.name, error)
     return JSONResponse(
         {"url": info.repo_url(base, made), "name": made.full_name, "id": f"{made.id:024x}"}
+    )
+
+
+def already_there(
+    session: Session,
+    viewer: Viewer,
+    base: str,
+    type: RepoType,
+    namespace: str,
+    name: str,
+    error: RepoExists,
+) -> Response:
+    """The 409 of a name that is taken, with the address of the repo that has it."""
+    try:
+        existing = repos.get_repo(session, viewer, namespace, name, type=type)
+    except RepoNotFound:
+        # The name is reserved by a repo that is gone: a 409 would mean that it can be used.
+        raise Forbidden(error.message) from error
+    return JSONResponse(
+        {"error": error.message, "url": info.repo_url(base, existing)},
+        409,
+        {"X-Error-Code": error.code, "X-Error-Message": error.message},
     )
 
 
@@ -137,11 +155,11 @@ def move(body: bodies.MoveRepo, session: WriteSession, viewer: WriterDep) -> dic
 def settings(
     body: bodies.Settings, session: WriteSession, viewer: WriterDep, repo: RepoDep
 ) -> dict[str, Any]:
-    """Visibility; what is not given stays."""
-    if body.gated not in (None, False):
-        raise NotImplementedHere("this hub has no gated repos")
-    changed = repos.update_settings(session, viewer, repo, private=body.is_private())
-    return {"private": changed.private, "gated": False}
+    """Visibility, and who may have the files; what is not given stays."""
+    changed = repos.update_settings(
+        session, viewer, repo, private=body.is_private(), gated=body.gated
+    )
+    return {"private": changed.private, "gated": changed.gated or False}
 
 
 def _namespace(organization: str | None, user: User) -> str:
@@ -190,21 +208,6 @@ def _expanded(answer: dict[str, Any], wanted: set[str]) -> dict[str, Any]:
     return {name: value for name, value in answer.items() if name in {"_id", "id", *wanted}}
 
 
-@router.get(API + "/auth-check")
-def auth_check(repo: RepoDep) -> dict[str, Any]:
-    """200 if the viewer may read the repo."""
-    return {}
-
-
-@router.get(API + "/auth-check/write")
-def auth_check_write(session: ReadSession, viewer: ViewerDep, repo: RepoDep) -> dict[str, Any]:
-    """200 if the viewer may write to the repo."""
-    user = viewer.require_write()
-    if not users.may_write(session, viewer, repo.namespace, repo.name):
-        raise Forbidden(f"{user.name} may not write to {repo.full_name}")
-    return {}
-
-
 @router.post("/api/validate-yaml", dependencies=[Open])
 def validate_yaml(body: bodies.Card) -> Response:
     """Asked before every upload of a README.md; an answer other than 200 stops the upload."""
@@ -239,7 +242,7 @@ def list_repos(
         items.append(_expanded(item, wanted))
     headers = {}
     if page.cursor is not None:
-        headers["Link"] = _next(request, page.cursor)
+        headers["Link"] = next_page(request, page.cursor)
     return JSONResponse(items, headers=headers)
 
 
@@ -270,7 +273,7 @@ def tree(
     )
     headers = {}
     if len(rest) > size:
-        headers["Link"] = _next(request, rest[size - 1]["path"])
+        headers["Link"] = next_page(request, rest[size - 1]["path"])
     return JSONResponse(rest[:size], headers=headers)
 
 
@@ -320,7 +323,9 @@ def refs(session: ReadSession, repo: RepoDep, include_prs: str = "") -> dict[str
         "tags": [_ref("tags", *item) for item in found.tags.items()],
         "converts": [],
     }
-    return answer | ({"pullRequests": []} if flag(include_prs) else {})
+    if flag(include_prs):
+        answer["pullRequests"] = [_ref("pr", *item) for item in found.pulls.items()]
+    return answer
 
 
 def _ref(kind: str, name: str, commit: str) -> dict[str, str]:
@@ -376,12 +381,5 @@ def commits(
     found, following = repos.commits(session, repo, commit, limit, cursor)
     headers = {}
     if following is not None:
-        headers["Link"] = _next(request, following)
+        headers["Link"] = next_page(request, following)
     return JSONResponse([info.commit_item(item) for item in found], headers=headers)
-
-
-def _next(request: Request, cursor: str) -> str:
-    """Clients follow it as it is: absolute, on the public address, with the same query."""
-    query = request.url.include_query_params(cursor=cursor).query
-    path = request.scope["raw_path"].decode("ascii")
-    return f'<{public_url(request)}{path}?{query}>; rel="next"'

@@ -6,11 +6,24 @@ from fastapi import APIRouter, Request, Response
 
 from hub.deps import Open
 from hub.errors import NotImplementedHere
-from hub.hf import commits, files, lfs, lfs_parts, repos, xet
+from hub.hf import (
+    access,
+    commits,
+    discussions,
+    files,
+    history,
+    lfs,
+    lfs_parts,
+    repos,
+    social,
+    xet,
+)
 from hub.hf.routing import hf_router
 
+PARTS = (repos, access, social, history, discussions, commits, lfs, lfs_parts, xet, files)
+
 router = APIRouter()
-for part in (repos, commits, lfs, lfs_parts, xet, files):
+for part in PARTS:
     router.include_router(part.router)
 
 # Included after every other router: what nobody answers under /api.

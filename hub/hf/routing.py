@@ -14,7 +14,8 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.routing import Match
 from starlette.types import Scope
 
-from hub.errors import EntryNotFound, HubError, RepoNotFound, Unauthorized
+from hub.deps import public_url
+from hub.errors import EntryNotFound, GatedRepo, HubError, RepoNotFound, Unauthorized
 
 TAG = "hf"
 # For bodies that are streamed: their route counts and compares with a setting.
@@ -76,6 +77,14 @@ def render(request: Request, error: HubError, status: HTTPStatus) -> Response:
         if anonymous:
             return refusal(HTTPStatus.UNAUTHORIZED, error.code, ANONYMOUS)
         return refusal(HTTPStatus.NOT_FOUND, error.code, "Repository not found")
+    if isinstance(error, GatedRepo):
+        restricted = f"Access to {error.repo} is restricted"
+        if anonymous:
+            what = "You must have access to it and be authenticated to access it. Please log in."
+            return refusal(HTTPStatus.UNAUTHORIZED, error.code, f"{restricted}. {what}")
+        where = f"Visit {public_url(request)}/{error.repo} to ask for access."
+        what = f"{restricted} and you are not in the authorized list. {where}"
+        return refusal(status, error.code, what)
     if isinstance(error, Unauthorized):
         return refusal(status, None, ANONYMOUS if anonymous else BAD_TOKEN)
     if isinstance(error, EntryNotFound) and error.commit is not None:
@@ -94,3 +103,13 @@ def refusal(
     if code is not None:
         extra["X-Error-Code"] = code
     return JSONResponse({"error": message}, status, extra)
+
+
+def next_page(request: Request, cursor: str) -> str:
+    """The Link header of a page that is not the last.
+
+    Clients follow it as it is: absolute, on the public address, with the same query.
+    """
+    query = request.url.include_query_params(cursor=cursor).query
+    path = request.scope["raw_path"].decode("ascii")
+    return f'<{public_url(request)}{path}?{query}>; rel="next"'

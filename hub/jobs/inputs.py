@@ -10,7 +10,7 @@ from sqlalchemy.orm import aliased
 from sqlmodel import Session, col, select
 
 from hub.blobs.store import BlobStore, Sha256
-from hub.errors import Invalid, NotFound
+from hub.errors import GatedRepo, Invalid, NotFound
 from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry, Repo
 from hub.users.service import Viewer
@@ -92,10 +92,11 @@ def _resolve(
     namespace, _, name = match["repo"].partition("/")
     try:
         repo = repos.get_repo(session, viewer, namespace, name)
+        repos.require_files(session, viewer, repo)
         commit = repos.resolve(session, repo, match["revision"] or "main")
         if match["file"] is not None:
             repos.entry(session, commit, match["file"])
-    except (NotFound, Invalid) as error:
+    except (NotFound, Invalid, GatedRepo) as error:
         raise BadRecipe(f"{param}.ref", error.message) from error
     files = {item.path: item.sha256 for item in repos.entries(session, commit)}
     if match["file"] is not None:
@@ -130,7 +131,7 @@ def _by_digest(
         select(main.commit_id, main.path)
         .join(Commit, col(Commit.id) == col(main.commit_id))
         .join(Repo, col(Repo.id) == col(Commit.repo_id))
-        .where(main.sha256 == source.sha256, repos.visible_to(session, viewer))
+        .where(main.sha256 == source.sha256, repos.files_visible_to(session, viewer))
     )
     found = session.exec(places.order_by(col(Commit.created_at).desc())).all()
     if not found:

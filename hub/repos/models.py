@@ -6,7 +6,7 @@
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import BigInteger, Index, String, UniqueConstraint
+from sqlalchemy import BigInteger, ForeignKeyConstraint, Index, String, UniqueConstraint
 from sqlmodel import Field, SQLModel
 
 from hub.db import UTCDateTime, now
@@ -21,8 +21,24 @@ class RepoType(StrEnum):
 
 
 class RefKind(StrEnum):
+    """A pull request is a branch `refs/pr/<number>` that only its own routes make."""
+
     BRANCH = "branch"
     TAG = "tag"
+    PULL = "pull"
+
+
+class Gate(StrEnum):
+    """Who lets people at the files of a gated repo: the hub when they ask, or its owners."""
+
+    AUTO = "auto"
+    MANUAL = "manual"
+
+
+class AccessState(StrEnum):
+    PENDING = "pending"
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
 
 
 class BlobState(StrEnum):
@@ -70,6 +86,8 @@ class Repo(SQLModel, table=True):
     namespace_key: str = Field(foreign_key="namespace.key")
     key: str
     private: bool = False
+    # Gate; everybody who sees the repo may have its files where it is None.
+    gated: str | None = None
     owner_id: int | None = Field(default=None, foreign_key="user.id", ondelete="SET NULL")
     head: str | None = None
     downloads: int = 0
@@ -129,6 +147,92 @@ class Ref(SQLModel, table=True):
     kind: str = Field(primary_key=True)
     name: str = Field(primary_key=True)
     commit_id: str = Field(foreign_key="commit.id", ondelete="CASCADE", index=True)
+
+
+class AccessRequest(SQLModel, table=True):
+    """A user's wish for the files of a gated repo, and what became of it."""
+
+    __tablename__ = "access_request"
+    __table_args__ = (UniqueConstraint("repo_id", "user_id"),)
+
+    id: int | None = Field(default=None, primary_key=True)
+    repo_id: int = Field(foreign_key="repo.id", ondelete="CASCADE")
+    user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
+    state: str  # AccessState
+    reason: str = ""
+    created_at: datetime = Field(default_factory=now, sa_type=UTCDateTime)
+
+
+class Like(SQLModel, table=True):
+    """`repo.likes` is how many of these a repo has."""
+
+    __tablename__ = "like"
+
+    repo_id: int = Field(primary_key=True, foreign_key="repo.id", ondelete="CASCADE")
+    user_id: int = Field(primary_key=True, foreign_key="user.id", ondelete="CASCADE", index=True)
+    created_at: datetime = Field(default_factory=now, sa_type=UTCDateTime)
+
+
+class DiscussionStatus(StrEnum):
+    """`draft` and `merged` are for pull requests alone."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+    MERGED = "merged"
+    DRAFT = "draft"
+
+
+class Discussion(SQLModel, table=True):
+    """A conversation about a repo; a pull request also has the branch `refs/pr/<num>`."""
+
+    __tablename__ = "discussion"
+
+    repo_id: int = Field(primary_key=True, foreign_key="repo.id", ondelete="CASCADE")
+    num: int = Field(primary_key=True)
+    author_id: int | None = Field(
+        default=None, foreign_key="user.id", ondelete="SET NULL", index=True
+    )
+    title: str
+    status: str = DiscussionStatus.OPEN
+    # The branch that a pull request would change; None for a plain discussion.
+    target: str | None = None
+    merged_as: str | None = None
+    created_at: datetime = Field(default_factory=now, sa_type=UTCDateTime)
+
+    @property
+    def is_pull_request(self) -> bool:
+        return self.target is not None
+
+
+class EventKind(StrEnum):
+    COMMENT = "comment"
+    STATUS = "status-change"
+    TITLE = "title-change"
+
+
+class DiscussionEvent(SQLModel, table=True):
+    """What happened in a discussion: `text` is a comment, or the title or status after `before`."""
+
+    __tablename__ = "discussion_event"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["repo_id", "num"], ["discussion.repo_id", "discussion.num"], ondelete="CASCADE"
+        ),
+        Index("ix_discussion_event_repo_id_num", "repo_id", "num"),
+    )
+
+    id: int | None = Field(default=None, primary_key=True)
+    repo_id: int
+    num: int
+    author_id: int | None = Field(
+        default=None, foreign_key="user.id", ondelete="SET NULL", index=True
+    )
+    kind: str  # EventKind
+    before: str = ""
+    text: str = ""
+    is_edited: bool = False
+    is_hidden: bool = False
+    created_at: datetime = Field(default_factory=now, sa_type=UTCDateTime)
 
 
 class Hold(SQLModel, table=True):

@@ -76,8 +76,10 @@ def apply(
             case Add(path, stored, lfs):
                 after[check_path(path)] = _file(path, stored, lfs)
             case Delete(path):
+                # Clients that do not know which it is name a folder like a file.
                 if after.pop(path, None) is None:
-                    raise EntryNotFound(f"A file with this name doesn't exist: {path}", "path")
+                    for inner in _inside(after, path, "file"):
+                        del after[inner]
             case DeleteFolder(path):
                 for inner in _inside(after, path):
                     del after[inner]
@@ -114,11 +116,11 @@ def _file(path: str, stored: Stored, lfs: bool) -> File:
     return File(stored.sha256, git_oid, stored.size, lfs)
 
 
-def _inside(files: Mapping[str, File], folder: str) -> list[str]:
+def _inside(files: Mapping[str, File], folder: str, what: str = "folder") -> list[str]:
     prefix = folder.rstrip("/") + "/"
     inner = [path for path in files if path.startswith(prefix)]
     if not inner:
-        raise EntryNotFound(f"A folder with this name doesn't exist: {folder}", "path")
+        raise EntryNotFound(f"A {what} with this name doesn't exist: {folder}", "path")
     return inner
 
 

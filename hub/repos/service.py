@@ -8,9 +8,10 @@ Writing checks the right to do so again inside the transaction.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import Literal
 
-from sqlalchemy import ColumnElement, delete, insert, true
+from sqlalchemy import ColumnElement, and_, delete, insert, true
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, or_, select
 
@@ -23,6 +24,7 @@ from hub.errors import (
     Busy,
     EntryNotFound,
     Forbidden,
+    GatedRepo,
     RefExists,
     RepoExists,
     RepoNotFound,
@@ -31,11 +33,15 @@ from hub.errors import (
 )
 from hub.repos import operations as ops
 from hub.repos.models import (
+    AccessRequest,
+    AccessState,
     Blob,
     BlobState,
     Commit,
     CommitEntry,
+    Discussion,
     Event,
+    Gate,
     Hold,
     Redirect,
     Ref,
@@ -53,6 +59,8 @@ MAIN = "main"
 STORE = "store"  # of `session.info` in a writing session
 HOLD_FOR = timedelta(hours=48)
 _AT_ONCE = 500  # rows of one statement: databases limit its parameters
+# Clients show it to people, and huggingface_hub's own tests compare it.
+_MOVED_ON = "The branch was updated since you opened this page. Please refresh and try again."
 
 
 def create_repo(
@@ -69,7 +77,7 @@ def create_repo(
 
     RepoExists, BadName, Forbidden; with `exist_ok` the repo that is there.
     """
-    user = _require_writer(session, viewer, check_namespace(namespace), name)
+    user = require_writer(session, viewer, check_namespace(namespace), name)
     check_name(name, "name")
     canonical = users.require_namespace(session, user, namespace, "namespace")
     key = key_of(f"{namespace}/{name}")
@@ -89,10 +97,10 @@ def create_repo(
     )
     session.add(repo)
     session.flush()
-    first = _insert_commit(session, repo, user.name, MAIN, None, {}, {}, "initial commit", "")
+    first = insert_commit(session, repo, user.name, MAIN, None, {}, {}, "initial commit", "")
     session.add(Ref(repo_id=_id(repo), kind=RefKind.BRANCH, name=MAIN, commit_id=first.id))
     repo.head = first.id
-    _tell(session, "repo.created", repo)
+    tell(session, "repo.created", repo)
     record(session, user.id, "repo.create", repo.full_name)
     return repo
 
@@ -146,25 +154,34 @@ def list_repos(
 
 
 def update_settings(
-    session: Session, viewer: Viewer, repo: Repo, *, private: bool | None = None
+    session: Session,
+    viewer: Viewer,
+    repo: Repo,
+    *,
+    private: bool | None = None,
+    gated: Gate | Literal[False] | None = None,
 ) -> Repo:
-    """Only what is given is changed."""
-    user = _require_writer(session, viewer, repo.namespace, repo.name)
-    repo = _locked(session, repo)
+    """Only what is given is changed; `gated=False` opens the files to all who see the repo."""
+    user = require_writer(session, viewer, repo.namespace, repo.name)
+    repo = locked(session, repo)
+    if gated is not None and (gated or None) != repo.gated:
+        repo.gated = gated or None
+        tell(session, "repo.visibility", repo)
+        record(session, user.id, "repo.gated", f"{repo.full_name}: {gated or 'open'}")
     if private is not None and private != repo.private:
         repo.private = private
-        _tell(session, "repo.visibility", repo)
+        tell(session, "repo.visibility", repo)
         record(session, user.id, "repo.private" if private else "repo.public", repo.full_name)
     return repo
 
 
 def move_repo(session: Session, viewer: Viewer, repo: Repo, namespace: str, name: str) -> Repo:
     """A new name; the old one redirects and stays its owner's. RepoExists, BadName, Forbidden."""
-    user = _require_writer(session, viewer, repo.namespace, repo.name)
-    _require_writer(session, viewer, check_namespace(namespace), name)
+    user = require_writer(session, viewer, repo.namespace, repo.name)
+    require_writer(session, viewer, check_namespace(namespace), name)
     check_name(name, "name")
     canonical = users.require_namespace(session, user, namespace, "namespace")
-    repo = _locked(session, repo)
+    repo = locked(session, repo)
     old_name, old_key = repo.full_name, repo.key
     key = key_of(f"{namespace}/{name}")
     if key != old_key:
@@ -175,7 +192,7 @@ def move_repo(session: Session, viewer: Viewer, repo: Repo, namespace: str, name
         session.add(Redirect(type=repo.type, key=old_key, repo_id=_id(repo)))
     repo.namespace, repo.name = canonical, name
     repo.namespace_key, repo.key = key_of(namespace), key
-    _tell(session, "repo.moved", repo)
+    tell(session, "repo.moved", repo)
     record(session, user.id, "repo.move", f"{old_name} -> {repo.full_name}")
     return repo
 
@@ -189,12 +206,12 @@ def is_unused(session: Session, full_name: str, *, type: str = RepoType.MODEL) -
 
 def delete_repo(session: Session, viewer: Viewer, repo: Repo) -> None:
     """Its rows go, its name stays taken, its blobs stay until nothing else refers to them."""
-    user = _require_writer(session, viewer, repo.namespace, repo.name)
-    repo = _locked(session, repo)
+    user = require_writer(session, viewer, repo.namespace, repo.name)
+    repo = locked(session, repo)
     for old in session.exec(select(Redirect).where(Redirect.repo_id == repo.id)).all():
         session.delete(old)
     _bury(session, repo.key, repo.type, user)
-    _tell(session, "repo.deleted", repo)
+    tell(session, "repo.deleted", repo)
     record(session, user.id, "repo.delete", repo.full_name)
     session.flush()
     session.execute(delete(Repo).where(col(Repo.id) == repo.id))
@@ -204,11 +221,12 @@ def delete_repo(session: Session, viewer: Viewer, repo: Repo) -> None:
 def resolve(session: Session, repo: Repo, revision: str = MAIN) -> Commit:
     """Branch, then tag, then commit id or its unambiguous first 7 or more digits.
 
-    `refs/heads/…` and `refs/tags/…` name their kind. RevisionNotFound.
+    `refs/heads/…`, `refs/tags/…` and `refs/pr/…` name their kind. RevisionNotFound.
     """
     for prefix, kinds in (
         ("refs/heads/", (RefKind.BRANCH,)),
         ("refs/tags/", (RefKind.TAG,)),
+        ("refs/pr/", (RefKind.PULL,)),
         ("", (RefKind.BRANCH, RefKind.TAG)),
     ):
         if not revision.startswith(prefix):
@@ -263,15 +281,18 @@ class Refs:
 
     branches: Mapping[str, str]
     tags: Mapping[str, str]
+    pulls: Mapping[str, str]
 
 
 def refs(session: Session, repo: Repo) -> Refs:
-    """All branches and tags."""
+    """All branches, tags and pull requests."""
     rows = session.exec(select(Ref).where(Ref.repo_id == repo.id).order_by(col(Ref.name))).all()
-    return Refs(
-        {row.name: row.commit_id for row in rows if row.kind == RefKind.BRANCH},
-        {row.name: row.commit_id for row in rows if row.kind == RefKind.TAG},
-    )
+
+    def of(kind: RefKind) -> dict[str, str]:
+        return {row.name: row.commit_id for row in rows if row.kind == kind}
+
+    pulls = sorted(of(RefKind.PULL).items(), key=lambda item: int(item[0]))
+    return Refs(of(RefKind.BRANCH), of(RefKind.TAG), dict(pulls))
 
 
 def commit(
@@ -289,16 +310,14 @@ def commit(
 
     StaleParent if `parent` is given and the branch has moved; RevisionNotFound without the branch.
     """
-    user = _require_writer(session, viewer, repo.namespace, repo.name)
+    user = require_committer(session, viewer, repo, branch)
     if not message or len(message) > 1000:
         raise BadField("a commit's message has 1 to 1000 characters", "message")
-    repo = _locked(session, repo)
-    ref = session.get(Ref, (repo.id, RefKind.BRANCH, branch.removeprefix("refs/heads/")))
-    if ref is None:
-        raise RevisionNotFound(f"Invalid rev id: {branch[:200]}", "branch")
+    repo = locked(session, repo)
+    ref = branch_ref(session, repo, branch)
     head = session.get_one(Commit, ref.commit_id)
     if parent is not None and not (len(parent) >= 5 and head.id.startswith(parent)):
-        raise StaleParent("A commit has happened since. Please refresh and try again.", "parent")
+        raise StaleParent(_MOVED_ON, "parent")
     before = {e.path: e for e in entries(session, head)}
     files = ops.files_of(before.values())
     after = ops.apply(
@@ -309,16 +328,47 @@ def commit(
     if after == files:
         return head
     _keep(session, [o.stored for o in operations if isinstance(o, ops.Add)])
-    made = _insert_commit(
+    return advance(session, user, repo, ref, before, after, message, description)
+
+
+def advance(
+    session: Session,
+    user: User,
+    repo: Repo,
+    ref: Ref,
+    before: Mapping[str, CommitEntry],
+    after: ops.Files,
+    message: str,
+    description: str = "",
+) -> Commit:
+    """A new commit with the files `after` on a branch of a locked repo; `before` are its head's."""
+    head = session.get_one(Commit, ref.commit_id)
+    made = insert_commit(
         session, repo, user.name, ref.name, head, before, after, message, description
     )
-    ref.commit_id = made.id
-    repo.last_modified = made.created_at
-    if ref.name == MAIN:
-        repo.head = made.id
-    _tell(session, "repo.committed", repo, made)
+    point(session, repo, ref, made)
     record(session, user.id, "repo.commit", f"{repo.full_name}@{ref.name} {made.id}")
     return made
+
+
+def point(session: Session, repo: Repo, ref: Ref, commit: Commit) -> None:
+    """Let a branch of a locked repo end in another commit, and tell the projection."""
+    ref.commit_id = commit.id
+    repo.last_modified = now()
+    if ref.kind == RefKind.BRANCH and ref.name == MAIN:
+        repo.head = commit.id
+    session.add_all([ref, repo])
+    tell(session, "repo.committed", repo, commit)
+
+
+def branch_ref(session: Session, repo: Repo, name: str) -> Ref:
+    """The row of a branch, or of a pull request as `refs/pr/<number>`; RevisionNotFound."""
+    kind = RefKind.PULL if name.startswith("refs/pr/") else RefKind.BRANCH
+    short = name.removeprefix("refs/pr/").removeprefix("refs/heads/")
+    ref = session.get(Ref, (repo.id, kind, short))
+    if ref is None:
+        raise RevisionNotFound(f"Invalid rev id: {name[:200]}", "branch")
+    return ref
 
 
 def create_branch(
@@ -404,7 +454,7 @@ def known(session: Session, viewer: Viewer, sha256: Sha256) -> Stored | None:
         select(Repo.id)
         .join(Commit, col(Commit.repo_id) == col(Repo.id))
         .join(CommitEntry, col(CommitEntry.commit_id) == col(Commit.id))
-        .where(CommitEntry.sha256 == sha256, visible_to(session, viewer))
+        .where(CommitEntry.sha256 == sha256, files_visible_to(session, viewer))
     )
     return stored if session.exec(readable.limit(1)).first() is not None else None
 
@@ -418,7 +468,7 @@ def _find(session: Session, key: str, type: str) -> Repo | None:
     return session.exec(select(Repo).where(Repo.type == type, Repo.key == key)).first()
 
 
-def _locked(session: Session, repo: Repo) -> Repo:
+def locked(session: Session, repo: Repo) -> Repo:
     """The row as it is now; on PostgreSQL other writers of this repo wait from here on."""
     query = select(Repo).where(Repo.id == repo.id).with_for_update()
     found = session.exec(query.execution_options(populate_existing=True)).first()
@@ -444,13 +494,72 @@ def may_read(session: Session, viewer: Viewer, repo: Repo) -> bool:
     return not repo.private or users.may_read_private(session, viewer, repo.namespace, repo.name)
 
 
-def _require_writer(session: Session, viewer: Viewer, namespace: str, name: str) -> User:
+def files_visible_to(session: Session, viewer: Viewer) -> ColumnElement[bool]:
+    """The condition on `Repo` that `may_read_files` decides for one."""
+    keys = users.private_keys(session, viewer)
+    if keys is None:
+        return true()
+    accepted = select(AccessRequest.repo_id).where(
+        AccessRequest.user_id == viewer.user_id, AccessRequest.state == AccessState.ACCEPTED
+    )
+    let_in: ColumnElement[bool] = col(Repo.id).in_(accepted)
+    if viewer.places is not None:
+        inside = (col(Repo.namespace_key).in_(viewer.places), col(Repo.key).in_(viewer.places))
+        let_in = and_(let_in, or_(*inside))
+    return or_(
+        and_(col(Repo.private).is_(False), or_(col(Repo.gated).is_(None), let_in)),
+        col(Repo.namespace_key).in_(keys.namespaces),
+        col(Repo.key).in_(keys.repos),
+    )
+
+
+def may_read_files(session: Session, viewer: Viewer, repo: Repo) -> bool:
+    """Whether the viewer may have the bytes of a repo too: not those of a gated one unasked."""
+    query = select(Repo.id).where(Repo.id == repo.id, files_visible_to(session, viewer))
+    return session.exec(query).first() is not None
+
+
+def require_files(session: Session, viewer: Viewer, repo: Repo) -> None:
+    """GatedRepo, for a repo that the viewer may see."""
+    if not may_read_files(session, viewer, repo):
+        raise GatedRepo(repo.full_name)
+
+
+def require_writer(session: Session, viewer: Viewer, namespace: str, name: str) -> User:
     viewer.require_write()
     viewer = users.recheck(session, viewer)
     user = viewer.require_write()
     if not users.may_write(session, viewer, namespace, name):
         raise Forbidden(f"{user.name} may not write to {namespace}/{name}")
     return user
+
+
+def require_participant(session: Session, viewer: Viewer, repo: Repo) -> User:
+    """Who may speak in a repo they see without writing to it; Unauthorized, Forbidden."""
+    viewer = users.recheck(session, viewer)
+    user = viewer.require_write()
+    if not viewer.covers(repo.namespace, repo.name):
+        raise Forbidden(f"this token may not be used in {repo.full_name}")
+    return user
+
+
+def require_committer(session: Session, viewer: Viewer, repo: Repo, branch: str) -> User:
+    """Who may write to the repo, and for a pull request who opened it; Forbidden."""
+    if branch.startswith("refs/pr/"):
+        user = require_participant(session, viewer, repo)
+        number = branch.removeprefix("refs/pr/")
+        opened_by = session.exec(
+            select(Discussion.author_id).where(
+                Discussion.repo_id == repo.id, Discussion.num == _number(number)
+            )
+        ).first()
+        if opened_by is not None and opened_by == user.id:
+            return user
+    return require_writer(session, viewer, repo.namespace, repo.name)
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
 
 
 def _claim(
@@ -474,7 +583,7 @@ def _bury(session: Session, key: str, type: str, user: User) -> None:
     session.add(NameTombstone(type=type, key=key, user_id=user.id))
 
 
-def _tell(session: Session, kind: str, repo: Repo, made: Commit | None = None) -> None:
+def tell(session: Session, kind: str, repo: Repo, made: Commit | None = None) -> None:
     session.add(Event(kind=kind, repo_id=_id(repo), commit_id=made.id if made else None))
     session.flush()
 
@@ -521,7 +630,7 @@ def _revive(session: Session, digests: Collection[str]) -> None:
     session.flush()
 
 
-def _insert_commit(
+def insert_commit(
     session: Session,
     repo: Repo,
     author: str,
@@ -531,7 +640,9 @@ def _insert_commit(
     after: ops.Files,
     message: str,
     description: str,
+    created_at: datetime | None = None,
 ) -> Commit:
+    """A commit of a locked repo that no ref points to yet; `before` are its parent's files."""
     made = Commit(
         id="",
         repo_id=_id(repo),
@@ -539,7 +650,7 @@ def _insert_commit(
         author=author,
         message=message,
         description=description,
-        created_at=now(),
+        created_at=created_at or now(),
     )
     made.id = ops.commit_id(made, after, repo=f"{repo.type}/{repo.id}", branch=branch)
     session.add(made)
@@ -579,8 +690,8 @@ def _by_prefix(session: Session, repo: Repo, revision: str) -> Commit | None:
 def _create_ref(
     session: Session, viewer: Viewer, repo: Repo, kind: RefKind, name: str, revision: str
 ) -> Ref:
-    user = _require_writer(session, viewer, repo.namespace, repo.name)
-    repo = _locked(session, repo)
+    user = require_writer(session, viewer, repo.namespace, repo.name)
+    repo = locked(session, repo)
     check_ref_name(name, kind)
     folder = {RefKind.BRANCH: "heads", RefKind.TAG: "tags"}[kind]
     if session.get(Ref, (repo.id, kind, name)) is not None:
@@ -593,8 +704,8 @@ def _create_ref(
 
 
 def _delete_ref(session: Session, viewer: Viewer, repo: Repo, kind: RefKind, name: str) -> None:
-    user = _require_writer(session, viewer, repo.namespace, repo.name)
-    repo = _locked(session, repo)
+    user = require_writer(session, viewer, repo.namespace, repo.name)
+    repo = locked(session, repo)
     ref = session.get(Ref, (repo.id, kind, name))
     if ref is None:
         raise RevisionNotFound(f"Invalid rev id: {name[:200]}", kind)

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from http import HTTPStatus
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, HTTPException, Query, Request
-from fastapi.responses import Response
+from fastapi.responses import RedirectResponse, Response
 from sqlmodel import Session, col, func, select
 
 from hub.adapters import items as catalogue
@@ -19,11 +20,13 @@ from hub.adapters.projection import CARD_PATH
 from hub.adapters.search import is_tool_tag
 from hub.blobs.store import Sha256
 from hub.context import Hub
-from hub.deps import HubDep, ReadSession, ViewerDep, public_url
+from hub.deps import HubDep, ReadSession, ViewerDep, WriterDep, WriteSession, public_url
 from hub.errors import RepoNotFound
+from hub.repos import access
 from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry, Repo, RepoType
 from hub.users import service as users
+from hub.users.service import Viewer
 from hub.web import facts
 from hub.web import origin as origins
 from hub.web.markdown import card_html
@@ -145,8 +148,18 @@ def show_repo(
         origin=_origin(session, viewer, adapter, entries),
         card_html=card_html(card.body, _url(repo), {p.path: p for p in pictures}),
         card_problem=card.problem,
+        gate=_gate(session, viewer, repo),
         **_facts(session, viewer, adapter),
     )
+
+
+def _gate(session: Session, viewer: Viewer, repo: Repo) -> str | None:
+    """What stands between the viewer and the files; None where nothing does."""
+    if repos.may_read_files(session, viewer, repo):
+        return None
+    if viewer.user is None:
+        return "sign in"
+    return access.state_of(session, viewer, repo) or "ask"
 
 
 @router.get("/{namespace}/{name}/tree/{place:path}")
@@ -184,7 +197,8 @@ def show_file(
     revision, path = _split(session, repo, place)
     commit = repos.resolve(session, repo, revision)
     entry = repos.entry(session, commit, path)
-    text = _text(hub, entry)
+    is_closed = not repos.may_read_files(session, viewer, repo)
+    text = None if is_closed else _text(hub, entry)
     preview = next((p for p in catalogue.previews(session, repo) if p.sha256 == entry.sha256), None)
     adapter = session.exec(
         select(Adapter).where(Adapter.repo_id == repo.id, Adapter.sha256 == entry.sha256)
@@ -201,9 +215,23 @@ def show_file(
         download_url=link,
         text=text,
         preview=preview,
-        why_not="This file holds tensors." if adapter else "This file is not text.",
+        why_not=_why_not(adapter, is_closed),
         file_url=f"{_url(repo)}?file={quote(adapter.path)}" if adapter else None,
     )
+
+
+def _why_not(adapter: Adapter | None, is_closed: bool) -> str:
+    if is_closed:
+        return "This repo is gated: ask for access on its page."
+    return "This file holds tensors." if adapter else "This file is not text."
+
+
+@router.post("/{namespace}/{name}/ask-access")
+@router.post("/datasets/{namespace}/{name}/ask-access")
+def ask_access(repo: RepoDep, session: WriteSession, viewer: WriterDep) -> Response:
+    """The button of a gated repo's page."""
+    access.ask(session, viewer, repo)
+    return RedirectResponse(_url(repo), HTTPStatus.SEE_OTHER)
 
 
 @router.get("/{namespace}/{name}/commits/{revision:path}")

@@ -1,0 +1,352 @@
+"""Conversations about a repo, and pull requests: a branch of their own with a proposal in it.
+
+Whoever may read a repo may open one, comment and push to their own pull request; merging, and
+closing what others opened, is for those who may write to the repo.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+from sqlalchemy import func
+from sqlmodel import Session, col, select
+
+from hub.db import now
+from hub.errors import BadField, BadRequest, Conflict, DiscussionNotFound, Forbidden
+from hub.repos import history
+from hub.repos import operations as ops
+from hub.repos import service as repos
+from hub.repos.models import (
+    Commit,
+    Discussion,
+    DiscussionEvent,
+    DiscussionStatus,
+    EventKind,
+    Ref,
+    RefKind,
+    Repo,
+)
+from hub.users import service as users
+from hub.users.models import User
+from hub.users.service import Viewer
+
+MAX_TITLE = 300
+MAX_TEXT = 2**16
+PAGE = 50
+
+
+def start(session: Session, viewer: Viewer, repo: Repo, title: str, text: str = "") -> Discussion:
+    """A new discussion, with its first comment."""
+    user = repos.require_participant(session, viewer, repo)
+    return _insert(session, repos.locked(session, repo), user, title, text, None)
+
+
+def propose(
+    session: Session,
+    viewer: Viewer,
+    repo: Repo,
+    title: str,
+    text: str = "",
+    *,
+    branch: str = repos.MAIN,
+    parent: str | None = None,
+    is_draft: bool = False,
+) -> Discussion:
+    """A new pull request for a branch: `refs/pr/<num>` begins at its head, or at `parent`.
+
+    RevisionNotFound without the branch.
+    """
+    user = repos.require_participant(session, viewer, repo)
+    repo = repos.locked(session, repo)
+    target = repos.branch_ref(session, repo, branch)
+    if target.kind != RefKind.BRANCH:
+        raise BadRequest("a pull request is made for a branch", "revision")
+    begins = repos.resolve(session, repo, parent).id if parent is not None else target.commit_id
+    made = _insert(session, repo, user, title, text, target.name)
+    if is_draft:
+        made.status = DiscussionStatus.DRAFT
+    assert repo.id is not None
+    pull = Ref(repo_id=repo.id, kind=RefKind.PULL, name=str(made.num), commit_id=begins)
+    session.add(pull)
+    session.flush()
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """`total` counts all that fit, `start` those before this page."""
+
+    discussions: list[tuple[Discussion, User | None]]
+    start: int
+    total: int
+
+
+def listed(
+    session: Session,
+    repo: Repo,
+    *,
+    number: int = 0,
+    is_pull_request: bool | None = None,
+    status: str | None = None,
+    author: str | None = None,
+) -> Page:
+    """Page `number` of a repo's discussions, newest first; `status` is open, closed or None."""
+    query = (
+        select(Discussion, User)
+        .join(User, col(User.id) == col(Discussion.author_id), isouter=True)
+        .where(Discussion.repo_id == repo.id)
+    )
+    if is_pull_request is not None:
+        target = col(Discussion.target)
+        query = query.where(target.is_not(None) if is_pull_request else target.is_(None))
+    if status is not None:
+        open_ones = (DiscussionStatus.OPEN, DiscussionStatus.DRAFT)
+        is_open = col(Discussion.status).in_(open_ones)
+        query = query.where(is_open if status == DiscussionStatus.OPEN else ~is_open)
+    if author is not None:
+        query = query.where(func.lower(User.name) == author.lower())
+    total = session.exec(select(func.count()).select_from(query.subquery())).one()
+    start = number * PAGE
+    newest_first = query.order_by(col(Discussion.num).desc()).offset(start).limit(PAGE)
+    return Page([(item, user) for item, user in session.exec(newest_first)], start, total)
+
+
+def get(session: Session, repo: Repo, num: int) -> Discussion:
+    """DiscussionNotFound."""
+    found = session.get(Discussion, (repo.id, num)) if 0 < num < 2**31 else None
+    if found is None:
+        raise DiscussionNotFound(f"{repo.full_name} has no discussion {num}", "num")
+    return found
+
+
+def events(session: Session, discussion: Discussion) -> list[tuple[DiscussionEvent, User | None]]:
+    """Everything that happened, oldest first."""
+    query = (
+        select(DiscussionEvent, User)
+        .join(User, col(User.id) == col(DiscussionEvent.author_id), isouter=True)
+        .where(DiscussionEvent.repo_id == discussion.repo_id, DiscussionEvent.num == discussion.num)
+        .order_by(col(DiscussionEvent.id))
+    )
+    return [(event, user) for event, user in session.exec(query)]
+
+
+def comment(
+    session: Session, viewer: Viewer, repo: Repo, discussion: Discussion, text: str
+) -> DiscussionEvent:
+    user = repos.require_participant(session, viewer, repo)
+    return _tell(session, discussion, user, EventKind.COMMENT, _text(text))
+
+
+def edit(
+    session: Session,
+    viewer: Viewer,
+    repo: Repo,
+    discussion: Discussion,
+    event_id: int,
+    text: str,
+) -> DiscussionEvent:
+    """Forbidden for all but its author."""
+    user = repos.require_participant(session, viewer, repo)
+    event = _comment(session, discussion, event_id)
+    if event.author_id != user.id:
+        raise Forbidden("a comment is edited by its author alone")
+    event.text, event.is_edited = _text(text), True
+    session.add(event)
+    return event
+
+
+def hide(
+    session: Session, viewer: Viewer, repo: Repo, discussion: Discussion, event_id: int
+) -> DiscussionEvent:
+    """For its author and who may write to the repo; the text is gone for ever."""
+    user = repos.require_participant(session, viewer, repo)
+    event = _comment(session, discussion, event_id)
+    _require_owner(session, viewer, repo, event.author_id, user)
+    event.text, event.is_hidden = "", True
+    session.add(event)
+    return event
+
+
+def rename(
+    session: Session, viewer: Viewer, repo: Repo, discussion: Discussion, title: str
+) -> DiscussionEvent:
+    """For its author and who may write to the repo."""
+    user = repos.require_participant(session, viewer, repo)
+    _require_owner(session, viewer, repo, discussion.author_id, user)
+    old, discussion.title = discussion.title, _title(title)
+    session.add(discussion)
+    return _tell(session, discussion, user, EventKind.TITLE, discussion.title, before=old)
+
+
+def set_status(
+    session: Session,
+    viewer: Viewer,
+    repo: Repo,
+    discussion: Discussion,
+    status: DiscussionStatus,
+    text: str = "",
+) -> DiscussionEvent:
+    """Open or close; for its author and who may write to the repo. A merged one stays merged."""
+    user = repos.require_participant(session, viewer, repo)
+    _require_owner(session, viewer, repo, discussion.author_id, user)
+    if status not in (DiscussionStatus.OPEN, DiscussionStatus.CLOSED):
+        raise BadField("a discussion is opened or closed", "status")
+    if discussion.status == DiscussionStatus.MERGED:
+        raise Conflict(f"discussion {discussion.num} was merged")
+    if text:
+        _tell(session, discussion, user, EventKind.COMMENT, _text(text))
+    old, discussion.status = discussion.status, status
+    session.add(discussion)
+    return _tell(session, discussion, user, EventKind.STATUS, status, before=old)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What a pull request would do: the files after it, and the paths that cannot be merged."""
+
+    after: ops.Files
+    conflicts: list[str]
+
+
+def proposal(session: Session, repo: Repo, discussion: Discussion) -> Proposal:
+    """The three-way merge of the pull request's branch into its target."""
+    pull = repos.branch_ref(session, repo, f"refs/pr/{discussion.num}")
+    target = repos.branch_ref(session, repo, discussion.target or "")
+    base = _common(session, target.commit_id, pull.commit_id)
+
+    def files(commit_id: str | None) -> ops.Files:
+        if commit_id is None:
+            return {}
+        return ops.files_of(repos.entries(session, session.get_one(Commit, commit_id)))
+
+    ours, theirs = files(target.commit_id), files(pull.commit_id)
+    return Proposal(*history.merged(base=files(base), ours=ours, theirs=theirs))
+
+
+def merge(
+    session: Session, viewer: Viewer, repo: Repo, discussion: Discussion, text: str = ""
+) -> Commit:
+    """One new commit on the target with what the pull request changes; Conflict names a file."""
+    user = repos.require_writer(session, viewer, repo.namespace, repo.name)
+    repo = repos.locked(session, repo)
+    if not discussion.is_pull_request:
+        raise BadRequest(f"discussion {discussion.num} is no pull request")
+    if discussion.status not in (DiscussionStatus.OPEN, DiscussionStatus.DRAFT):
+        raise Conflict(f"pull request {discussion.num} is {discussion.status}")
+    found = proposal(session, repo, discussion)
+    if found.conflicts:
+        raise Conflict(f"{found.conflicts[0]} was changed in {discussion.target} too")
+    target = repos.branch_ref(session, repo, discussion.target or "")
+    head = session.get_one(Commit, target.commit_id)
+    before = {entry.path: entry for entry in repos.entries(session, head)}
+    made = head
+    if found.after != ops.files_of(before.values()):
+        message = f"{discussion.title} (#{discussion.num})"
+        made = repos.advance(session, user, repo, target, before, found.after, message, text)
+    old, discussion.status = discussion.status, DiscussionStatus.MERGED
+    discussion.merged_as = made.id
+    session.add(discussion)
+    _tell(session, discussion, user, EventKind.STATUS, DiscussionStatus.MERGED, before=old)
+    return made
+
+
+def commits(session: Session, repo: Repo, discussion: Discussion) -> list[Commit]:
+    """What was pushed to the pull request, oldest first."""
+    pull = session.get(Ref, (repo.id, RefKind.PULL, str(discussion.num)))
+    target = session.get(Ref, (repo.id, RefKind.BRANCH, discussion.target or ""))
+    if pull is None:
+        return []
+    known = set(_history(session, target.commit_id)) if target is not None else set()
+    own = itertools.takewhile(lambda c: c not in known, _history(session, pull.commit_id))
+    return [session.get_one(Commit, commit_id) for commit_id in own][::-1]
+
+
+def _common(session: Session, one: str, other: str) -> str | None:
+    """The newest commit that both histories have."""
+    ancestors = set(_history(session, one))
+    return next((commit for commit in _history(session, other) if commit in ancestors), None)
+
+
+def _history(session: Session, commit_id: str) -> list[str]:
+    found: list[str] = []
+    at: str | None = commit_id
+    while at is not None:
+        found.append(at)
+        at = session.exec(select(Commit.parent_id).where(Commit.id == at)).first()
+    return found
+
+
+def _insert(
+    session: Session, repo: Repo, user: User, title: str, text: str, target: str | None
+) -> Discussion:
+    assert repo.id is not None
+    last = session.exec(
+        select(func.max(Discussion.num)).where(Discussion.repo_id == repo.id)
+    ).first()
+    made = Discussion(
+        repo_id=repo.id,
+        num=(last or 0) + 1,
+        author_id=user.id,
+        title=_title(title),
+        target=target,
+        created_at=now(),
+    )
+    session.add(made)
+    session.flush()
+    if text:
+        _tell(session, made, user, EventKind.COMMENT, _text(text))
+    return made
+
+
+def _tell(
+    session: Session,
+    discussion: Discussion,
+    user: User,
+    kind: EventKind,
+    text: str,
+    *,
+    before: str = "",
+) -> DiscussionEvent:
+    event = DiscussionEvent(
+        repo_id=discussion.repo_id,
+        num=discussion.num,
+        author_id=user.id,
+        kind=kind,
+        before=before,
+        text=text,
+        created_at=now(),
+    )
+    session.add(event)
+    session.flush()
+    return event
+
+
+def _comment(session: Session, discussion: Discussion, event_id: int) -> DiscussionEvent:
+    event = session.get(DiscussionEvent, event_id)
+    is_here = event is not None and (event.repo_id, event.num, event.kind) == (
+        discussion.repo_id,
+        discussion.num,
+        EventKind.COMMENT,
+    )
+    if event is None or not is_here or event.is_hidden:
+        raise DiscussionNotFound(f"discussion {discussion.num} has no such comment", "comment")
+    return event
+
+
+def _require_owner(
+    session: Session, viewer: Viewer, repo: Repo, author_id: int | None, user: User
+) -> None:
+    if author_id != user.id and not users.may_write(session, viewer, repo.namespace, repo.name):
+        raise Forbidden(f"{user.name} may not change this in {repo.full_name}")
+
+
+def _title(title: str) -> str:
+    title = " ".join(title.split())
+    if not 1 <= len(title) <= MAX_TITLE:
+        raise BadField(f"a title has 1 to {MAX_TITLE} characters", "title")
+    return title
+
+
+def _text(text: str) -> str:
+    if not 1 <= len(text) <= MAX_TEXT:
+        raise BadField(f"a comment has 1 to {MAX_TEXT} characters", "comment")
+    return text

@@ -1,0 +1,57 @@
+"""Which repos a user likes; the number of likes stands in the repo's own row."""
+
+from sqlalchemy import func
+from sqlmodel import Session, col, select
+
+from hub.repos import service as repos
+from hub.repos.models import Like, Repo
+from hub.users.models import User
+from hub.users.service import Viewer
+
+
+def like(session: Session, viewer: Viewer, repo: Repo) -> None:
+    """Liking twice is liking once."""
+    user = repos.require_participant(session, viewer, repo)
+    assert repo.id is not None
+    assert user.id is not None
+    if session.get(Like, (repo.id, user.id)) is None:
+        session.add(Like(repo_id=repo.id, user_id=user.id))
+        _count(session, repo)
+
+
+def unlike(session: Session, viewer: Viewer, repo: Repo) -> None:
+    user = repos.require_participant(session, viewer, repo)
+    present = session.get(Like, (repo.id, user.id))
+    if present is not None:
+        session.delete(present)
+        _count(session, repo)
+
+
+def of_user(session: Session, viewer: Viewer, user: User) -> list[tuple[Like, Repo]]:
+    """What a user likes, newest first, as far as the viewer may know of it."""
+    query = (
+        select(Like, Repo)
+        .join(Repo, col(Repo.id) == col(Like.repo_id))
+        .where(Like.user_id == user.id, repos.visible_to(session, viewer))
+        .order_by(col(Like.created_at).desc(), col(Like.repo_id).desc())
+    )
+    return list(session.exec(query))
+
+
+def of_repo(session: Session, repo: Repo) -> list[User]:
+    """Who likes a repo, newest first."""
+    query = (
+        select(User)
+        .join(Like, col(Like.user_id) == col(User.id))
+        .where(Like.repo_id == repo.id)
+        .order_by(col(Like.created_at).desc(), col(Like.user_id).desc())
+    )
+    return list(session.exec(query))
+
+
+def _count(session: Session, repo: Repo) -> None:
+    session.flush()
+    row = session.get_one(Repo, repo.id, with_for_update=True)
+    n = session.exec(select(func.count()).where(Like.repo_id == repo.id)).one()
+    row.likes = n
+    session.add(row)
