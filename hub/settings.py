@@ -34,6 +34,10 @@ class Settings(BaseSettings):
     )
     signup: bool = Field(False, description="anybody may make an account on the page `/signup`")
     session_days: int = Field(30, gt=0, description="how long a login of the web page lasts")
+    gitattributes: bool = Field(
+        False,
+        description="new repos start with a `.gitattributes`, as those on huggingface.co do",
+    )
     max_regular_bytes: int = Field(
         64 * MiB, gt=0, description="larger files are asked for over Git LFS"
     )

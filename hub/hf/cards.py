@@ -2,7 +2,8 @@
 
 import datetime
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -40,6 +41,56 @@ def as_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What is wrong with a card: with errors an upload is refused, warnings are shown."""
+
+    errors: list[str]
+    warnings: list[str]
+
+
+def validate(content: str) -> Validation:
+    """The front matter of a README.md, by the types that clients and this hub read it with."""
+    card = parse_card(content.encode("utf-8", "replace"))
+    if card.problem is not None:
+        return Validation([f"Invalid YAML front matter: {card.problem}"], [])
+    matter = card.front_matter
+    if not matter:
+        return Validation([], ["empty or missing yaml metadata in repo card"])
+    wrong = [
+        f'"{name}" has to be {what}'
+        for name, (fits, what) in _FIELDS.items()
+        if name in matter and matter[name] is not None and not fits(matter[name])
+    ]
+    return Validation(wrong, [])
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str | int | float)
+
+
+def _are_words(value: Any) -> bool:
+    return _is_word(value) or (isinstance(value, list) and all(map(_is_word, value)))
+
+
+def _are_mappings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+_WORDS = (_are_words, "a text or a list of texts")
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "base_model": _WORDS,
+    "datasets": _WORDS,
+    "language": _WORDS,
+    "library_name": (_is_word, "a text"),
+    "license": _WORDS,
+    "metrics": _WORDS,
+    "model-index": (_are_mappings, "a list of results"),
+    "pipeline_tag": (_is_word, "a text"),
+    "tags": _WORDS,
+}
 
 
 def card_tags(card: dict[str, Any]) -> list[str]:

@@ -12,7 +12,8 @@ from hub.blobs.store import Sha256, Stored
 from hub.context import Hub
 from hub.deps import HubDep, ReadSession, WriterDep, public_url
 from hub.errors import BadRequest, TooLarge
-from hub.hf import bodies, info
+from hub.hf import attributes, bodies, info
+from hub.hf.attributes import LFSRule
 from hub.hf.deps import RepoDep, TypeDep, find
 from hub.hf.ndjson import Line, read_lines
 from hub.hf.routing import UNLIMITED, hf_router
@@ -25,9 +26,6 @@ from hub.users.service import Viewer
 
 API = "/api/{kind:repos}/{namespace}/{name}"
 
-# Files that other clients expect to be Git LFS objects, so that they see and check the SHA-256.
-LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".npz", ".zip")
-LFS_BYTES = 10 * 2**20
 # What a client sends that can do LFS: larger files then never pass through memory as base64.
 CAN_LFS = "X-Graft-Upload"
 SMALL_BYTES = 2**20
@@ -56,6 +54,7 @@ def preupload(
     if request.headers.get(CAN_LFS) == "lfs":
         limit = min(limit, SMALL_BYTES)
     before = {entry.path: entry for entry in repos.entries(session, head)}
+    skipped = attributes.ignored(hub.store, before, body.gitIgnore)
     answers = []
     for file in body.files:
         check_path(file.path)
@@ -63,7 +62,7 @@ def preupload(
         answer: dict[str, Any] = {
             "path": file.path,
             "uploadMode": "lfs" if is_lfs else "regular",
-            "shouldIgnore": False,
+            "shouldIgnore": skipped.match_file(file.path),
         }
         entry = before.get(file.path)
         blob = session.get(Blob, entry.sha256) if entry is not None else None
@@ -88,14 +87,16 @@ async def commit(
     """All operations of the body as one commit; a commit that changes nothing is the head."""
 
     # Not RepoDep: its session would keep a snapshot of the catalogue for the whole upload.
-    def writable() -> Repo:
+    def writable() -> tuple[Repo, LFSRule]:
         with hub.db.read() as session:
             repo = find(request, session, viewer, type, namespace, name)
             _require_writable(session, viewer, repo, revision, create_pr)
-            return repo
+            head = repos.resolve(session, repo, revision)
+            before = {entry.path: entry for entry in repos.entries(session, head)}
+            return repo, attributes.lfs_rule(hub.store, before)
 
-    repo = await to_thread.run_sync(writable)
-    header, operations = await _read_commit(hub, viewer, request)
+    repo, rule = await to_thread.run_sync(writable)
+    header, operations = await _read_commit(hub, viewer, request, rule)
     url = info.repo_url(public_url(request), repo)
     pull_url = None
     if _is_set(create_pr):
@@ -168,7 +169,7 @@ def _require_writable(
 
 
 async def _read_commit(
-    hub: Hub, viewer: Viewer, request: Request
+    hub: Hub, viewer: Viewer, request: Request, rule: LFSRule
 ) -> tuple[bodies.CommitHeader, list[Operation]]:
     limits = hub.settings
     body = _capped(request.stream(), limits.max_commit_bytes)
@@ -182,19 +183,19 @@ async def _read_commit(
         if line.key == "header":
             header = bodies.parse(bodies.CommitHeader, line.value, f"line {line.number}")
         else:
-            operations.append(await _operation(hub, viewer, line))
+            operations.append(await _operation(hub, viewer, line, rule))
     if header is None:
         raise BadRequest("a commit has a header line")
     return header, operations
 
 
-async def _operation(hub: Hub, viewer: Viewer, line: Line[Stored]) -> Operation:
+async def _operation(hub: Hub, viewer: Viewer, line: Line[Stored], rule: LFSRule) -> Operation:
     where = f"line {line.number}"
     match line.key:
         case "file":
             file = bodies.parse(bodies.RegularFile, line.value, where)
             assert line.kept is not None
-            return Add(file.path, line.kept, is_lfs(file.path, line.kept.size))
+            return Add(file.path, line.kept, rule.covers(file.path, line.kept.size))
         case "lfsFile":
             lfs = bodies.parse(bodies.LFSFile, line.value, where)
             return Add(lfs.path, await to_thread.run_sync(_sent, hub, viewer, lfs), lfs=True)
@@ -207,11 +208,6 @@ async def _operation(hub: Hub, viewer: Viewer, line: Line[Stored]) -> Operation:
             return Copy(copied.srcPath, copied.path, copied.srcRevision)
         case other:
             raise BadRequest(f"{where}: this hub knows no operation {other[:50]!r}")
-
-
-def is_lfs(path: str, size: int) -> bool:
-    """Whether a file is shown as a Git LFS object, however it arrived."""
-    return size > LFS_BYTES or path.lower().endswith(LFS_SUFFIXES)
 
 
 def _sent(hub: Hub, viewer: Viewer, file: bodies.LFSFile) -> Stored:

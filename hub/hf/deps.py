@@ -18,7 +18,7 @@ TYPES = {"models": RepoType.MODEL, "datasets": RepoType.DATASET}
 def repo_type(kind: str = "models") -> RepoType:
     """From the first segment of an address, which model files do not have."""
     if kind not in TYPES:
-        raise NotImplementedHere("this hub has no spaces")
+        raise RepoNotFound("this hub has no spaces")
     return TYPES[kind]
 
 
@@ -27,7 +27,10 @@ TypeDep = Annotated[RepoType, Depends(repo_type)]
 
 def type_named(type: str | None) -> RepoType:
     """From the field of a body, which is left out for models."""
-    return repo_type(f"{type or 'model'}s")
+    kind = f"{type or 'model'}s"
+    if kind not in TYPES:
+        raise NotImplementedHere("this hub has no spaces")
+    return TYPES[kind]
 
 
 def repo(

@@ -134,15 +134,18 @@ def _last_commit(commit: Commit) -> Json:
     return {"id": commit.id, "title": commit.message, "date": date(commit.created_at)}
 
 
-def commit_item(commit: Commit) -> Json:
-    return {
+def commit_item(commit: Commit, *, is_formatted: bool) -> Json:
+    """`formatted` would be HTML; texts are given as they are, for clients to escape."""
+    answer: Json = {
         "id": commit.id,
         "title": commit.message,
         "message": commit.description,
         "date": date(commit.created_at),
         "authors": [{"user": commit.author}],
-        "formatted": {"title": commit.message, "message": commit.description},
     }
+    if is_formatted:
+        answer["formatted"] = {"title": commit.message, "message": commit.description}
+    return answer
 
 
 def _lfs_sizes(entry: CommitEntry) -> Json:

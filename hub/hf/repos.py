@@ -8,15 +8,16 @@ from fastapi import Body, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 from sqlmodel import Session, col, select
 
-from hub.adapters.card import parse_card
 from hub.deps import HubDep, Open, ReadSession, ViewerDep, WriterDep, WriteSession, public_url
 from hub.errors import Forbidden, RepoExists, RepoNotFound
 from hub.hf import bodies, info, listing
-from hub.hf.cards import card_at
-from hub.hf.deps import CommitDep, RepoDep, TypeDep, type_named
+from hub.hf.attributes import GITATTRIBUTES
+from hub.hf.cards import card_at, validate
+from hub.hf.deps import TYPES, CommitDep, RepoDep, type_named
 from hub.hf.routing import hf_router, next_page
 from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry, RepoType
+from hub.repos.operations import Add
 from hub.users import service as users
 from hub.users.models import Scope, Token, User
 from hub.users.service import Viewer
@@ -93,15 +94,26 @@ def _access_token(session: Session, viewer: Viewer) -> dict[str, Any]:
 
 @router.post("/api/repos/create")
 def create(
-    request: Request, body: bodies.CreateRepo, session: WriteSession, viewer: WriterDep
+    request: Request, body: bodies.CreateRepo, hub: HubDep, session: WriteSession, viewer: WriterDep
 ) -> Response:
     """409 carries the address too: with `exist_ok` clients read it from there."""
     type = type_named(body.type)
     namespace = _namespace(body.organization, viewer.require_user())
     base = public_url(request)
+    first = []
+    if hub.settings.gitattributes:
+        content = GITATTRIBUTES.encode()
+        stored = hub.store.put([content], size=len(content))
+        first.append(Add(".gitattributes", stored, lfs=False))
     try:
         made = repos.create_repo(
-            session, viewer, namespace, body.name, private=body.is_private() or False, type=type
+            session,
+            viewer,
+            namespace,
+            body.name,
+            private=body.is_private() or False,
+            type=type,
+            first=first,
         )
     except RepoExists as error:
         return already_there(session, viewer, base, type, namespace, body.name, error)
@@ -211,10 +223,12 @@ def _expanded(answer: dict[str, Any], wanted: set[str]) -> dict[str, Any]:
 @router.post("/api/validate-yaml", dependencies=[Open])
 def validate_yaml(body: bodies.Card) -> Response:
     """Asked before every upload of a README.md; an answer other than 200 stops the upload."""
-    problem = parse_card(body.content.encode("utf-8", "replace")).problem
-    if problem is not None:
-        return JSONResponse({"errors": [{"message": f"Invalid YAML front matter: {problem}"}]}, 400)
-    return JSONResponse({"errors": [], "warnings": []})
+    found = validate(body.content)
+    answer = {
+        "errors": [{"message": message} for message in found.errors],
+        "warnings": [{"message": message} for message in found.warnings],
+    }
+    return JSONResponse(answer, 400 if found.errors else 200)
 
 
 # Listing
@@ -226,12 +240,14 @@ def list_repos(
     hub: HubDep,
     session: ReadSession,
     viewer: ViewerDep,
-    type: TypeDep,
+    kind: str,
     query: Annotated[listing.ListQuery, Query()],
     wanted: ExpandDep,
 ) -> Response:
     """Repos the viewer may see; the next page is an absolute address, as clients need it."""
-    page = listing.page(session, hub.store, viewer, type, query)
+    if kind not in TYPES:
+        return JSONResponse([])
+    page = listing.page(session, hub.store, viewer, TYPES[kind], query)
     items = []
     for repo in page.repos:
         item = info.repo_summary(repo, page.tags.get(repo.id or 0, []))
@@ -374,6 +390,7 @@ def commits(
     session: ReadSession,
     repo: RepoDep,
     commit: CommitDep,
+    wanted: ExpandDep,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
     cursor: str | None = None,
 ) -> Response:
@@ -382,4 +399,6 @@ def commits(
     headers = {}
     if following is not None:
         headers["Link"] = next_page(request, following)
-    return JSONResponse([info.commit_item(item) for item in found], headers=headers)
+    is_formatted = "formatted" in wanted
+    items = [info.commit_item(item, is_formatted=is_formatted) for item in found]
+    return JSONResponse(items, headers=headers)

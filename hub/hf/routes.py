@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from hub.deps import Open
-from hub.errors import NotImplementedHere
+from hub.errors import NotImplementedHere, RepoNotFound
 from hub.hf import (
     access,
     commits,
@@ -40,6 +40,26 @@ async def agent_harnesses() -> dict[str, Any]:
 async def telemetry(path: str) -> Response:
     """Nothing is kept."""
     return Response()
+
+
+# One name alone, as "gpt2" on huggingface.co: no repo of ours, and clients know what that means.
+# Methods of the routes that would take the second word for a name.
+@fallback.api_route(
+    "/api/{kind:repos}/{name}", methods=["GET", "PUT", "POST", "DELETE"], dependencies=[Open]
+)
+@fallback.api_route(
+    "/api/{kind:repos}/{name}/{what:of_repo}",
+    methods=["GET", "PUT", "POST", "DELETE"],
+    dependencies=[Open],
+)
+@fallback.api_route(
+    "/api/{kind:repos}/{name}/{what:of_repo}/{rest:path}",
+    methods=["GET", "PUT", "POST", "DELETE"],
+    dependencies=[Open],
+)
+@fallback.head("/{name}/resolve/{revision}/{path:path}")
+async def no_namespace(request: Request, name: str) -> Response:
+    raise RepoNotFound(f"{name[:96]}: repos are called namespace/name")
 
 
 @fallback.api_route(

@@ -34,11 +34,7 @@ class RepoMoved(RepoNotFound):
         self.location = location
 
 
-class _Kinds(Convertor[str]):
-    """The plural words that stand for a type of repo in addresses."""
-
-    regex = "models|datasets|spaces"
-
+class _Words(Convertor[str]):
     def convert(self, value: str) -> str:
         return value
 
@@ -46,7 +42,23 @@ class _Kinds(Convertor[str]):
         return value
 
 
+class _Kinds(_Words):
+    """The plural words that stand for a type of repo in addresses."""
+
+    regex = "models|datasets|spaces"
+
+
+class _OfRepo(_Words):
+    """What may follow the name of a repo."""
+
+    regex = (
+        "revision|tree|refs|commits|commit|preupload|paths-info|settings|branch|tag|like|likers"
+        "|discussions|auth-check|duplicate"
+    )
+
+
 register_url_convertor("repos", _Kinds())
+register_url_convertor("of_repo", _OfRepo())
 
 
 class HFRoute(APIRoute):

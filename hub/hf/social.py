@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy import func
 from sqlmodel import Session, col, select
 
-from hub.adapters.models import Tag
+from hub.adapters.models import Card, Tag
 from hub.deps import ReadSession, ViewerDep, WriterDep, WriteSession
 from hub.errors import Forbidden, UserNotFound
 from hub.hf import info
@@ -154,7 +154,18 @@ def _tag_counts(session: Session, viewer: Viewer, type: RepoType) -> dict[str, i
         .where(Repo.type == type, repos.visible_to(session, viewer))
         .group_by(col(Tag.name))
     )
-    return dict(session.exec(query).all())
+    licenses = (
+        select(Card.license, func.count())
+        .join(Repo, col(Repo.id) == col(Card.repo_id))
+        .where(
+            Repo.type == type,
+            col(Card.license).is_not(None),
+            repos.visible_to(session, viewer),
+        )
+        .group_by(col(Card.license))
+    )
+    named = {f"license:{name}": count for name, count in session.exec(licenses)}
+    return dict(session.exec(query).all()) | named
 
 
 def _tags_by_type(counts: dict[str, int]) -> dict[str, Any]:

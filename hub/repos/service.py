@@ -72,8 +72,9 @@ def create_repo(
     private: bool = False,
     type: str = RepoType.MODEL,
     exist_ok: bool = False,
+    first: Sequence[ops.Add] = (),
 ) -> Repo:
-    """An empty repo: one commit without files on `main`.
+    """A new repo: one commit on `main`, without files or with those in `first`.
 
     RepoExists, BadName, Forbidden; with `exist_ok` the repo that is there.
     """
@@ -97,9 +98,11 @@ def create_repo(
     )
     session.add(repo)
     session.flush()
-    first = insert_commit(session, repo, user.name, MAIN, None, {}, {}, "initial commit", "")
-    session.add(Ref(repo_id=_id(repo), kind=RefKind.BRANCH, name=MAIN, commit_id=first.id))
-    repo.head = first.id
+    _keep(session, [item.stored for item in first])
+    files = ops.apply({}, first, lambda _: {})
+    root = insert_commit(session, repo, user.name, MAIN, None, {}, files, "initial commit", "")
+    session.add(Ref(repo_id=_id(repo), kind=RefKind.BRANCH, name=MAIN, commit_id=root.id))
+    repo.head = root.id
     tell(session, "repo.created", repo)
     record(session, user.id, "repo.create", repo.full_name)
     return repo
@@ -692,11 +695,11 @@ def _create_ref(
 ) -> Ref:
     user = require_writer(session, viewer, repo.namespace, repo.name)
     repo = locked(session, repo)
+    target = resolve(session, repo, revision)
     check_ref_name(name, kind)
     folder = {RefKind.BRANCH: "heads", RefKind.TAG: "tags"}[kind]
     if session.get(Ref, (repo.id, kind, name)) is not None:
         raise RefExists(f"Reference refs/{folder}/{name} already exists", kind)
-    target = resolve(session, repo, revision)
     ref = Ref(repo_id=_id(repo), kind=kind, name=name, commit_id=target.id)
     session.add(ref)
     record(session, user.id, f"{kind}.create", f"{repo.full_name}@{name} {target.id}")

@@ -228,7 +228,7 @@ def _why_not(adapter: Adapter | None, is_closed: bool) -> str:
 
 @router.post("/{namespace}/{name}/ask-access")
 @router.post("/datasets/{namespace}/{name}/ask-access")
-def ask_access(repo: RepoDep, session: WriteSession, viewer: WriterDep) -> Response:
+def ask_access(viewer: WriterDep, repo: RepoDep, session: WriteSession) -> Response:
     """The button of a gated repo's page."""
     access.ask(session, viewer, repo)
     return RedirectResponse(_url(repo), HTTPStatus.SEE_OTHER)

@@ -66,6 +66,10 @@ OPEN_ROUTES = {
     "POST /xet/{cache}/v1/shards",
     "POST /xet/{cache}/shards",
     "* /xet/{cache}/{path:path}",
+    # Repos without a namespace: the answer is always that there is none.
+    "* /api/{kind:repos}/{name}",
+    "* /api/{kind:repos}/{name}/{what:of_repo}",
+    "* /api/{kind:repos}/{name}/{what:of_repo}/{rest:path}",
 }
 
 

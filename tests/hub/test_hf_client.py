@@ -289,7 +289,7 @@ def test_a_folder_is_one_commit_and_again_none(api: HfApi, repo: str, tmp_path: 
     (tmp_path / "deep/er").mkdir(parents=True)
     (tmp_path / "deep/er/ü.bin").write_bytes(os.urandom(1_500_000))
     (tmp_path / "empty.txt").write_bytes(b"")
-    (tmp_path / "README.md").write_text("# no front matter\n")
+    (tmp_path / "README.md").write_text("---\ntags: [a]\n---\n# Folder\n")
     commit = api.upload_folder(repo_id=repo, folder_path=tmp_path, commit_message="folder")
     assert api.list_repo_commits(repo)[0].commit_id == commit.oid
     again = api.upload_folder(repo_id=repo, folder_path=tmp_path)
@@ -306,7 +306,7 @@ def test_delete_copy_and_replace_in_one_commit(api: HfApi, repo: str, tmp_path: 
         [
             CommitOperationDelete("sub/", is_folder=True),
             CommitOperationCopy("ink.safetensors", "copy.safetensors"),
-            CommitOperationAdd("README.md", b"# new\n"),
+            CommitOperationAdd("README.md", b"---\ntags: [new]\n---\n"),
         ],
         commit_message="three things",
         commit_description="said at length",
@@ -357,14 +357,20 @@ def test_front_matter_that_is_not_yaml_is_refused(api: HfApi, repo: str) -> None
         )
 
 
-def test_pull_requests_are_refused_before_anything_is_sent(api: HfApi, repo: str) -> None:
-    with pytest.raises(HfHubHTTPError, match="501"):
-        api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=repo, create_pr=True)
+def test_a_card_is_validated_before_anything_is_sent(api: HfApi, repo: str) -> None:
+    before = api.list_repo_commits(repo)
+    with pytest.raises(ValueError, match='"model-index" has to be a list'):
+        api.upload_file(
+            path_or_fileobj=b"---\nmodel-index: foo\n---\n", path_in_repo="README.md", repo_id=repo
+        )
+    assert api.list_repo_commits(repo) == before
+    with pytest.warns(UserWarning, match="empty or missing yaml metadata"):
+        api.upload_file(path_or_fileobj=b"# plain\n", path_in_repo="README.md", repo_id=repo)
 
 
 def test_what_this_hub_does_not_have_is_501(hub: RunningHub, api: HfApi, repo: str) -> None:
     with pytest.raises(HfHubHTTPError, match="501"):
-        list(api.get_repo_discussions(repo))
+        list(api.list_jobs())
     with pytest.raises(HfHubHTTPError, match="501"):
         api.create_repo("admin/space", repo_type="space", space_sdk="static")
     answer = httpx2.get(f"{hub.url}/api/collections")

@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 from huggingface_hub import constants
+
 from tests import testing_constants
 
 ENDPOINT = os.environ["HF_ENDPOINT"]
