@@ -201,8 +201,11 @@ class _Parser:
         return entries
 
     def _check_structure(self, text: bytes) -> None:
-        """Bound depth and number of brackets before any becomes an object in memory."""
-        brackets = _STRING.sub(b"", text).translate(None, delete=_NOT_BRACKETS)
+        """Bound depth and number of brackets before any becomes an object in memory; no -0."""
+        outside = _STRING.sub(b"", text)
+        if b"-0" in outside:  # 0 for Python, no count for the library
+            self._refuse("st_bad_number", "the header holds the number -0")
+        brackets = outside.translate(None, delete=_NOT_BRACKETS)
         n_brackets = len(brackets)
         for _ in range(4):  # a legal header is three deep: { tensor: { shape: [ ] } }
             brackets = brackets.replace(b"{}", b"").replace(b"[]", b"")
