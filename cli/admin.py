@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli import upkeep
+from cli import quotas, upkeep
 from cli.console import CommandError, count_progress, out
 from cli.serve import load_settings
 
@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
     admin.callback()(_upkeep)
     admin.command()(reindex)
     upkeep.register(admin)
+    quotas.register(admin)
     app.add_typer(admin, name="admin")
 
 

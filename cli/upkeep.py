@@ -43,7 +43,7 @@ def fsck(
     if accept and not full:
         raise WrongUsage("--accept needs --full")
     label = "Reading" if full else "Checking"
-    with _hub(data, to_write=accept) as hub, _bytes(label) as report:
+    with hub_of(data, to_write=accept) as hub, _bytes(label) as report:
         found = checks.fsck(hub, full=full, report=report)
         sound = checks.is_sound(found)
         if accept and sound:
@@ -82,7 +82,7 @@ def gc(
     """
     from hub.upkeep import gc as collection
 
-    with _hub(data, to_write=delete) as hub:
+    with hub_of(data, to_write=delete) as hub:
         planned = collection.plan(hub)
         brake = collection.brake(hub, planned, confirm=confirm, without_backup=without_backup)
         if delete:
@@ -112,7 +112,7 @@ def backup(
     """
     from hub.upkeep import backup as backups
 
-    with _hub(data, to_write=False) as hub, _bytes("Copying") as report:
+    with hub_of(data, to_write=False) as hub, _bytes("Copying") as report:
         made = backups.backup(hub, folder, report)
     if as_json:
         print_json(made.to_json())
@@ -140,7 +140,7 @@ def restore(
     from hub.upkeep import restore as bringing_back
 
     if blobs:
-        with _hub(data, to_write=False) as hub, _bytes("Reading") as report:
+        with hub_of(data, to_write=False) as hub, _bytes("Reading") as report:
             n, lost = bringing_back.mend(hub, folder, report)
         out.print(f"{n} blobs put back")
     else:
@@ -176,7 +176,7 @@ def _print_blobs(what: str, blobs: "Blobs") -> None:
 
 
 @contextmanager
-def _hub(data: Path | None, *, to_write: bool) -> Iterator["Hub"]:
+def hub_of(data: Path | None, *, to_write: bool) -> Iterator["Hub"]:
     """The hub of a folder; one that is only read may be running. Refusals are one sentence."""
     from hub.context import look_into_hub, open_hub
     from hub.errors import HubError

@@ -26,6 +26,7 @@ from hub.hf import xet
 from hub.http import EveryResponse, Traffic
 from hub.jobs import routes as jobs
 from hub.jobs.dispatcher import LocalDispatcher
+from hub.limits import routes as quotas
 from hub.reports import routes as reports
 from hub.reports.pool import Pool
 from hub.reports.service import Reports
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 ROUTERS = (
     health.router,
     users.router,
+    quotas.router,
     adapters.router,
     adapters.thumbs,
     jobs.router,

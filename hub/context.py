@@ -11,6 +11,7 @@ from hub.blobs.files import FileBlobStore
 from hub.blobs.store import BlobStore
 from hub.db import Database, wait_for_other_processes
 from hub.errors import CannotStart, StoreFailed
+from hub.limits import quotas
 from hub.repos.downloads import Downloads
 from hub.repos.service import STORE
 from hub.settings import Settings
@@ -77,6 +78,7 @@ def open_hub(settings: Settings) -> Iterator[Hub]:
         with database.write() as session:
             wait_for_other_processes(session.connection())
             store = database.info[STORE] = _store(session, settings)
+            database.info[quotas.DEFAULT] = settings.quota_bytes
             signer = _signer(settings)
             token = _first_admin(session)
             if token is not None:

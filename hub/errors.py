@@ -16,6 +16,7 @@ HubError
 ├── TooMany             of this user's jobs are not finished yet
 │   └── TooManyTries    to sign in; `retry_after_s` says when the next one counts
 ├── NoSpace             the disk is, or would become, full
+│   └── QuotaExceeded   a user or organisation keeps as much as it may
 ├── StoreFailed         the object store does not answer, or refuses
 ├── Busy                the database or a process did not become free in time
 ├── NotImplementedHere  a feature of the protocol that this hub does not have
@@ -162,6 +163,9 @@ class TooManyTries(TooMany):
 
 
 class NoSpace(HubError): ...
+
+
+class QuotaExceeded(NoSpace): ...
 
 
 class StoreFailed(HubError): ...

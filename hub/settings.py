@@ -52,6 +52,12 @@ class Settings(BaseSettings):
     min_free_bytes: int = Field(
         256 * MiB, ge=0, description="uploads that would leave less free space are refused"
     )
+    quota_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="what each user and organisation may keep unless `graft admin quota` says"
+        " otherwise; without it there is no limit",
+    )
     s3_bucket: str | None = Field(
         None,
         description="keep the blobs in this S3 bucket; credentials come from where boto3 looks,"

@@ -17,6 +17,7 @@ from hub.hf.deps import RepoDep
 from hub.hf.files import read_blob
 from hub.hf.lfs_parts import LFS, LFS_OF_TYPE
 from hub.hf.routing import UNLIMITED, hf_router
+from hub.limits import quotas
 from hub.repos import service as repos
 from hub.users import service as users
 from hub.users.service import Viewer
@@ -60,6 +61,9 @@ def batch(
             here = repos.hold_known(writing, viewer, here)
     # One transfer for the whole batch, as git-lfs expects.
     in_parts = upload and "multipart" in body.transfers and _is_large(hub, body.objects)
+    if upload:
+        size = sum(item.size for item in body.objects if item.oid not in here)
+        quotas.require_room(session, repo.namespace_key, size, hub.settings.quota_bytes)
     objects = []
     for item in body.objects:
         has = item.oid in here

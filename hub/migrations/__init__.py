@@ -22,6 +22,7 @@ MODELS = (
     "hub.adapters.models",
     "hub.jobs.models",
     "hub.xet.models",
+    "hub.limits.models",
 )
 
 

@@ -31,6 +31,7 @@ from hub.errors import (
     RevisionNotFound,
     StaleParent,
 )
+from hub.limits import quotas
 from hub.repos import operations as ops
 from hub.repos.models import (
     AccessRequest,
@@ -194,8 +195,11 @@ def move_repo(session: Session, viewer: Viewer, repo: Repo, namespace: str, name
         _bury(session, old_key, repo.type, user)
         session.add(Redirect(type=repo.type, key=old_key, repo_id=_id(repo)))
     repo.namespace, repo.name = canonical, name
+    moves_away = repo.namespace_key != key_of(namespace)
     repo.namespace_key, repo.key = key_of(namespace), key
     tell(session, "repo.moved", repo)
+    if moves_away:
+        quotas.settle(session, repo.namespace_key)
     record(session, user.id, "repo.move", f"{old_name} -> {repo.full_name}")
     return repo
 
@@ -646,6 +650,10 @@ def insert_commit(
     created_at: datetime | None = None,
 ) -> Commit:
     """A commit of a locked repo that no ref points to yet; `before` are its parent's files."""
+    # What the parent has is kept by it, and counted.
+    kept = {entry.sha256 for entry in before.values()}
+    new = {file.sha256: file.size for file in after.values() if file.sha256 not in kept}
+    quotas.charge(session, repo.namespace_key, new)
     made = Commit(
         id="",
         repo_id=_id(repo),
@@ -659,9 +667,7 @@ def insert_commit(
     session.add(made)
     session.flush()
     unchanged = ops.files_of(before.values())
-    # What the parent has is kept by it.
-    digests = {file.sha256 for file in after.values()}
-    _revive(session, digests - {entry.sha256 for entry in before.values()})
+    _revive(session, set(new))
     rows = [
         {
             "commit_id": made.id,

@@ -1,0 +1,1 @@
+"""What one namespace may keep (`quotas`) and how often one caller may ask (`rates`)."""

@@ -1,0 +1,170 @@
+"""Quotas: what counts, what is refused, and that two commits at once cannot both pass."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from sqlmodel import Session, select
+from starlette.testclient import TestClient
+from typer.testing import CliRunner
+
+from cli.__main__ import app as cli
+from hub.adapters.service import publish
+from hub.context import Hub
+from hub.errors import QuotaExceeded
+from hub.limits import quotas
+from hub.limits.models import UNLIMITED, Quota
+from hub.repos import service as repos
+from hub.repos.operations import Add, Delete
+from hub.users.service import Viewer
+from tests.fixtures.server import running_hub
+from tests.hub.conftest import bearer, both_databases, make_user
+
+
+def put(hub: Hub, viewer: Viewer, repo: str, path: str, content: bytes) -> None:
+    namespace, name = repo.split("/")
+    with hub.db.write() as session:
+        repos.create_repo(session, viewer, namespace, name, exist_ok=True)
+    operations = [Add(path, hub.store.put([content]), lfs=False)]
+    publish(hub, viewer, namespace, name, operations=operations, message="m")
+
+
+def limit(hub: Hub, key: str, limit_bytes: int | None) -> None:
+    with hub.db.write() as session:
+        quotas.set_limit(session, None, key, limit_bytes)
+
+
+def used(hub: Hub, key: str) -> int:
+    with hub.db.read() as session:
+        counted = quotas.count(session, key)
+        row = session.exec(select(Quota.used_bytes).where(Quota.key == key)).one()
+        assert row >= counted
+        return counted
+
+
+@both_databases
+def test_each_blob_of_a_namespace_counts_once(hub: Hub, admin: Viewer) -> None:
+    put(hub, admin, "admin/a", "x", b"x" * 100)
+    put(hub, admin, "admin/b", "y", b"x" * 100)
+    put(hub, admin, "admin/b", "z", b"z" * 10)
+    assert used(hub, "admin") == 110
+    operations = [Delete("z")]
+    publish(hub, admin, "admin", "b", operations=operations, message="old commits keep it")
+    assert used(hub, "admin") == 110
+
+
+@both_databases
+def test_a_commit_beyond_the_quota_is_refused_and_changes_nothing(hub: Hub, admin: Viewer) -> None:
+    ada, _ = make_user(hub, "ada")
+    limit(hub, "ada", 100)
+    put(hub, ada, "ada/a", "x", b"x" * 60)
+    with pytest.raises(QuotaExceeded, match="ada may keep 100 bytes on this hub and would keep 1"):
+        put(hub, ada, "ada/a", "y", b"y" * 60)
+    assert used(hub, "ada") == 60
+    put(hub, ada, "ada/a", "copy", b"x" * 60)
+    put(hub, ada, "ada/a", "y", b"y" * 40)
+    limit(hub, "ada", UNLIMITED)
+    put(hub, ada, "ada/a", "z", b"z" * 600)
+    limit(hub, "ada", 0)
+    with hub.db.write() as session:
+        repo = repos.get_repo(session, ada, "ada", "a")
+        assert repos.resolve(session, repo).message == "m"
+        repos.create_branch(session, ada, repo, "other")
+
+
+@both_databases
+def test_what_was_deleted_is_free_again(hub: Hub, admin: Viewer) -> None:
+    limit(hub, "admin", 100)
+    put(hub, admin, "admin/a", "x", b"x" * 90)
+    with hub.db.write() as session:
+        repos.delete_repo(session, admin, repos.get_repo(session, admin, "admin", "a"))
+    put(hub, admin, "admin/b", "y", b"y" * 90)
+    assert used(hub, "admin") == 90
+
+
+@both_databases
+def test_two_commits_that_fit_alone_do_not_both_pass(hub: Hub, admin: Viewer) -> None:
+    limit(hub, "admin", 100)
+    for name in ("a", "b", "c", "d"):
+        put(hub, admin, f"admin/{name}", "start", b"s")
+
+    def one(name: str) -> bool:
+        try:
+            put(hub, admin, f"admin/{name}", "x", name.encode() * 60)
+        except QuotaExceeded:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(one, "abcd")) == 1
+    assert used(hub, "admin") == 61
+
+
+def test_a_repo_is_not_moved_into_a_full_namespace(hub: Hub, admin: Viewer) -> None:
+    make_user(hub, "ada")
+    limit(hub, "ada", 50)
+    put(hub, admin, "admin/a", "x", b"x" * 60)
+
+    def move(session: Session) -> None:
+        repo = repos.get_repo(session, admin, "admin", "a")
+        repos.move_repo(session, admin, repo, "ada", "a")
+
+    with pytest.raises(QuotaExceeded), hub.db.write() as session:
+        move(session)
+    limit(hub, "ada", 60)
+    with hub.db.write() as session:
+        move(session)
+    assert (used(hub, "ada"), used(hub, "admin")) == (60, 0)
+
+
+def test_administrators_set_quotas_and_members_see_them(hub: Hub, client: TestClient) -> None:
+    _, token = make_user(hub, "ada")
+    admin, ada = bearer(hub.admin_token), bearer(token)
+    answer = client.put("/api/quotas/Ada", json={"limit_bytes": 10}, headers=admin)
+    expected = {"namespace": "ada", "used_bytes": 0, "limit_bytes": 10, "is_default": False}
+    assert answer.json() == expected
+    assert client.get("/api/quotas/ada", headers=ada).json() == expected
+    assert client.get("/api/quotas", headers=admin).json() == [expected]
+    for value, shown in (("unlimited", None), (None, None)):
+        answer = client.put("/api/quotas/ada", json={"limit_bytes": value}, headers=admin)
+        assert answer.json()["limit_bytes"] == shown
+    assert client.put("/api/quotas/ada", json={"limit_bytes": 1}, headers=ada).status_code == 403
+    assert client.get("/api/quotas", headers=ada).status_code == 403
+    assert client.get("/api/quotas/admin", headers=ada).status_code == 404
+    assert client.get("/api/quotas/ada").status_code == 401
+    for wrong in (-1, 2**63, "much", 1.5):
+        body = {"limit_bytes": wrong}
+        assert client.put("/api/quotas/ada", json=body, headers=admin).status_code == 422
+    assert client.put("/api/quotas/nobody", json={"limit_bytes": 1}, headers=admin).is_error
+
+
+def test_clients_say_that_the_quota_is_used_up(tmp_path: Path) -> None:
+    with running_hub(tmp_path, quota_bytes=1000, max_regular_bytes=100) as hub:
+        api = HfApi(endpoint=hub.url, token=hub.admin_token)
+        api.create_repo("admin/a")
+        api.upload_file(path_or_fileobj=b"x" * 90, path_in_repo="x", repo_id="admin/a")
+        for size in (5000, 950):  # the first over LFS, before any byte is sent
+            with pytest.raises(HfHubHTTPError, match=r"admin may keep 1,000 bytes") as refused:
+                api.upload_file(path_or_fileobj=b"y" * size, path_in_repo="y", repo_id="admin/a")
+            assert refused.value.response.status_code == 507
+        assert api.list_repo_files("admin/a") == ["x"]
+
+
+def test_the_command_shows_and_sets(hub: Hub, admin: Viewer, tmp_path: Path) -> None:
+    put(hub, admin, "admin/a", "x", b"x" * 2000)
+    data = str(hub.settings.data_dir)
+    shown = CliRunner().invoke(cli, ["admin", "quota", "--data", data])
+    assert "admin" in shown.output
+    assert "2.0 kB" in shown.output
+    assert "unlimited (default)" in shown.output
+    answer = CliRunner().invoke(cli, ["admin", "quota", "--set", "1GB", "--data", data])
+    assert answer.exit_code != 0
+    hub.db.close()
+    for text, expected in (("1GB", 10**9), ("1.5GiB", 3 * 2**29), ("7", 7), ("unlimited", None)):
+        command = ["admin", "quota", "admin", "--set", text, "--data", data, "--json"]
+        answer = CliRunner().invoke(cli, command)
+        assert f'"limit_bytes": {"null" if expected is None else expected}' in answer.output
+    answer = CliRunner().invoke(cli, ["admin", "quota", "nobody", "--set", "1GB", "--data", data])
+    assert "there is no user or organisation 'nobody'" in str(answer.exception)
