@@ -19,6 +19,7 @@ from hub import errors, health
 from hub.adapters import routes as adapters
 from hub.adapters.service import catch_up
 from hub.context import Hub, open_hub
+from hub.db import UNREACHABLE
 from hub.deps import POLICIES
 from hub.hf import routes as hf_routes
 from hub.hf import routing as hf
@@ -112,8 +113,12 @@ def _catch_up(hub: Hub, stopping: Event) -> None:
 async def _count(hub: Hub) -> None:
     while True:
         await sleep(COUNTS_EVERY_S)
-        await run_in_threadpool(hub.downloads.flush, hub.db)
-        await run_in_threadpool(hub.uses.flush, hub.db)
+        for counted in (hub.downloads, hub.uses):
+            try:
+                await run_in_threadpool(counted.flush, hub.db)
+            except UNREACHABLE:
+                # The counts of these seconds are lost; the server is not to go with them.
+                log.exception("the database does not take counts")
 
 
 async def _keep_up(hub: Hub) -> None:

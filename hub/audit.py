@@ -6,7 +6,7 @@ from datetime import datetime
 
 from sqlmodel import Field, Session, SQLModel, col, select
 
-from hub.db import UTCDateTime, now, wait_for_other_processes
+from hub.db import UTCDateTime, at_the_end, now, wait_for_others
 
 
 class Audit(SQLModel, table=True):
@@ -23,10 +23,15 @@ class Audit(SQLModel, table=True):
 
 
 def record(session: Session, user_id: int | None, action: str, subject: str) -> None:
-    """Add one row to the chain in the caller's transaction."""
-    wait_for_other_processes(session.connection())
-    last = session.exec(select(Audit.hash).order_by(col(Audit.id).desc()).limit(1)).first() or ""
-    row = Audit(at=now(), user_id=user_id, action=action, subject=subject, previous=last, hash="")
+    """Add one row to the chain in the caller's transaction, at its end."""
+    row = Audit(at=now(), user_id=user_id, action=action, subject=subject, previous="", hash="")
+    at_the_end(session, lambda session: _append(session, row))
+
+
+def _append(session: Session, row: Audit) -> None:
+    wait_for_others(session.connection(), "audit")
+    last = session.exec(select(Audit.hash).order_by(col(Audit.id).desc()).limit(1)).first()
+    row.previous = last or ""
     row.hash = _hash(row)
     session.add(row)
     session.flush()

@@ -9,7 +9,7 @@ from sqlmodel import Field, Session, SQLModel, select
 
 from hub.blobs.files import FileBlobStore
 from hub.blobs.store import BlobStore
-from hub.db import Database, wait_for_other_processes
+from hub.db import Database, wait_for_others
 from hub.errors import CannotStart, StoreFailed
 from hub.limits import quotas
 from hub.repos.downloads import Downloads
@@ -74,9 +74,9 @@ def open_hub(settings: Settings) -> Iterator[Hub]:
     url = settings.database_url
     database = Database(data, url.get_secret_value() if url is not None else None)
     try:
-        migrate(database)
+        migrate(database, data / "backups")
         with database.write() as session:
-            wait_for_other_processes(session.connection())
+            wait_for_others(session.connection(), "start")
             store = database.info[STORE] = _store(session, settings)
             database.info[quotas.DEFAULT] = settings.quota_bytes
             signer = _signer(settings)

@@ -7,11 +7,11 @@ and a file lock keeps a second server away.
 """
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 from sqlalchemy import (
@@ -24,12 +24,16 @@ from sqlalchemy import (
     event,
     text,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Session, SQLModel
 
-from hub.errors import CannotStart
+from hub.errors import CannotStart, OutcomeUnknown
+
+T = TypeVar("T")
 
 # Before any table is declared: names that migrations can rely on, on both databases.
 SQLModel.metadata.naming_convention = {
@@ -40,8 +44,13 @@ SQLModel.metadata.naming_convention = {
     "pk": "pk_%(table_name)s",
 }
 
+# What a database that is away, or busy for too long, is known by.
+UNREACHABLE = (OperationalError, PoolTimeout, OutcomeUnknown)
 WRITER_WAIT_S = 30
-_ADVISORY_KEY = 0x67726166  # Any constant that other users of the database server do not take.
+MAX_DEADLOCKS = 4
+# serialization_failure, deadlock_detected: the other transaction went on, this one left nothing.
+_TRY_AGAIN = ("40001", "40P01")
+_LATE = "at the end"
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -86,11 +95,15 @@ class Database:
             self._writer = _sqlite(path, writer=True)
             self._reader = _sqlite(path, writer=False)
         else:
-            self._writer = self._reader = _postgresql(url)
+            self._writer = _postgresql(url)
+            # Else each statement would see another moment, as it does between other writers.
+            self._reader = self._writer.execution_options(
+                isolation_level="REPEATABLE READ", postgresql_readonly=True
+            )
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A snapshot of the catalogue; on SQLite any attempt to write fails."""
+        """A snapshot of the catalogue; any attempt to write fails."""
         with Session(self._reader, expire_on_commit=False) as session:
             yield session
 
@@ -100,10 +113,33 @@ class Database:
 
         On SQLite the next writer waits until this block has ended, from its first statement on:
         no streaming, hashing or network inside.
+        On PostgreSQL other writers go on meanwhile: a block that inserts what must be there once
+        upserts it, or takes its name with `wait_for_others` first.
+        An OperationalError means that nothing was changed; OutcomeUnknown is the exception.
         """
         made = Session(self._writer, expire_on_commit=False, info=self.info)
         with made as session, session.begin():
             yield session
+            while late := session.info.pop(_LATE, []):
+                for step in late:
+                    step(session)
+            session.flush()
+            if not self.is_sqlite:
+                from hub.outcome import commit  # The driver is PostgreSQL's.
+
+                commit(session, self._writer)
+
+    def change(self, steps: Callable[[Session], T]) -> T:
+        """`steps` in one `write()`, again where PostgreSQL ended it in favour of another one."""
+        for _ in range(MAX_DEADLOCKS):
+            try:
+                with self.write() as session:
+                    return steps(session)
+            except OperationalError as error:
+                if getattr(error.orig, "sqlstate", None) not in _TRY_AGAIN:
+                    raise
+        with self.write() as session:
+            return steps(session)
 
     @property
     def writer(self) -> Engine:
@@ -118,13 +154,30 @@ class Database:
             self._lock.release()
 
 
-def wait_for_other_processes(connection: Connection) -> None:
-    """From here to the end of the transaction no other process is between here and there.
+def wait_for_others(connection: Connection, what: str) -> None:
+    """From here to the end of the transaction nobody else is in one that waited for `what`.
 
-    SQLite's catalogue has one process, and its transactions wait for each other anyway.
+    SQLite's transactions wait for each other anyway.
     """
     if connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_KEY})
+        lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:what, 0))")
+        connection.execute(lock, {"what": what})
+
+
+def insert_once(session: Session, table: type[SQLModel]) -> sqlite.Insert | postgresql.Insert:
+    """An INSERT that can say what happens `on_conflict_…`, in the dialect of the database."""
+    if session.get_bind().dialect.name == "sqlite":
+        return sqlite.insert(table)
+    return postgresql.insert(table)
+
+
+def at_the_end(session: Session, step: Callable[[Session], None]) -> None:
+    """Have `step` done in this `write()` right before its commit.
+
+    For what all writers wait for: they then wait for a moment, and nobody waits for anything else
+    while having it, so that no two can wait for each other.
+    """
+    session.info.setdefault(_LATE, []).append(step)
 
 
 def _take_lock(path: Path) -> FileLock:

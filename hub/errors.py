@@ -18,7 +18,8 @@ HubError
 ├── NoSpace             the disk is, or would become, full
 │   └── QuotaExceeded   a user or organisation keeps as much as it may
 ├── StoreFailed         the object store does not answer, or refuses
-├── Busy                the database or a process did not become free in time
+├── Busy                the database or a process is away, or did not become free in time
+├── OutcomeUnknown      the database was lost while it saved a change
 ├── NotImplementedHere  a feature of the protocol that this hub does not have
 └── CannotStart         the hub cannot open its data; never reaches a client
 
@@ -26,6 +27,7 @@ Services raise these and know no HTTP.
 A façade whose clients expect another body gives `install` a renderer under the tag of its routes.
 """
 
+import logging
 import sqlite3
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -38,6 +40,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from merge.errors import MergeError
+
+log = logging.getLogger(__name__)
 
 
 class HubError(Exception):
@@ -174,6 +178,9 @@ class StoreFailed(HubError): ...
 class Busy(HubError): ...
 
 
+class OutcomeUnknown(HubError): ...
+
+
 class NotImplementedHere(HubError): ...
 
 
@@ -193,6 +200,7 @@ STATUS: Mapping[type[HubError], HTTPStatus] = {
     NoSpace: HTTPStatus.INSUFFICIENT_STORAGE,
     StoreFailed: HTTPStatus.SERVICE_UNAVAILABLE,
     Busy: HTTPStatus.SERVICE_UNAVAILABLE,
+    OutcomeUnknown: HTTPStatus.GATEWAY_TIMEOUT,
     NotImplementedHere: HTTPStatus.NOT_IMPLEMENTED,
     CannotStart: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
@@ -253,13 +261,29 @@ def install(app: FastAPI, renderers: Mapping[str, Renderer]) -> None:
 
     @app.exception_handler(OperationalError)
     def database(request: Request, error: OperationalError) -> Response:
-        if not _is_full_disk(error):
+        if _is_full_disk(error):
+            return answer(request, NoSpace("the hub's disk is full; nothing was stored"))
+        if not _may_pass(error):
             raise error
-        return answer(request, NoSpace("the hub's disk is full; nothing was stored"))
+        log.warning("the database refused: %s", error.orig)
+        return answer(request, Busy("the database is busy or away; nothing was changed, try again"))
 
     @app.exception_handler(PoolTimeout)
     def busy(request: Request, error: PoolTimeout) -> Response:
         return answer(request, Busy("the database is busy; try again"))
+
+
+# Classes and codes of PostgreSQL: connections, contention, an administrator who stops the server.
+_PASSING = ("08", "40", "53", "55P03", "57")
+
+
+def _may_pass(error: OperationalError) -> bool:
+    """Whether the same request can succeed later; an error without a code is a connection's."""
+    sqlite = getattr(error.orig, "sqlite_errorcode", None)
+    if sqlite is not None:
+        return sqlite & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    code = getattr(error.orig, "sqlstate", None)
+    return code is None or code.startswith(_PASSING)
 
 
 def _is_full_disk(error: OperationalError) -> bool:

@@ -14,6 +14,15 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 install_import_hook(["merge.algorithms", "merge.methods"], "beartype.beartype")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--database",
+        choices=("sqlite", "postgresql"),
+        default="sqlite",
+        help="the catalogue of the tests of the hub that do not say which they need",
+    )
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting, token or endpoint of the developer's shell reaches a test."""

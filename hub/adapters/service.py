@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 
-from sqlmodel import col, select
+from sqlmodel import Session, col, select
 
 from hub.adapters import projection
 from hub.adapters.projection import project
@@ -37,7 +37,8 @@ def publish(
     between the two, or a repo that cannot be projected, leaves an event, and the next start
     tries again.
     """
-    with hub.db.write() as session:
+
+    def steps(session: Session) -> tuple[Repo, Commit]:
         repo = repos.get_repo(session, viewer, namespace, name, type=type)
         made = repos.commit(
             session,
@@ -49,9 +50,11 @@ def publish(
             description=description,
             parent=parent,
         )
+        return repo, made
+
+    repo, made = hub.db.change(steps)
+    if repo.head == made.id:
         assert repo.id is not None
-        on_main = repo.head == made.id
-    if on_main:
         try_to_project(hub, repo.id)
     return made
 

@@ -9,10 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-
-from hub.db import Database
+from hub.db import UNREACHABLE, Database
 from hub.jobs import queue
 from hub.jobs.process import Child, oom_kills
 from hub.jobs.queue import Claim, Progress
@@ -20,7 +17,6 @@ from hub.jobs.queue import Claim, Progress
 log = logging.getLogger(__name__)
 
 # The database is gone or too busy for the moment.
-UNREACHABLE = (OperationalError, PoolTimeout)
 
 
 @dataclass(frozen=True, slots=True)

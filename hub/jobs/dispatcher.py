@@ -9,9 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from hub.context import Hub
+from hub.db import UNREACHABLE
 from hub.errors import HubError
 from hub.jobs import process, queue, results
 from hub.jobs.attempt import (
@@ -109,7 +108,7 @@ class LocalDispatcher:
                 if claim is not None:
                     self._run(claim)
                     continue
-            except SQLAlchemyError:
+            except UNREACHABLE:
                 # The database may come back, and this thread has to be there when it does.
                 log.exception("a job worker cannot reach the database")
             with self._offered:

@@ -16,9 +16,9 @@ from hub.adapters import service as adapters
 from hub.adapters.card import MAX_CARD_BYTES, ParsedCard, parse_card
 from hub.blobs.store import Sha256, Stored
 from hub.context import Hub
+from hub.db import UNREACHABLE
 from hub.errors import EntryNotFound, Forbidden, RepoNotFound, StaleParent
 from hub.jobs import lineage, queue
-from hub.jobs.attempt import UNREACHABLE
 from hub.jobs.card import Facts, Ingredient, code, write_card
 from hub.jobs.inputs import Resolved
 from hub.jobs.models import Job, JobKind

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
-from sqlalchemy import ColumnElement, and_, delete, insert, true
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import ColumnElement, and_, case, delete, insert, true
 from sqlmodel import Session, col, or_, select
 
 from hub.audit import record
 from hub.blobs.store import BlobStore, Sha256, Stored
-from hub.db import now
+from hub.db import insert_once, now, wait_for_others
 from hub.errors import (
     BadField,
     BadName,
@@ -83,6 +82,7 @@ def create_repo(
     check_name(name, "name")
     canonical = users.require_namespace(session, user, namespace, "namespace")
     key = key_of(f"{namespace}/{name}")
+    _wait_for_name(session, RepoType(type), key)
     if (existing := _find(session, key, RepoType(type))) is not None:
         if exist_ok:
             return existing
@@ -185,9 +185,10 @@ def move_repo(session: Session, viewer: Viewer, repo: Repo, namespace: str, name
     require_writer(session, viewer, check_namespace(namespace), name)
     check_name(name, "name")
     canonical = users.require_namespace(session, user, namespace, "namespace")
+    key = key_of(f"{namespace}/{name}")
+    _wait_for_name(session, repo.type, key)
     repo = locked(session, repo)
     old_name, old_key = repo.full_name, repo.key
-    key = key_of(f"{namespace}/{name}")
     if key != old_key:
         if _find(session, key, repo.type) is not None:
             raise RepoExists(f"A {repo.type} repository called {namespace}/{name} already exists")
@@ -435,13 +436,15 @@ def hold_known(session: Session, viewer: Viewer, digests: Collection[str]) -> se
 
 
 def _hold(session: Session, user_id: int, sha256: str, keep: timedelta) -> None:
-    query = select(Hold).where(Hold.sha256 == sha256, Hold.user_id == user_id)
-    held = session.exec(query).first()
-    until = now() + keep
-    if held is None:
-        held = Hold(sha256=sha256, user_id=user_id, expires_at=until)
-    held.expires_at = max(held.expires_at, until)
-    session.add(held)
+    row = {"sha256": sha256, "user_id": user_id, "expires_at": now() + keep}
+    new = insert_once(session, Hold).values(row)
+    later = case(
+        (col(Hold.expires_at) > new.excluded.expires_at, Hold.expires_at),
+        else_=new.excluded.expires_at,
+    )
+    session.execute(
+        new.on_conflict_do_update(index_elements=["sha256", "user_id"], set_={"expires_at": later})
+    )
 
 
 def known(session: Session, viewer: Viewer, sha256: Sha256) -> Stored | None:
@@ -473,6 +476,10 @@ def _id(repo: Repo) -> int:
 
 def _find(session: Session, key: str, type: str) -> Repo | None:
     return session.exec(select(Repo).where(Repo.type == type, Repo.key == key)).first()
+
+
+def _wait_for_name(session: Session, type: str, key: str) -> None:
+    wait_for_others(session.connection(), f"{type} {key}")
 
 
 def locked(session: Session, repo: Repo) -> Repo:
@@ -602,9 +609,8 @@ def _keep(session: Session, stored: Sequence[Stored]) -> None:
         fresh | {"sha256": item.sha256, "size": item.size, "git_oid": item.git_oid}
         for _, item in sorted({item.sha256: item for item in stored}.items())
     ]
-    on = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
     for start in range(0, len(rows), _AT_ONCE):
-        new = on.insert(Blob).values(rows[start : start + _AT_ONCE])
+        new = insert_once(session, Blob).values(rows[start : start + _AT_ONCE])
         # A row that is there is written too, so that nobody removes it before this is over.
         session.execute(
             new.on_conflict_do_update(index_elements=["sha256"], set_={"size": new.excluded.size})

@@ -10,7 +10,7 @@ from datetime import datetime
 from sqlmodel import Session, col, select
 
 from hub.audit import record
-from hub.db import now
+from hub.db import insert_once, now
 from hub.errors import (
     BadField,
     BadName,
@@ -375,10 +375,15 @@ def hash_of(secret: str) -> str:
 
 def _claim(session: Session, name: str) -> str:
     key = key_of(check_namespace(name, "name"))
-    if session.get(Namespace, key) is not None:
+    row = Namespace(key=key).model_dump()
+    claimed = session.execute(
+        insert_once(session, Namespace)
+        .values(row)
+        .on_conflict_do_nothing()
+        .returning(col(Namespace.key))
+    )
+    if claimed.first() is None:
         raise NameTaken(f"the name {name!r} is or was in use", "name")
-    session.add(Namespace(key=key))
-    session.flush()
     return key
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import delete
 from sqlmodel import Session, col
 
 from hub.audit import record
-from hub.db import Database, now, wait_for_other_processes
+from hub.db import Database, now, wait_for_others
 from hub.errors import TooManyTries
 from hub.users.models import Tries
 from hub.users.names import key_of
@@ -51,7 +51,7 @@ def count_try(database: Database, keys: Keys) -> None:
     TooManyTries if this window has no more; what is refused does not lengthen the wait.
     """
     with database.write() as session:
-        wait_for_other_processes(session.connection())
+        wait_for_others(session.connection(), "throttle")
         moment = now()
         session.execute(delete(Tries).where(col(Tries.since) < moment - WINDOW))
         user = session.get(Tries, keys.user) or Tries(key=keys.user, n=0, since=moment)

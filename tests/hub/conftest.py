@@ -1,7 +1,8 @@
-"""A hub opened in this process on a real SQLite file, its users, and a client of its routes."""
+"""A hub opened in this process on a real catalogue, its users, and a client of its routes."""
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,20 +30,29 @@ def first_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hub(request: pytest.FixtureRequest, tmp_path: Path, first_start: Path) -> Iterator[Hub]:
-    """On SQLite; `both_databases` runs a test on PostgreSQL too."""
+def hub(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    first_start: Path,
+) -> Iterator[Hub]:
+    """On SQLite; `both_databases` runs a test on PostgreSQL too, `--database` all others."""
     settings = Settings(data_dir=tmp_path / "data", min_free_bytes=0)
-    if getattr(request, "param", "sqlite") == "postgresql":
-        url = SecretStr(request.getfixturevalue("postgres_url"))
-        settings = settings.model_copy(update={"database_url": url})
-    else:
+    with ExitStack() as stack:
+        if getattr(request, "param", request.config.getoption("--database")) == "postgresql":
+            server = request.getfixturevalue("postgres_server")
+            template, first_start = server.first_start(tmp_path_factory.getbasetemp())
+            url = SecretStr(stack.enter_context(server.fresh(template)))
+            settings = settings.model_copy(update={"database_url": url})
         shutil.copytree(first_start, settings.data_dir)
-    with open_hub(settings) as opened:
+        opened = stack.enter_context(open_hub(settings))
         token = (settings.data_dir / "admin.token").read_text().strip()
         yield replace(opened, admin_token=token)
 
 
 both_databases = pytest.mark.parametrize("hub", ["sqlite", "postgresql"], indirect=True)
+sqlite_only = pytest.mark.parametrize("hub", ["sqlite"], indirect=True)
+postgresql_only = pytest.mark.parametrize("hub", ["postgresql"], indirect=True)
 
 
 @pytest.fixture
