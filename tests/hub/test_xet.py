@@ -1,13 +1,19 @@
 """Xet uploads through the hub's routes: who may build what from which xorbs, and what is kept."""
 
 import hashlib
+import io
 import json
 import os
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+import anyio
 import pytest
 from httpx2 import Response
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlmodel import select
 from starlette.testclient import TestClient
 
@@ -16,15 +22,19 @@ from hub.blobs.files import FileBlobStore
 from hub.blobs.store import Sha256
 from hub.context import Hub
 from hub.db import now
+from hub.errors import Invalid, TooLarge
 from hub.hf import xet as routes
 from hub.repos.models import Blob, Hold
 from hub.upkeep import gc
 from hub.upkeep.sweep import sweep
 from hub.users import service as users
 from hub.users.models import Scope
+from hub.users.service import Viewer
 from hub.xet import service
+from hub.xet.hashes import XetHash
 from hub.xet.models import XetCache, Xorb
 from tests.fixtures import xet
+from tests.fixtures.xet import damages
 from tests.hub.conftest import bearer, both_databases, make_user
 
 
@@ -285,9 +295,9 @@ def test_chunks_that_a_xorb_does_not_have_are_refused(ada: Sender, start: int, e
 
 def test_a_file_above_the_limit_is_refused_before_it_is_built(hub: Hub, client: TestClient) -> None:
     _, token = make_user(hub, "ada")
-    settings = hub.settings.model_copy(update={"max_upload_bytes": 1_000_000})
-    limited = Hub(settings, hub.db, hub.store, hub.signer, hub.downloads)
-    with TestClient(create_app(settings, hub=limited), base_url=str(client.base_url)) as small:
+    smaller = hub.settings.model_copy(update={"max_upload_bytes": 1_000_000})
+    limited = Hub(smaller, hub.db, hub.store, hub.signer, hub.downloads)
+    with TestClient(create_app(smaller, hub=limited), base_url=str(client.base_url)) as small:
         ada = Sender(small, token, "ada/ink")
         made = xet.make_xorb([bytes(100_000)], (1,))
         assert len(made.data) < 1000
@@ -321,6 +331,45 @@ def test_a_full_disk_is_an_answer_that_clients_do_not_repeat(hub: Hub, client: T
         ada.client = other
         assert "disk is full" in refusal(ada.xorb(random_xorb(9000)), 413)
         assert "disk is full" in refusal(ada.shard(xet.file_block([(made, 0, 1)])), 413)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_damaged_shard_makes_anything_but_a_refusal_or_true_files(
+    hub: Hub, admin: Viewer, data: st.DataObject
+) -> None:
+    stored = _with_xorb(hub, admin)
+    blocks = [
+        xet.file_block([(MADE, 0, 2), (MADE, 1, 4)]),
+        xet.file_block([(MADE, 3, 4)], flags=0),
+        xet.file_block([(MADE, 2, 3), (MADE, 0, 1)], flags=xet.PROOFS),
+    ]
+    damaged = data.draw(damages(xet.make_shard(blocks, [MADE])))
+    with suppress(Invalid, TooLarge):
+        service.register_shard(hub, admin, io.BytesIO(damaged))
+    assert not list((hub.settings.data_dir / "store/tmp").iterdir())
+    runs = {
+        hashlib.sha256(b"".join(MADE.chunks[a:b] + MADE.chunks[c:d])).hexdigest()
+        for a in range(5)
+        for b in range(a, 5)
+        for c in range(5)
+        for d in range(c, 5)
+    }
+    assert set(blobs(hub)) <= runs | {stored}
+
+
+MADE = xet.make_xorb([bytes([n]) * size for n, size in enumerate((9000, 8200, 9001, 70))])
+
+
+def _with_xorb(hub: Hub, user: Viewer) -> str:
+    async def receive() -> None:
+        async def body() -> AsyncIterator[bytes]:
+            yield MADE.data
+
+        await service.receive_xorb(hub, user, XetHash(MADE.name), body(), None)
+
+    anyio.run(receive)
+    return hashlib.sha256(MADE.data).hexdigest()
 
 
 # What is kept

@@ -19,6 +19,7 @@ from hub.blobs.store import Sha256
 from hub.context import open_hub
 from hub.settings import Settings
 from hub.xet.models import Xorb
+from tests.fixtures.s3 import serve_s3
 from tests.fixtures.server import RunningHub, running_hub, start_hub
 from tests.hub.conftest import make_user
 
@@ -281,3 +282,28 @@ def test_after_a_loss_of_xorbs_the_second_try_works(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert same(hub, "admin/lost", second)
         assert same(hub, "admin/lost", first)
+
+
+def test_blobs_and_xorbs_may_lie_in_a_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "bucket.safetensors"
+    file.write_bytes(weights(9 * MiB, 2) + os.urandom(3 * MiB))
+    with serve_s3(tmp_path / "s3") as server:
+        server.make_bucket("bucket")
+        server.use(monkeypatch)
+        with running_hub(
+            tmp_path / "hub", max_regular_bytes=MiB, workers=0, s3_bucket="bucket"
+        ) as hub:
+            for _ in range(2):
+                done = subprocess.run(
+                    script("admin/bucket", file),
+                    check=False,
+                    env=environment(hub, tmp_path / "hf"),
+                    capture_output=True,
+                    text=True,
+                    timeout=300,
+                )
+                assert done.returncode == 0, done.stderr
+            assert count(hub, XORBS) == 1
+            assert same(hub, "admin/bucket", file)
