@@ -22,6 +22,7 @@ from hub.repos import service as repos
 from hub.repos.models import Blob, Commit, Repo
 from hub.repos.operations import Add, Copy, Delete, DeleteFolder, Operation
 from hub.repos.paths import check_path
+from hub.users.models import User
 from hub.users.service import Viewer
 
 API = "/api/{kind:repos}/{namespace}/{name}"
@@ -48,7 +49,7 @@ def preupload(
 
     Rights are checked here already: a commit that is refused makes clients try it in pieces.
     """
-    _require_writable(session, viewer, repo, revision, create_pr)
+    require_writable(session, viewer, repo, revision, create_pr)
     head = repos.resolve(session, repo, revision)
     limit = hub.settings.max_regular_bytes
     if request.headers.get(CAN_LFS) == "lfs":
@@ -90,7 +91,7 @@ async def commit(
     def writable() -> tuple[Repo, LFSRule]:
         with hub.db.read() as session:
             repo = find(request, session, viewer, type, namespace, name)
-            _require_writable(session, viewer, repo, revision, create_pr)
+            require_writable(session, viewer, repo, revision, create_pr)
             head = repos.resolve(session, repo, revision)
             before = {entry.path: entry for entry in repos.entries(session, head)}
             return repo, attributes.lfs_rule(hub.store, before)
@@ -158,14 +159,13 @@ def _is_set(flag: str) -> bool:
     return flag.lower() in ("1", "true")
 
 
-def _require_writable(
+def require_writable(
     session: Session, viewer: Viewer, repo: Repo, revision: str, create_pr: str
-) -> None:
+) -> User:
     """Anybody who reads a repo may propose something; the rest is for its writers."""
     if _is_set(create_pr):
-        repos.require_participant(session, viewer, repo)
-    else:
-        repos.require_committer(session, viewer, repo, revision)
+        return repos.require_participant(session, viewer, repo)
+    return repos.require_committer(session, viewer, repo, revision)
 
 
 async def _read_commit(

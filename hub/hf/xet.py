@@ -15,7 +15,6 @@ from fastapi import APIRouter, Depends, Request, Response
 from hub.deps import HubDep, Open, ReadSession, Signed, WriterDep, public_url
 from hub.errors import (
     BadRequest,
-    Forbidden,
     HubError,
     Invalid,
     NoSpace,
@@ -24,8 +23,10 @@ from hub.errors import (
     Unauthorized,
 )
 from hub.hf import routing
+from hub.hf.commits import require_writable
 from hub.hf.deps import RepoDep
 from hub.hf.routing import HFRoute, hf_router
+from hub.repos import service as repos
 from hub.repos.models import Repo
 from hub.users import service as users
 from hub.users.service import Viewer
@@ -54,12 +55,11 @@ def write_token(
     viewer: WriterDep,
     repo: RepoDep,
     revision: str,
+    create_pr: str = "",
 ) -> dict[str, Any]:
     """Where this user sends what is to be committed to this repo, and with which token."""
-    user = viewer.require_write()
-    if not users.may_write(session, viewer, repo.namespace, repo.name):
-        raise Forbidden(f"{user.name} may not write to {repo.full_name}")
-    token = hub.signer.sign(PURPOSE, [viewer.token_id, repo.id])
+    user = require_writable(session, viewer, repo, revision, create_pr)
+    token = hub.signer.sign(PURPOSE, [viewer.token_id, repo.id, revision, create_pr])
     address = f"{public_url(request)}/xet/{service.cache_name(session, hub, user)}"
     expires = int(time.time()) + TOKEN_S
     # Clients read one or the other, by version.
@@ -70,19 +70,18 @@ def write_token(
 
 
 def sender(request: Request, hub: HubDep) -> Viewer:
-    """Whose token it is, if it may still write to its repo. Unauthorized, Forbidden."""
+    """Whose token it is, if it may still be used. Unauthorized, Forbidden, RepoNotFound."""
     token = request.headers.get("Authorization", "").removeprefix("Bearer ")
     signed = hub.signer.unsign(PURPOSE, token, TOKEN_S)
     if signed is None:
         raise Unauthorized("this upload token is not valid any more")
-    token_id, repo_id = signed
+    token_id, repo_id, revision, create_pr = signed
     with hub.db.read() as session:
         viewer = users.viewer_of_token_id(session, token_id)
         repo = session.get(Repo, repo_id)
-        if repo is None:
+        if repo is None or not repos.may_read(session, viewer, repo):
             raise RepoNotFound("Repository not found")
-        if not users.may_write(session, viewer, repo.namespace, repo.name):
-            raise Forbidden(f"this token may not write to {repo.full_name} any more")
+        require_writable(session, viewer, repo, revision, create_pr)
     return viewer
 
 

@@ -333,7 +333,9 @@ def test_a_full_disk_is_an_answer_that_clients_do_not_repeat(hub: Hub, client: T
         assert "disk is full" in refusal(ada.shard(xet.file_block([(made, 0, 1)])), 413)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_no_damaged_shard_makes_anything_but_a_refusal_or_true_files(
     hub: Hub, admin: Viewer, data: st.DataObject

@@ -54,17 +54,19 @@ def environment(hub: RunningHub, home: Path, token: str | None = None) -> dict[s
     return os.environ | told
 
 
-def script(repo: str, path: Path, message: str = "m") -> list[str]:
-    """Upload a file or a folder, and print the commit."""
+def script(repo: str, path: Path) -> list[str]:
+    """Upload a file or a folder, as a pull request if PROPOSE is set, and print the commit."""
     code = f"""
+import os
 from pathlib import Path
 from huggingface_hub import HfApi
 api, path = HfApi(), Path({str(path)!r})
+how = {{"repo_id": {repo!r}, "create_pr": "PROPOSE" in os.environ}}
 api.create_repo({repo!r}, exist_ok=True)
 if path.is_dir():
-    made = api.upload_folder(repo_id={repo!r}, folder_path=path, commit_message={message!r})
+    made = api.upload_folder(folder_path=path, **how)
 else:
-    made = api.upload_file(repo_id={repo!r}, path_or_fileobj=path, path_in_repo=path.name)
+    made = api.upload_file(path_or_fileobj=path, path_in_repo=path.name, **how)
 print(made.oid)
 """
     return [sys.executable, "-c", code]
@@ -198,6 +200,18 @@ def test_who_may_not_write_is_told_so(
     done = upload("admin/closed", file, token=ada)
     assert done.returncode != 0
     assert "403" in done.stderr
+
+
+def test_a_reader_proposes_a_large_file(
+    hub: RunningHub, upload: Client, tmp_path: Path, ada: str
+) -> None:
+    file = tmp_path / "proposed.safetensors"
+    file.write_bytes(os.urandom(3 * MiB))
+    HfApi(endpoint=hub.url, token=hub.admin_token).create_repo("admin/open")
+    done = upload("admin/open", file, token=ada, PROPOSE="1")
+    assert done.returncode == 0, done.stderr
+    address = f"{hub.url}/admin/open/resolve/refs%2Fpr%2F1/{file.name}"
+    assert httpx2.get(address).content == file.read_bytes()
 
 
 def test_a_killed_upload_goes_on_where_it_was(

@@ -107,6 +107,7 @@ def test_roots_are_those_of_the_reference_implementation(
     assert (to_text(root), to_text(file_hash(root))) == (xorb, file)
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=8), max_size=300))
 def test_a_tree_that_grows_has_the_root_of_one_made_level_by_level(chunks: list[bytes]) -> None:
     tree, hashes = Tree(), xet.chunk_hashes(chunks)
@@ -127,7 +128,7 @@ def test_a_file_of_one_chunk_has_the_hash_that_clients_give_it(tmp_path: object)
 # Xorbs
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.binary(min_size=1, max_size=300).map(lambda b: b * 19), min_size=1, max_size=12),
     st.lists(st.sampled_from([0, 1, 2]), min_size=1, max_size=3),
