@@ -21,6 +21,7 @@ from hub.adapters.service import catch_up
 from hub.context import Hub, open_hub
 from hub.db import UNREACHABLE
 from hub.deps import POLICIES
+from hub.errors import CannotStart
 from hub.hf import routes as hf_routes
 from hub.hf import routing as hf
 from hub.hf import xet
@@ -34,6 +35,7 @@ from hub.reports.service import Reports
 from hub.settings import Settings
 from hub.upkeep import sweep as upkeep
 from hub.users import routes as users
+from hub.users.oidc import Provider, is_safe
 from hub.web import routes as web
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,7 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.state.traffic = Traffic()
+    app.state.oidc = _provider(settings)
     app.state.rebuilds = CapacityLimiter(xet.REBUILDS)
     # Set when the process is told to end: event streams and jobs end before their connections.
     app.state.stopping = Event()
@@ -100,6 +103,18 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
         app.include_router(router, max_body_size=settings.max_body_bytes)
     _require_policies(app)
     return app
+
+
+def _provider(settings: Settings) -> Provider | None:
+    """CannotStart if what is set of it does not suffice."""
+    issuer, secret = settings.oidc_issuer, settings.oidc_client_secret
+    if issuer is None:
+        return None
+    if not is_safe(issuer):
+        raise CannotStart(f"GRAFT_OIDC_ISSUER is {issuer}: an address that begins with https://")
+    if settings.oidc_client_id is None:
+        raise CannotStart("GRAFT_OIDC_ISSUER needs GRAFT_OIDC_CLIENT_ID")
+    return Provider(issuer, settings.oidc_client_id, secret.get_secret_value() if secret else None)
 
 
 def _catch_up(hub: Hub, stopping: Event) -> None:

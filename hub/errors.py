@@ -5,11 +5,13 @@ HubError
 │                       HashNotFound UserNotFound PageNotFound InvitationNotFound
 │                       AccessRequestNotFound DiscussionNotFound
 ├── Conflict            RepoExists RefExists NameTaken KeyReused LastAdmin
+│   │                   IdentityTaken
 │   └── StaleParent     the branch has moved since the caller looked
 ├── Invalid             the request asks for something impossible; `param` says where
 │   ├── BadName BadPath BadField BadUpload DigestMismatch
 │   └── BadRequest      the request cannot be read at all
 ├── Unauthorized        no valid token
+│   └── SignInFailed    at a provider, or its answer proves nothing
 ├── Forbidden           a valid token that may not do this
 │   └── GatedRepo       the repo may be seen; its files are for those who were let in
 ├── TooLarge            more bytes than a setting allows
@@ -18,6 +20,7 @@ HubError
 ├── NoSpace             the disk is, or would become, full
 │   └── QuotaExceeded   a user or organisation keeps as much as it may
 ├── StoreFailed         the object store does not answer, or refuses
+├── ProviderFailed      the sign-in provider does not answer, or not as one
 ├── Busy                the database or a process is away, or did not become free in time
 ├── OutcomeUnknown      the database was lost while it saved a change
 ├── NotImplementedHere  a feature of the protocol that this hub does not have
@@ -116,6 +119,9 @@ class KeyReused(Conflict): ...
 class LastAdmin(Conflict): ...
 
 
+class IdentityTaken(Conflict): ...
+
+
 class StaleParent(Conflict): ...
 
 
@@ -141,6 +147,12 @@ class BadRequest(Invalid): ...
 
 
 class Unauthorized(HubError): ...
+
+
+class SignInFailed(Unauthorized): ...
+
+
+class ProviderFailed(HubError): ...
 
 
 class Forbidden(HubError): ...
@@ -199,6 +211,7 @@ STATUS: Mapping[type[HubError], HTTPStatus] = {
     TooMany: HTTPStatus.TOO_MANY_REQUESTS,
     NoSpace: HTTPStatus.INSUFFICIENT_STORAGE,
     StoreFailed: HTTPStatus.SERVICE_UNAVAILABLE,
+    ProviderFailed: HTTPStatus.BAD_GATEWAY,
     Busy: HTTPStatus.SERVICE_UNAVAILABLE,
     OutcomeUnknown: HTTPStatus.GATEWAY_TIMEOUT,
     NotImplementedHere: HTTPStatus.NOT_IMPLEMENTED,

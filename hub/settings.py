@@ -33,6 +33,17 @@ class Settings(BaseSettings):
         None, description="signs sessions and upload links; without it `secret.key` is made"
     )
     signup: bool = Field(False, description="anybody may make an account on the page `/signup`")
+    oidc_issuer: str | None = Field(
+        None, description="address of an OpenID Connect provider that people may sign in with"
+    )
+    oidc_client_id: str | None = Field(None, description="this hub's name at that provider")
+    oidc_client_secret: SecretStr | None = Field(
+        None, description="and its secret there; without one only PKCE protects the exchange"
+    )
+    oidc_name: str = Field("single sign-on", description="what the button calls the provider")
+    oidc_signup: bool = Field(
+        False, description="whoever the provider signs in may make an account"
+    )
     session_days: int = Field(30, gt=0, description="how long a login of the web page lasts")
     gitattributes: bool = Field(
         False,

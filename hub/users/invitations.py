@@ -58,7 +58,8 @@ def accept(
     row = find(session, code)
     if row.user_id is not None:
         user = session.get_one(User, row.user_id)
-        if user.is_disabled:
+        # A link for a new password is for nothing else.
+        if user.is_disabled or password_hash is None:
             raise _gone()
     else:
         user = create_user(session, name, full_name=full_name)

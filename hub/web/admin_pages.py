@@ -12,8 +12,7 @@ from hub.users import invitations, organizations
 from hub.users import service as users
 from hub.users.service import Viewer
 from hub.web.login_pages import Text
-from hub.web.render import refused_page
-from hub.web.settings_pages import see_other
+from hub.web.render import refused_page, see_other
 
 router = APIRouter(prefix="/settings", include_in_schema=False, tags=["web"])
 

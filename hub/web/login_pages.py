@@ -111,6 +111,7 @@ def _login_page(
         name=name,
         has_passwords=has_passwords,
         may_sign_up=hub.settings.signup,
+        oidc_name=hub.settings.oidc_name if hub.settings.oidc_issuer else None,
     )
 
 
@@ -209,9 +210,19 @@ def _invited(hub: Hub, code: str) -> dict[str, Any]:
         code=code,
         resets=user.name if user is not None else None,
         organization=organization.name if organization is not None else None,
+        oidc_name=hub.settings.oidc_name if hub.settings.oidc_issuer and user is None else None,
     )
 
 
 def _join(**known: str | None) -> dict[str, Any]:
-    fields = ("action", "code", "resets", "organization", "name", "full_name", "problem")
+    fields = (
+        "action",
+        "code",
+        "resets",
+        "organization",
+        "name",
+        "full_name",
+        "problem",
+        "oidc_name",
+    )
     return dict.fromkeys(fields) | known

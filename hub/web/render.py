@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hub.db import now
@@ -55,6 +55,11 @@ def refused_page(
     if isinstance(error, TooManyTries):
         answer.headers["Retry-After"] = str(error.retry_after_s)
     return answer
+
+
+def see_other(place: str) -> Response:
+    """After a form: a reload asks again and sends nothing again."""
+    return RedirectResponse(place, 303)
 
 
 def part(template: str, **context: Any) -> HTMLResponse:

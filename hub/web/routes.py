@@ -16,6 +16,7 @@ from hub.web import (
     gallery,
     job_pages,
     login_pages,
+    oidc_pages,
     organization_pages,
     repo_pages,
     settings_pages,
@@ -41,6 +42,7 @@ ADVICE = {
         "The hub made a mistake",
         "Its log says more. Your files are safe: nothing is changed by a page that fails.",
     ),
+    HTTPStatus.BAD_GATEWAY: ("No answer", "Try again in a moment, or tell who runs this hub."),
     HTTPStatus.SERVICE_UNAVAILABLE: ("Busy", "Reload the page in a moment."),
 }
 OTHER_ADVICE = ("That did not work", "Nothing was changed. Go back and try it differently.")
@@ -106,6 +108,7 @@ ROUTERS = (
     gallery.router,
     router,
     login_pages.router,
+    oidc_pages.router,
     settings_pages.router,
     organization_pages.router,
     admin_pages.router,

@@ -4,18 +4,19 @@ from datetime import timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Form, Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import Response
 
 from hub.context import Hub
 from hub.db import now
 from hub.deps import AccountDep, HubDep, ViewerDep, address_of
 from hub.errors import BadField, HubError
-from hub.users import passwords, throttle
+from hub.users import identities, passwords, throttle
 from hub.users import service as users
 from hub.users.models import Scope, TokenKind
 from hub.users.service import Viewer
 from hub.web.login_pages import Secret, Text, begin
-from hub.web.render import refused_page
+from hub.web.oidc_pages import link_address
+from hub.web.render import refused_page, see_other
 
 router = APIRouter(prefix="/settings", include_in_schema=False, tags=["web"])
 
@@ -25,11 +26,6 @@ SCOPES = {
     Scope.WRITE: "also publish, and ask for jobs",
     Scope.ADMIN: "also manage your account, tokens and organisations",
 }
-
-
-def see_other(place: str) -> Response:
-    """After a form: a reload asks again and sends nothing again."""
-    return RedirectResponse(place, 303)
 
 
 # Account
@@ -54,6 +50,9 @@ def _account_page(
             manages=viewer.manages,
             account=user,
             has_password=passwords.exists(session, user),
+            identities=identities.of(session, user),
+            oidc_name=hub.settings.oidc_name if hub.settings.oidc_issuer else None,
+            link_address=link_address(hub, viewer),
             problem=error.message if error is not None else None,
         )
 

@@ -49,6 +49,7 @@ OPEN_ROUTES = {
     "POST /logout",
     "POST /signup",
     "POST /invite",
+    "POST /login/oidc/name",
     "POST /settings/theme",
     "POST /api/validate-yaml",
     "POST /api/reports",
