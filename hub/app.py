@@ -29,6 +29,8 @@ from hub.http import EveryResponse, Traffic
 from hub.jobs import routes as jobs
 from hub.jobs.dispatcher import LocalDispatcher
 from hub.limits import routes as quotas
+from hub.limits.rates import RateLimits
+from hub.limits.slow import IdleLimit
 from hub.reports import routes as reports
 from hub.reports.pool import Pool
 from hub.reports.service import Reports
@@ -95,6 +97,13 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
     app.state.stopping = Event()
     # Outermost last: the headers belong on the refusal of a wrong host too.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=_hosts(settings), www_redirect=False)
+    app.add_middleware(IdleLimit, idle_s=settings.idle_s)
+    app.add_middleware(
+        RateLimits,
+        per_token=settings.requests_per_token,
+        per_address=settings.requests_per_address,
+        at_once=settings.requests_at_once,
+    )
     app.add_middleware(EveryResponse, traffic=app.state.traffic, bug_page=web.bug_page)
     errors.install(app, renderers={hf.TAG: hf.render, xet.TAG: xet.render, "web": web.refusal})
 

@@ -13,6 +13,7 @@ from sqlmodel import Session
 
 from hub.context import DAY_S, Hub
 from hub.errors import Forbidden, Unauthorized
+from hub.limits.rates import ACCEPTED
 from hub.users import service as users
 from hub.users.service import ANONYMOUS, Viewer
 
@@ -53,6 +54,7 @@ def viewer(request: Request, hub: HubDep) -> Viewer:
             raise Unauthorized("Invalid credentials in Authorization header")
         with hub.db.read() as session:
             found = users.viewer_of(session, secret.strip())
+        setattr(request.state, ACCEPTED, True)
     else:
         found = _of_cookie(request, hub)
     hub.uses.note(found.token_id)

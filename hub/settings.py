@@ -69,6 +69,18 @@ class Settings(BaseSettings):
         description="what each user and organisation may keep unless `graft admin quota` says"
         " otherwise; without it there is no limit",
     )
+    requests_per_token: int = Field(
+        6000, ge=0, description="requests a minute with one token; 0: any number"
+    )
+    requests_per_address: int = Field(
+        3000, ge=0, description="requests a minute from one address without one; 0: any number"
+    )
+    requests_at_once: int = Field(
+        200, ge=0, description="requests of one token or address at the same time; 0: any number"
+    )
+    idle_s: int = Field(
+        60, gt=0, description="a request ends when nothing more of its body comes for so long"
+    )
     s3_bucket: str | None = Field(
         None,
         description="keep the blobs in this S3 bucket; credentials come from where boto3 looks,"
