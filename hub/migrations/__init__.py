@@ -140,7 +140,8 @@ def _back_up(connection: Connection, path: Path) -> None:
         os.replace(temporary, path)
         durable.sync_folder(path.parent)
     except (OSError, sqlite3.Error) as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         raise CannotStart(
             f"the catalogue needs its backup {path} before it is changed: {error}"
         ) from error
