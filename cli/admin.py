@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli import quotas, upkeep
+from cli import accounts, quotas, upkeep
 from cli.console import CommandError, count_progress, out
 from cli.serve import load_settings
 
@@ -16,6 +16,7 @@ def register(app: typer.Typer) -> None:
     admin.command()(reindex)
     upkeep.register(admin)
     quotas.register(admin)
+    accounts.register(admin)
     app.add_typer(admin, name="admin")
 
 

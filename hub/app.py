@@ -36,6 +36,7 @@ from hub.reports.pool import Pool
 from hub.reports.service import Reports
 from hub.settings import Settings
 from hub.upkeep import sweep as upkeep
+from hub.users import audit_routes as audit
 from hub.users import routes as users
 from hub.users.oidc import Provider, is_safe
 from hub.web import routes as web
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 ROUTERS = (
     health.router,
     users.router,
+    audit.router,
     quotas.router,
     adapters.router,
     adapters.thumbs,

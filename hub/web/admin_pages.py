@@ -1,20 +1,27 @@
-"""For administrators of the hub: who there is."""
+"""For administrators of the hub: who there is, and what was done."""
 
 from enum import StrEnum
+from typing import Annotated
+from urllib.parse import urlencode
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
+from hub import audit
 from hub.context import Hub
 from hub.deps import AdminDep, HubDep, ViewerDep, public_url
-from hub.errors import HubError
+from hub.errors import HubError, UserNotFound
 from hub.users import invitations, organizations
 from hub.users import service as users
+from hub.users.audit_routes import AuditPage, page_of
 from hub.users.service import Viewer
 from hub.web.login_pages import Text
 from hub.web.render import refused_page, see_other
 
 router = APIRouter(prefix="/settings", include_in_schema=False, tags=["web"])
+
+
+ROWS = 100
 
 
 class Change(StrEnum):
@@ -105,3 +112,41 @@ def change(request: Request, hub: HubDep, viewer: AdminDep, name: str, change: C
 
 def _link(request: Request, code: str) -> str:
     return f"{public_url(request)}/invite?code={code}"
+
+
+@router.get("/audit")
+def log(
+    request: Request,
+    hub: HubDep,
+    viewer: ViewerDep,
+    user: Annotated[str, Query(max_length=200)] = "",
+    action: Annotated[str, Query(max_length=100)] = "",
+    before: Annotated[int | None, Query(ge=1, lt=2**63)] = None,
+    verify: Annotated[str, Query(max_length=1)] = "",
+) -> Response:
+    """What was done and by whom; with `verify` every row is read."""
+    viewer.require_admin()
+    error: HubError | None = None
+    with hub.db.read() as session:
+        chain = audit.verify(session) if verify else None
+        try:
+            found = page_of(
+                session, user=user.strip(), action=action.strip(), before=before, limit=ROWS
+            )
+        except UserNotFound as unknown:
+            error, found = unknown, AuditPage(items=[], next_before=None)
+    query = {"user": user, "action": action, "before": found.next_before or ""}
+    return refused_page(
+        request,
+        "settings_audit.html",
+        viewer,
+        error,
+        tab="audit",
+        manages=True,
+        chain=chain,
+        log=found,
+        older=f"/settings/audit?{urlencode(query)}" if found.next_before else None,
+        chosen_user=user,
+        chosen_action=action,
+        problem=error.message if error is not None else None,
+    )

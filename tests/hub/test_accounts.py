@@ -551,3 +551,59 @@ def test_no_form_is_sent_by_a_page_of_another_site(hub: Hub, client: TestClient)
                 if answer.status_code not in (401, 403, 501):
                     acted.append((method, route.path, answer.status_code))
     assert not acted, str(acted)
+
+
+# The audit log
+
+
+def test_the_audit_log_is_shown_and_verified_for_administrators(
+    hub: Hub, client: TestClient
+) -> None:
+    ada = make_account(hub)
+    admin = bearer(hub.admin_token)
+    for path in ("/api/audit", "/api/audit/verify"):
+        assert client.get(path).status_code == 401
+        assert client.get(path, headers=bearer(ada)).status_code == 403
+    page = client.get("/api/audit?action=token&limit=1", headers=admin).json()
+    assert [(e["user"], e["action"]) for e in page["items"]] == [("ada", "token.issue")]
+    before = page["next_before"]
+    older = client.get(f"/api/audit?action=token&before={before}", headers=admin).json()
+    assert older["next_before"] is None
+    assert client.get("/api/audit?user=nobody", headers=admin).status_code == 404
+    by_ada = client.get("/api/audit?user=ADA", headers=admin).json()["items"]
+    assert {entry["user"] for entry in by_ada} == {"ada"}
+    chain = client.get("/api/audit/verify", headers=admin).json()
+    assert (chain["broken"], chain["has_expected"]) == (None, None)
+    noted = client.get("/api/audit/verify", params={"expect": chain["head"]}, headers=admin).json()
+    assert noted["has_expected"] is True
+
+    form(client, "/login", token=hub.admin_token or "")
+    assert "token.issue" in client.get("/settings/audit", headers=HTML).text
+    assert (
+        '<td data-label="Did">token.issue'
+        not in client.get("/settings/audit?action=login", headers=HTML).text
+    )
+    assert client.get("/settings/audit?user=nobody", headers=HTML).status_code == 404
+    sound = client.get("/settings/audit?verify=1", headers=HTML).text
+    assert "are as they were written" in sound
+    with hub.db.write() as session:
+        session.connection().exec_driver_sql("DROP TRIGGER audit_no_update")
+        session.connection().exec_driver_sql("UPDATE audit SET subject = 'x' WHERE id = 2")
+    broken = client.get("/settings/audit?verify=1", headers=HTML).text
+    assert "Row 2 was changed" in broken
+    assert "are as they were written" not in broken
+
+
+def test_what_people_do_with_accounts_is_in_the_log(hub: Hub, client: TestClient) -> None:
+    make_account(hub)
+    sign_in(client)
+    form(client, "/settings/organizations", name="acme")
+    form(client, "/settings/tokens", name="laptop", scope="read")
+    form(client, "/logout")
+    for _ in range(throttle.PER_USER):
+        form(client, "/login", name="ada", password="guess")
+    log = client.get("/api/audit", headers=bearer(hub.admin_token)).json()["items"]
+    actions = [entry["action"] for entry in reversed(log)][5:]
+    assert actions == ["login", "organization.create", "token.issue", "logout", "login.throttle"]
+    assert RIGHT not in str(log)
+    assert "guess" not in str(log)

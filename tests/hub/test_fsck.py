@@ -90,7 +90,8 @@ BROKEN = {
     "foreign-head": "UPDATE ref SET repo_id = 99",
     "foreign-key": "DELETE FROM blob",
     "condemned-in-use": "UPDATE blob SET state = 'condemned'",
-    "audit": "UPDATE audit SET subject = 'admin/oil' WHERE subject = 'admin/ink'",
+    "audit": "INSERT INTO audit (at, action, subject, previous, hash)"
+    " SELECT at, action, subject, hash, 'forged' FROM audit WHERE subject = 'admin/ink'",
     "stale-projection": "UPDATE card SET commit_id = 'an older one'",
     "not-projected": "UPDATE event SET done_at = NULL",
 }

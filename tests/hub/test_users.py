@@ -3,9 +3,11 @@
 from datetime import timedelta
 
 import pytest
-from sqlmodel import select
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlmodel import Session, select
 
-from hub.audit import Audit, broken_link
+from hub.audit import Audit, broken_link, verify
 from hub.context import Hub
 from hub.db import now
 from hub.errors import BadField, BadName, Forbidden, NameTaken, Unauthorized, UserNotFound
@@ -161,8 +163,62 @@ def test_the_audit_chain_shows_a_changed_row(hub: Hub) -> None:
         actions = [row.action for row in session.exec(select(Audit).order_by("id"))]
     assert actions == ["user.create", "token.issue"] * 2
     with hub.db.write() as session:
+        allow_changes_of_the_log(session)
         row = session.get_one(Audit, 2)
         row.subject = "admin: nothing (read)"
         session.add(row)
     with hub.db.read() as session:
         assert broken_link(session) == 2
+
+
+def allow_changes_of_the_log(session: Session) -> None:
+    """As whoever may change the database itself can."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(text("ALTER TABLE audit DISABLE TRIGGER USER"))
+    else:
+        session.execute(text("DROP TRIGGER audit_no_update"))
+        session.execute(text("DROP TRIGGER audit_no_delete"))
+
+
+@pytest.mark.parametrize("change", ["UPDATE audit SET subject = 'x'", "DELETE FROM audit"])
+def test_the_database_refuses_to_change_the_log(hub: Hub, change: str) -> None:
+    with pytest.raises(DBAPIError, match="only added to"), hub.db.write() as session:
+        session.execute(text(change))
+    with hub.db.read() as session:
+        assert verify(session).rows == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "broken"),
+    [
+        ("UPDATE audit SET user_id = 7 WHERE id = 3", 3),
+        ("UPDATE audit SET action = 'x' WHERE id = 1", 1),
+        ("UPDATE audit SET previous = '' WHERE id = 4", 4),
+        ("DELETE FROM audit WHERE id = 1", 2),
+        ("DELETE FROM audit WHERE id = 3", 4),
+    ],
+)
+def test_every_change_of_the_log_shows(hub: Hub, change: str, broken: int) -> None:
+    make_user(hub, "ada")
+    with hub.db.write() as session:
+        allow_changes_of_the_log(session)
+        session.execute(text(change))
+    with hub.db.read() as session:
+        found = verify(session)
+        assert (found.broken, found.is_sound) == (broken, False)
+
+
+def test_rows_taken_from_the_end_show_against_a_hash_that_was_noted(hub: Hub) -> None:
+    make_user(hub, "ada")
+    with hub.db.read() as session:
+        noted = verify(session).head
+    make_user(hub, "bob")
+    with hub.db.read() as session:
+        assert verify(session, noted).is_sound
+        assert not verify(session, "0" * 64).is_sound
+    with hub.db.write() as session:
+        allow_changes_of_the_log(session)
+        session.execute(text("DELETE FROM audit WHERE id >= 4"))
+    with hub.db.read() as session:
+        assert verify(session).is_sound
+        assert not verify(session, noted).is_sound
