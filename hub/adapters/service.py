@@ -8,6 +8,7 @@ from sqlmodel import Session, col, select
 from hub.adapters import projection
 from hub.adapters.projection import project
 from hub.context import Hub
+from hub.failpoints import reach
 from hub.repos import service as repos
 from hub.repos.models import Commit, Repo, RepoType
 from hub.repos.operations import Operation
@@ -53,6 +54,7 @@ def publish(
         return repo, made
 
     repo, made = hub.db.change(steps)
+    reach("U10")
     if repo.head == made.id:
         assert repo.id is not None
         try_to_project(hub, repo.id)

@@ -27,6 +27,7 @@ from hub.blobs.spool import (
     sweep_folder,
 )
 from hub.blobs.store import Arrival, Sha256, Stored
+from hub.failpoints import reach
 
 TRASH_S = 24 * 3600
 
@@ -166,8 +167,10 @@ class FileBlobStore:
         self._spool.check_space(size or 0)
         path = self._spool.new_path()
         with full_disk_is_no_space(), removed_on_failure(path):
+            reach("U1")
             upload = _Upload(self, SpoolFile(self._spool, path, size), Arrival(expected, size))
             try:
+                reach("U2")
                 yield upload
             finally:
                 upload.close()
@@ -175,6 +178,7 @@ class FileBlobStore:
     def _publish(self, temporary: Path, sha256: Sha256) -> None:
         final = self._path(sha256)
         durable.make_folders(final.parent, self._blobs)
+        reach("U6")
         temporary.chmod(0o444)
         try:
             # Over an older copy too: these bytes have just been verified, so it is also a repair.
@@ -185,7 +189,9 @@ class FileBlobStore:
                 raise
             temporary.chmod(0o600)
             temporary.unlink()
+        reach("U7")
         durable.sync_folder(final.parent)
+        reach("U8")
 
 
 class _Upload:
@@ -202,10 +208,13 @@ class _Upload:
     def write(self, chunk: bytes) -> None:
         self._arrival.update(chunk)
         self._file.write(chunk)
+        reach("U3")
 
     def finish(self) -> Stored:
         hashes = self._arrival.check()
+        reach("U4")
         self._file.sync()
+        reach("U5")
         self.close()  # Windows renames only closed files.
         path = self._file.path
         git_oid = hashes.git_oid or git_oid_of(path, hashes.size)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hub.db import UNREACHABLE, Database
+from hub.failpoints import reach
 from hub.jobs import queue
 from hub.jobs.process import Child, oom_kills
 from hub.jobs.queue import Claim, Progress
@@ -161,6 +162,7 @@ class _Watch:
         with self._db.write() as session:
             queue.beat(session, self._claim, self._progress, self._patience.lease_s)
             wanted = queue.is_cancel_requested(session, self._claim)
+        reach("J4")
         self._progress, self._leased = None, time.monotonic()
         return wanted
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from hub.context import Hub
 from hub.db import UNREACHABLE
 from hub.errors import HubError
+from hub.failpoints import reach
 from hub.jobs import process, queue, results
 from hub.jobs.attempt import (
     Cancelled,
@@ -126,6 +127,7 @@ class LocalDispatcher:
         """One attempt from claim to settled row; nothing it raises may end the thread."""
         scratch = self._hub.scratch / _folder_name(claim)
         try:
+            reach("J2")
             ending = self._attempt(claim, scratch)
             settle(self._hub, claim, ending, scratch, self._patience.lease_s)
         except LeaseLost:
@@ -157,6 +159,7 @@ class LocalDispatcher:
             child = process.Child(
                 self._command, spec.model_dump_json(), scratch, job.resources["threads"]
             )
+            reach("J3")
             return supervise(self._hub.db, claim, child, self._patience, self._stopping.is_set)
 
     def _spec(self, job: Job, scratch: Path, blobs: ExitStack) -> Spec:
@@ -191,6 +194,7 @@ def settle(hub: Hub, claim: Claim, ending: Ending, scratch: Path, lease_s: float
     """Write down how an attempt ended, publishing what it made. LeaseLost."""
     match ending:
         case Made(manifest):
+            reach("J5")
             _publish(hub, claim, manifest, scratch / "output", lease_s)
         case Refused(error):
             with hub.db.write() as session:

@@ -18,6 +18,7 @@ from hub.blobs.store import Sha256, Stored
 from hub.context import Hub
 from hub.db import UNREACHABLE
 from hub.errors import EntryNotFound, Forbidden, RepoNotFound, StaleParent
+from hub.failpoints import reach
 from hub.jobs import lineage, queue
 from hub.jobs.card import Facts, Ingredient, code, write_card
 from hub.jobs.inputs import Resolved
@@ -80,6 +81,7 @@ def publish(
             log.exception("job %s: the database does not answer", job.id)
             time.sleep(_PAUSE_S)
         else:
+            reach("J9")
             adapters.project(hub, repo_id)
             return
 
@@ -101,11 +103,13 @@ def _take_in(
         if file.suffix == ".safetensors":
             _check_header(file)
         beat()
+        reach("J6")
         stored[path] = hub.store.adopt(file)
     digests = {path: str(item.sha256) for path, item in stored.items()}
     found = digests[_path(job)] if _path(job) else digest_of_files(digests)
     if found != manifest["sha256"]:
         raise BadOutput(f"its SHA-256 is {found} and not {manifest['sha256']}")
+    reach("J7")
     return stored
 
 
@@ -190,6 +194,7 @@ def _commit(
             "certificate": manifest["certificate"],
         }
         queue.succeed(session, claim, result)
+        reach("J8")
         return repo.id
 
 

@@ -25,6 +25,7 @@ from hub.errors import (
     TooLarge,
     TooMany,
 )
+from hub.failpoints import reach
 from hub.jobs import inputs, lineage, queue
 from hub.jobs.inputs import Resolved
 from hub.jobs.models import TERMINAL, Edge, Job, JobKind, JobState
@@ -121,6 +122,7 @@ def enqueue(
         created_at=moment,
     )
     session.add(job)
+    reach("J1")
     return job
 
 

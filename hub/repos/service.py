@@ -30,6 +30,7 @@ from hub.errors import (
     RevisionNotFound,
     StaleParent,
 )
+from hub.failpoints import reach
 from hub.limits import quotas
 from hub.repos import operations as ops
 from hub.repos.models import (
@@ -356,6 +357,7 @@ def advance(
     )
     point(session, repo, ref, made)
     record(session, user.id, "repo.commit", f"{repo.full_name}@{ref.name} {made.id}")
+    reach("U9")
     return made
 
 

@@ -23,6 +23,7 @@ from hub.blobs.store import Sha256
 from hub.context import Hub, StoreIdentity
 from hub.db import now
 from hub.errors import Conflict
+from hub.failpoints import reach
 from hub.repos.models import Blob, BlobState, Repo
 from hub.upkeep.last_backup import last_backup
 from hub.upkeep.references import referenced
@@ -174,6 +175,8 @@ def _condemn(hub: Hub, digests: Sequence[str], moment: datetime) -> list[str]:
             blob.state, blob.condemned_at = BlobState.CONDEMNED, moment
             session.add(blob)
             record(session, None, "blob.condemn", blob.sha256)
+        reach("G1")
+    reach("G2")
     return [blob.sha256 for blob in gone]
 
 
@@ -204,6 +207,7 @@ def _delete(hub: Hub, sha256: str, moment: datetime) -> bool:
             return False
         blob.state, blob.condemned_at = BlobState.DELETING, moment
         session.add(blob)
+    reach("G3")
     return _remove(hub, sha256, moment)
 
 
@@ -214,9 +218,11 @@ def _remove(hub: Hub, sha256: str, moment: datetime) -> bool:
         if not blobs:
             return False
         hub.store.trash(Sha256(sha256))
+        reach("G4")
         blobs[0].condemned_at = moment
         session.add(blobs[0])
         record(session, None, "blob.delete", f"{sha256} {blobs[0].size}")
+    reach("G5")
     return True
 
 

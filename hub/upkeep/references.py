@@ -10,8 +10,10 @@ from typing import Any
 from sqlalchemy import Column
 from sqlmodel import Session, SQLModel, col, select
 
+from hub.db import now
 from hub.jobs.models import TERMINAL, Job
 from hub.repos.models import Blob
+from hub.repos.uploads import Upload
 
 # Digests kept by something else than a row with a foreign key. Add to it what comes later.
 KEEPERS: list[Callable[[Session], Collection[str]]] = []
@@ -54,4 +56,9 @@ def _inputs_of_jobs(session: Session) -> set[str]:
     }
 
 
-KEEPERS.append(_inputs_of_jobs)
+def _uploads(session: Session) -> set[str]:
+    """Bytes that are coming may be here already, without a row for them."""
+    return set(session.exec(select(Upload.sha256).where(col(Upload.expires_at) > now())))
+
+
+KEEPERS += [_inputs_of_jobs, _uploads]

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from sqlalchemy import CursorResult, Delete, delete
-from sqlmodel import Session, col
+from sqlmodel import col
 
 from hub.context import DAY_S, Hub
 from hub.db import now
 from hub.errors import HubError
+from hub.hf.lfs_parts import drop_expired
 from hub.repos.models import Blob, BlobState, Hold
 from hub.upkeep import gc
 
@@ -23,10 +24,7 @@ REMEMBER = timedelta(hours=24)
 def sweep(hub: Hub) -> dict[str, int]:
     """Everything that is over, by kind: how many there were."""
     swept = {"temporary files": hub.store.sweep(DAY_S)}
-    for what, step in SWEEPS.items():
-        with hub.db.write() as session:
-            swept[what] = step(session)
-    return swept
+    return swept | {what: step(hub) for what, step in SWEEPS.items()}
 
 
 def keep_up(hub: Hub, hour: int) -> None:
@@ -46,26 +44,28 @@ def _try(step: Callable[[], object]) -> None:
         log.exception("upkeep failed")
 
 
-def _holds(session: Session) -> int:
-    return _count(session, delete(Hold).where(col(Hold.expires_at) < now()))
+def _holds(hub: Hub) -> int:
+    return _delete(hub, delete(Hold).where(col(Hold.expires_at) < now()))
 
 
-def _removed(session: Session) -> int:
+def _removed(hub: Hub) -> int:
     """Rows of bytes that are gone, once no upload can remember them as present."""
     gone = delete(Blob).where(
         col(Blob.state) == BlobState.DELETING, col(Blob.condemned_at) < now() - REMEMBER
     )
-    return _count(session, gone)
+    return _delete(hub, gone)
 
 
-def _count(session: Session, statement: Delete) -> int:
-    done = session.execute(statement)
-    assert isinstance(done, CursorResult)
-    return done.rowcount
+def _delete(hub: Hub, statement: Delete) -> int:
+    with hub.db.write() as session:
+        done = session.execute(statement)
+        assert isinstance(done, CursorResult)
+        return done.rowcount
 
 
-# Add to it what comes later; each step is a transaction of its own.
-SWEEPS: dict[str, Callable[[Session], int]] = {
+# Add to it what comes later.
+SWEEPS: dict[str, Callable[[Hub], int]] = {
+    "uploads in parts": drop_expired,
     "expired holds": _holds,
     "rows of collected blobs": _removed,
 }
