@@ -7,87 +7,112 @@ import random
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx2
-from sqlmodel import select
+import pytest
 
-from hub.audit import broken_link
 from hub.context import Hub, open_hub
 from hub.repos import service as repos
-from hub.repos.models import Blob, CommitEntry
 from hub.settings import Settings
-from hub.users.service import ANONYMOUS
+from hub.upkeep.fsck import fsck, is_sound
+from hub.users import service as users
 from tests.fixtures.server import RunningHub, running_hub, start_hub
 
-Ledger = dict[str, bytes]
+# Acknowledged files: repo -> path -> digest.
+Ledger = dict[str, dict[str, str]]
+WRITERS = 3
 
 
-def commit_files(hub: RunningHub, acknowledged: Ledger, seed: int) -> None:
+def commit_files(hub: RunningHub, acknowledged: dict[str, str], name: str, seed: int) -> None:
     """Commit one file after the other until the server is gone; note each one it answered for."""
     rng = random.Random(seed)
     with httpx2.Client(base_url=hub.url, headers=hub.auth, timeout=60) as client:
         for n in range(10_000):
             path, content = f"{seed}/{n}.bin", rng.randbytes(rng.randrange(1, 200_000))
-            lines = [
-                {"key": "header", "value": {"summary": path}},
-                {
-                    "key": "file",
-                    "value": {
-                        "path": path,
-                        "content": base64.b64encode(content).decode(),
-                        "encoding": "base64",
-                    },
-                },
-            ]
+            encoded = base64.b64encode(content).decode()
+            file = {"path": path, "content": encoded, "encoding": "base64"}
+            lines = [{"key": "header", "value": {"summary": path}}, {"key": "file", "value": file}]
             body = "\n".join(json.dumps(line) for line in lines).encode()
             try:
-                answer = client.post("/api/models/admin/ink/commit/main", content=body)
+                answer = client.post(f"/api/models/admin/{name}/commit/main", content=body)
             except httpx2.TransportError:
                 return
             assert answer.status_code == 200, answer.text
-            acknowledged[path] = content
+            acknowledged[path] = hashlib.sha256(content).hexdigest()
 
 
-def check_everything(hub: Hub, acknowledged: Ledger) -> None:
+def check_repo(hub: Hub, name: str, acknowledged: dict[str, str]) -> None:
+    """Nothing that was answered for is missing; each writer may have one more that was not."""
+    token = (hub.settings.data_dir / "admin.token").read_text().strip()
     with hub.db.read() as session:
-        repo = repos.get_repo(session, ANONYMOUS, "admin", "ink")
+        repo = repos.get_repo(session, users.viewer_of(session, token), "admin", name)
         head = repos.resolve(session, repo)
         found = {entry.path: entry.sha256 for entry in repos.entries(session, head)}
-        for path, content in acknowledged.items():
-            assert found[path] == hashlib.sha256(content).hexdigest()
-        for blob in session.exec(select(Blob)):
-            stored = b"".join(hub.store.open(blob.sha256))  # type: ignore[arg-type]
-            assert (len(stored), hashlib.sha256(stored).hexdigest()) == (blob.size, blob.sha256)
-        blobs = set(session.exec(select(Blob.sha256)))
-        assert set(session.exec(select(CommitEntry.sha256))) <= blobs
+        assert found.items() >= acknowledged.items()
+        assert len(found) <= len(acknowledged) + WRITERS
         history, more = repos.commits(session, repo, head, limit=100_000)
         assert more is None
         assert history[-1].message == "initial commit"
         assert len(found) == len(history) - 1
-        assert broken_link(session) is None
-    assert not list((hub.settings.data_dir / "store" / "tmp").iterdir())
 
 
-def test_every_acknowledged_commit_survives_kill_9(tmp_path: Path) -> None:
-    acknowledged: Ledger = {}
-    with running_hub(tmp_path) as hub:
-        body = {"name": "ink"}
-        url = f"{hub.url}/api/repos/create"
-        assert httpx2.post(url, json=body, headers=hub.auth, timeout=60).status_code == 200
-    for round in range(3):
-        hub = start_hub(tmp_path)
+def kill_rounds(folder: Path, rounds: int, seed: int, **settings: Any) -> int:
+    """Kill the server so many times while clients commit; how many commits were acknowledged.
+
+    Every round is killed up to half a second after its first 0 to 3 commits were answered.
+    """
+    rng = random.Random(seed)
+    ledger: Ledger = {}
+    with running_hub(folder, workers=0, **settings):
+        pass
+    opened = Settings(data_dir=folder / "data", **settings)
+    for round in range(rounds):
+        name = f"r{round}"
+        hub = start_hub(folder, workers=0, **settings)
+        made = httpx2.post(
+            f"{hub.url}/api/repos/create", json={"name": name}, headers=hub.auth, timeout=60
+        )
+        assert made.status_code == 200
+        acknowledged = ledger[name] = {}
         writers = [
-            threading.Thread(target=commit_files, args=(hub, acknowledged, 10 * round + n))
-            for n in range(3)
+            threading.Thread(target=commit_files, args=(hub, acknowledged, name, n))
+            for n in range(WRITERS)
         ]
-        before = len(acknowledged)
         for writer in writers:
             writer.start()
-        while len(acknowledged) < before + 10 + 7 * round and writers[0].is_alive():
+        while len(acknowledged) < round % 4 and writers[0].is_alive():
             time.sleep(0.01)
+        time.sleep(rng.random() / 2)
         hub.kill()
         for writer in writers:
             writer.join()
-        with open_hub(Settings(data_dir=tmp_path / "data")) as opened:
-            check_everything(opened, acknowledged)
-    assert len(acknowledged) >= 30
+        with open_hub(opened) as after:
+            check_repo(after, name, acknowledged)
+            # Every byte is read now and then, all lengths and references each time.
+            findings = list(fsck(after, full=round % 50 == 0))
+            assert is_sound(findings), findings
+    with open_hub(opened) as after:
+        for name, acknowledged in ledger.items():
+            check_repo(after, name, acknowledged)
+        findings = list(fsck(after, full=True))
+        assert is_sound(findings), findings
+    if opened.database_url is None:  # Others may share the folder; theirs stay for a day.
+        assert not list((folder / "data" / "store" / "tmp").iterdir())
+    return sum(len(paths) for paths in ledger.values())
+
+
+def test_every_acknowledged_commit_survives_kill_9(tmp_path: Path) -> None:
+    assert kill_rounds(tmp_path, 12, seed=1) >= 18
+
+
+def test_every_acknowledged_commit_survives_kill_9_on_postgresql(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    assert kill_rounds(tmp_path, 4, seed=2, database_url=postgres_url) >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+def test_every_acknowledged_commit_survives_kill_9_five_hundred_times(tmp_path: Path) -> None:
+    assert kill_rounds(tmp_path, 500, seed=3) >= 750
