@@ -4,8 +4,10 @@ Only what an upload needs. Clients read a 404 as "ask in the older way" or "not 
 downloads never come here, because no answer of ours offers it.
 """
 
+import logging
 import tempfile
 import time
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -34,6 +36,8 @@ from hub.xet import service
 from hub.xet.hashes import XetHash, is_hash
 from hub.xet.shards import MAX_SHARD_BYTES
 from hub.xet.xorbs import MAX_XORB_BYTES
+
+log = logging.getLogger(__name__)
 
 TAG = "xet"
 PURPOSE = "xet-upload"
@@ -69,7 +73,15 @@ def write_token(
     return {"accessToken": token, "exp": expires, "casUrl": address}
 
 
-def sender(request: Request, hub: HubDep) -> Viewer:
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Who sends, and what for."""
+
+    viewer: Viewer
+    repo: Repo
+
+
+def sender(request: Request, hub: HubDep) -> Sender:
     """Whose token it is, if it may still be used. Unauthorized, Forbidden, RepoNotFound."""
     token = request.headers.get("Authorization", "").removeprefix("Bearer ")
     signed = hub.signer.unsign(PURPOSE, token, TOKEN_S)
@@ -82,35 +94,40 @@ def sender(request: Request, hub: HubDep) -> Viewer:
         if repo is None or not repos.may_read(session, viewer, repo):
             raise RepoNotFound("Repository not found")
         require_writable(session, viewer, repo, revision, create_pr)
-    return viewer
+    return Sender(viewer, repo)
 
 
-SenderDep = Annotated[Viewer, Depends(sender)]
+SenderDep = Annotated[Sender, Depends(sender)]
 
 
 @cas.post("/v1/xorbs/{prefix}/{xorb}", dependencies=[Signed], max_body_size=MAX_XORB_BYTES)
 async def upload_xorb(
-    request: Request, hub: HubDep, viewer: SenderDep, xorb: str
+    request: Request, hub: HubDep, sender: SenderDep, xorb: str
 ) -> dict[str, bool]:
     """Kept once it is read to its end and is what its address says."""
     if not is_hash(xorb):
         raise BadRequest("a xorb's hash has 64 hexadecimal digits")
     announced = request.headers.get("Content-Length", "")
     size = int(announced) if announced.isdecimal() else None
-    is_new = await service.receive_xorb(hub, viewer, XetHash(xorb), request.stream(), size)
+    is_new = await service.receive_xorb(hub, sender.viewer, XetHash(xorb), request.stream(), size)
     return {"was_inserted": is_new}
 
 
 @cas.post("/v1/shards", dependencies=[Signed], max_body_size=MAX_SHARD_BYTES)
 # hf_xet 1.5, which huggingface_hub 1.20 still takes.
 @cas.post("/shards", dependencies=[Signed], max_body_size=MAX_SHARD_BYTES)
-async def upload_shard(request: Request, hub: HubDep, viewer: SenderDep) -> dict[str, int]:
+async def upload_shard(request: Request, hub: HubDep, sender: SenderDep) -> dict[str, int]:
     """Answered when all its files are here; clients wait without a limit, and ask again."""
     with tempfile.TemporaryFile(dir=hub.scratch) as shard:
         async for piece in request.stream():
             await to_thread.run_sync(shard.write, piece)
         is_new = await to_thread.run_sync(
-            service.register_shard, hub, viewer, shard, limiter=request.app.state.rebuilds
+            service.register_shard,
+            hub,
+            sender.viewer,
+            shard,
+            sender.repo.namespace_key,
+            limiter=request.app.state.rebuilds,
         )
     return {"result": int(is_new)}
 
@@ -124,9 +141,14 @@ async def not_here(path: str) -> Response:
 
 
 def render(request: Request, error: HubError, status: HTTPStatus) -> Response:
-    """As the other routes, but 400 for what stays wrong: clients repeat a 5xx for minutes."""
+    """As the other routes, but 400 for what stays wrong: clients repeat a 5xx for minutes.
+
+    They show the status and not the message, so the log has it.
+    """
     if isinstance(error, Invalid):
         status = HTTPStatus.BAD_REQUEST
     if isinstance(error, NoSpace):
         status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    if status in (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
+        log.warning("an upload over Xet was refused: %s", error.message)
     return routing.render(request, error, status)

@@ -20,6 +20,7 @@ from hub.blobs.store import Sha256, Stored
 from hub.context import Hub
 from hub.db import now
 from hub.errors import BadUpload, TooLarge
+from hub.limits import quotas
 from hub.repos import service as repos
 from hub.repos.models import Blob, Hold
 from hub.users import service as users
@@ -138,14 +139,20 @@ def _hold(hub: Hub, viewer: Viewer, xorb: Stored) -> None:
         repos.hold(session, viewer, xorb, KEEP_XORBS)
 
 
-def register_shard(hub: Hub, viewer: Viewer, shard: BinaryIO) -> bool:
+def register_shard(hub: Hub, viewer: Viewer, shard: BinaryIO, namespace_key: str) -> bool:
     """Rebuild every file of a shard as a blob held for this user; False if all were here.
 
-    Nothing is built before the whole shard has been read and every term been found possible.
-    BadUpload, TooLarge.
+    Nothing is built before the whole shard has been read, every term been found possible, and all
+    files together as small as the namespace may keep: few bytes can stand for many.
+    BadUpload, TooLarge, QuotaExceeded.
     """
+    sizes: dict[bytes, int] = {}
     for file in read_shard(shard):
-        _size(hub, file, _xorbs(hub, viewer, file))
+        if _known(hub, viewer, file) is None:
+            sizes[file.hash] = _size(hub, file, _xorbs(hub, viewer, file))
+    with hub.db.read() as session:
+        total = sum(sizes.values())
+        quotas.require_room(session, namespace_key, total, hub.settings.quota_bytes)
     is_new = False
     for file in read_shard(shard):
         known = _known(hub, viewer, file)

@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -20,12 +21,15 @@ from starlette.testclient import TestClient
 from hub.app import create_app
 from hub.blobs.files import FileBlobStore
 from hub.blobs.store import Sha256
-from hub.context import Hub
+from hub.context import Hub, open_hub
 from hub.db import now
 from hub.errors import Invalid, TooLarge
 from hub.hf import xet as routes
+from hub.limits import quotas
 from hub.repos.models import Blob, Hold
 from hub.upkeep import gc
+from hub.upkeep.backup import backup
+from hub.upkeep.restore import restore
 from hub.upkeep.sweep import sweep
 from hub.users import service as users
 from hub.users.models import Scope
@@ -274,13 +278,19 @@ def test_no_call_tells_whether_a_chunk_is_known(ada: Sender) -> None:
     ],
 )
 def test_a_file_that_is_not_what_it_says_is_refused_and_leaves_nothing(
-    hub: Hub, ada: Sender, changes: dict[str, object], message: str
+    hub: Hub,
+    ada: Sender,
+    changes: dict[str, object],
+    message: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     made = random_xorb(9000, 20_000)
     ada.xorb(made)
     before = blobs(hub)
     block = xet.file_block([(made, 0, 2)], **changes)  # type: ignore[arg-type]
     assert message in refusal(ada.shard(block))
+    # Clients do not show it.
+    assert message in caplog.text
     assert blobs(hub) == before
     assert not list((hub.settings.data_dir / "store/tmp").iterdir())
 
@@ -305,6 +315,21 @@ def test_a_file_above_the_limit_is_refused_before_it_is_built(hub: Hub, client: 
         message = refusal(ada.shard(xet.file_block([(made, 0, 1)] * 11)), 413)
         assert "at most 1000000 bytes" in message
         answered(ada.shard(xet.file_block([(made, 0, 1)] * 10)))
+
+
+def test_files_that_the_namespace_may_not_keep_are_not_built(hub: Hub, ada: Sender) -> None:
+    made = xet.make_xorb([bytes(100_000)], (1,))
+    answered(ada.xorb(made))
+    with hub.db.write() as session:
+        quotas.set_limit(session, None, "ada", 300_000)
+    before = blobs(hub)
+    files = [xet.file_block([(made, 0, 1)] * n) for n in (1, 3)]
+    assert "ada may keep 300,000 bytes" in refusal(ada.shard(*files), 413)
+    assert blobs(hub) == before
+    answered(ada.shard(files[0]))
+    answered(ada.commit(bytes(100_000)))
+    assert answered(ada.shard(files[0])) == {"result": 0}
+    refusal(ada.shard(files[1]), 413)
 
 
 def test_a_file_of_crumbs_is_refused_before_it_is_built(ada: Sender) -> None:
@@ -348,7 +373,7 @@ def test_no_damaged_shard_makes_anything_but_a_refusal_or_true_files(
     ]
     damaged = data.draw(damages(xet.make_shard(blocks, [MADE])))
     with suppress(Invalid, TooLarge):
-        service.register_shard(hub, admin, io.BytesIO(damaged))
+        service.register_shard(hub, admin, io.BytesIO(damaged), "admin")
     assert not list((hub.settings.data_dir / "store/tmp").iterdir())
     runs = {
         hashlib.sha256(b"".join(MADE.chunks[a:b] + MADE.chunks[c:d])).hexdigest()
@@ -451,3 +476,16 @@ def test_every_user_has_an_address_of_their_own(hub: Hub, ada: Sender, bob: Send
         service.forget_caches(session, 2)
         service.forget_caches(session, 2)
         assert session.get_one(XetCache, 2).generation == 2
+
+
+def test_clients_start_afresh_after_a_restore(hub: Hub, admin: Viewer, tmp_path: Path) -> None:
+    """What they sent since the backup is not there."""
+    assert admin.user is not None
+    made = backup(hub, tmp_path / "backup")
+    restored = hub.settings.model_copy(update={"data_dir": tmp_path / "restored"})
+    restore(restored, tmp_path / "backup", made)
+    with hub.db.read() as session:
+        before = service.cache_name(session, hub, admin.user)
+        assert service.cache_name(session, hub, admin.user) == before
+    with open_hub(restored) as again, again.db.read() as session:
+        assert service.cache_name(session, again, admin.user) != before

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -97,7 +96,7 @@ def weights(size: int, seed: int) -> bytes:
 
 
 def count(hub: RunningHub, route: str) -> int:
-    text = httpx2.get(f"{hub.url}/metrics", headers=hub.auth).text
+    text = httpx2.get(f"{hub.url}/metrics", headers=hub.auth, timeout=60).text
     line = next((line for line in text.splitlines() if route in line), "} 0")
     return int(line.rsplit(" ", 1)[1])
 
@@ -211,28 +210,28 @@ def test_a_reader_proposes_a_large_file(
     done = upload("admin/open", file, token=ada, PROPOSE="1")
     assert done.returncode == 0, done.stderr
     address = f"{hub.url}/admin/open/resolve/refs%2Fpr%2F1/{file.name}"
-    assert httpx2.get(address).content == file.read_bytes()
+    assert httpx2.get(address, timeout=60).content == file.read_bytes()
 
 
 def test_a_killed_upload_goes_on_where_it_was(
     hub: RunningHub, upload: Client, tmp_path: Path
 ) -> None:
     file = tmp_path / "killed.safetensors"
-    file.write_bytes(os.urandom(150 * MiB))
+    file.write_bytes(os.urandom(100 * MiB))
     api = HfApi(endpoint=hub.url, token=hub.admin_token)
     api.create_repo("admin/killed")
     before = count(hub, XORBS)
-    started = subprocess.Popen(
+    with subprocess.Popen(
         script("admin/killed", file),
         env=environment(hub, tmp_path / "hf"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )
-    while count(hub, XORBS) == before:
-        assert started.poll() is None
-        time.sleep(0.01)
-    started.send_signal(signal.SIGKILL)
-    started.wait(30)
+        text=True,
+    ) as client:
+        try:
+            wait_for_a_xorb(hub, client, before)
+        finally:
+            client.kill()
     assert api.list_repo_files("admin/killed") == []
     done = upload("admin/killed", file)
     assert done.returncode == 0, done.stderr
@@ -241,28 +240,34 @@ def test_a_killed_upload_goes_on_where_it_was(
 
 def test_a_hub_that_is_killed_in_the_middle_is_waited_for(tmp_path: Path) -> None:
     file = tmp_path / "waits.safetensors"
-    file.write_bytes(os.urandom(150 * MiB))
+    file.write_bytes(os.urandom(100 * MiB))
     hub = start_hub(tmp_path / "hub", max_regular_bytes=MiB, workers=0)
+    client = subprocess.Popen(
+        script("admin/waits", file),
+        env=environment(hub, tmp_path / "hf"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
-        client = subprocess.Popen(
-            script("admin/waits", file),
-            env=environment(hub, tmp_path / "hf"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        while count(hub, XORBS) == 0:
-            assert client.poll() is None
-            time.sleep(0.01)
+        wait_for_a_xorb(hub, client, 0)
         hub.kill()
         hub = start_hub(
             tmp_path / "hub", max_regular_bytes=MiB, workers=0, port=hub.url.rsplit(":")[-1]
         )
-        _, errors = client.communicate(timeout=200)
+        _, errors = client.communicate(timeout=300)
         assert client.returncode == 0, errors
         assert same(hub, "admin/waits", file)
     finally:
+        client.kill()
+        client.communicate()
         hub.stop()
+
+
+def wait_for_a_xorb(hub: RunningHub, client: "subprocess.Popen[str]", before: int) -> None:
+    while count(hub, XORBS) == before:
+        assert client.poll() is None
+        time.sleep(0.01)
 
 
 def test_after_a_loss_of_xorbs_the_second_try_works(tmp_path: Path) -> None:
