@@ -11,6 +11,7 @@ import typer
 from cli import (
     admin,
     convert,
+    doctor,
     extract,
     import_folder,
     inspect,
@@ -46,6 +47,7 @@ for module in (
     report,
     recipes,
     serve,
+    doctor,
     admin,
     train,
 ):

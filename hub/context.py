@@ -32,6 +32,8 @@ class StoreIdentity(SQLModel, table=True):
     store_id: str = Field(primary_key=True)
     # Why nothing may be collected, after a restore until a full check has passed.
     unchecked: str | None = None
+    # What a store that is not a local folder can do: `hub.blobs.probe.Probe` as JSON.
+    probe: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,44 +129,43 @@ def _signer(settings: Settings) -> Signer:
 
 def _store(session: Session, settings: Settings) -> BlobStore:
     """The store this catalogue describes; a repair on the wrong one would remove everything."""
-    known = session.exec(select(StoreIdentity.store_id)).first()
-    try:
-        store, where = open_store(settings, must_exist=known is not None)
-    except StoreFailed as error:
-        raise CannotStart(error.message) from error
-    if known is None:
-        session.add(StoreIdentity(store_id=store.id))
-    elif known != store.id:
+    row = session.exec(select(StoreIdentity)).first()
+    if row is None:
+        opened = open_store(settings, must_exist=False)
+        row = StoreIdentity(store_id=opened.store.id)
+    else:
+        opened = open_store(settings, must_exist=True, probed=row.probe)
+    if row.store_id != opened.store.id:
         raise CannotStart(
-            f"the catalogue describes blob store {known}, but the one at {where} is {store.id}"
+            f"the catalogue describes blob store {row.store_id},"
+            f" but the one at {opened.where} is {opened.store.id}"
         )
-    return store
+    row.probe = opened.probe
+    session.add(row)
+    return opened.store
 
 
-def open_store(settings: Settings, *, must_exist: bool) -> tuple[BlobStore, str]:
-    """The store that the settings name, and how a person finds it."""
-    root, min_free = settings.data_dir / "store", settings.min_free_bytes
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A store, how a person finds it, and what its probe found, as JSON."""
+
+    store: BlobStore
+    where: str
+    probe: str | None = None
+
+
+def open_store(settings: Settings, *, must_exist: bool, probed: str | None = None) -> Opened:
+    """The store that the settings name; `probed` spares a probe if it is about that store."""
+    root = settings.data_dir / "store"
     if settings.s3_bucket is None:
         if must_exist and not FileBlobStore.is_at(root):
             raise CannotStart(f"the blobs of this catalogue are not at {root}; nothing was changed")
-        return FileBlobStore(root, min_free_bytes=min_free), str(root)
-    from hub.blobs.bucket import Bucket, make_client
-    from hub.blobs.s3 import S3BlobStore
+        return Opened(FileBlobStore(root, min_free_bytes=settings.min_free_bytes), str(root))
+    # It imports boto3, which others do without.
+    from hub.blobs.opening import open_s3
 
-    client = make_client(settings.s3_endpoint, settings.s3_region)
-    bucket = Bucket(client, settings.s3_bucket, settings.s3_prefix)
-    where = f"s3://{bucket.name}/{bucket.prefix}"
-    if must_exist and not S3BlobStore.is_at(bucket):
-        raise CannotStart(f"the blobs of this catalogue are not at {where}; nothing was changed")
-    public = settings.s3_public_endpoint
-    store = S3BlobStore(
-        bucket,
-        root,
-        cache_bytes=settings.s3_cache_bytes,
-        min_free_bytes=min_free,
-        presigner=make_client(public, settings.s3_region) if public is not None else None,
-    )
-    return store, where
+    store, found = open_s3(settings, must_exist=must_exist, probed=probed)
+    return Opened(store, str(store.bucket), found)
 
 
 def _first_admin(session: Session) -> str | None:

@@ -201,7 +201,7 @@ class Bucket:
         return {"Bucket": self.name, "Key": self.prefix + key}
 
     def __str__(self) -> str:
-        return f"the bucket {self.name}"
+        return f"s3://{self.name}/{self.prefix}"
 
     def _get(self, key: str, start: int, end: int | None) -> tuple[Any, int]:
         """The body and where it ends; no body where the object ends before `start`."""

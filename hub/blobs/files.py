@@ -9,7 +9,7 @@ A crash leaves at most a temporary file, which `sweep` removes, or a blob nobody
 
 import os
 import uuid
-from collections.abc import AsyncIterable, Iterable, Iterator
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -107,6 +107,9 @@ class FileBlobStore:
         path = self._path(sha256)
         path.stat()
         yield path
+
+    def address(self, sha256: Sha256, seconds: int, headers: Mapping[str, str]) -> str | None:
+        return None
 
     def size(self, sha256: Sha256) -> int | None:
         try:

@@ -8,7 +8,7 @@ bucket's own rule for unfinished uploads removes, or a blob nobody refers to.
 
 import uuid
 from collections import deque
-from collections.abc import AsyncIterable, Iterable, Iterator
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
@@ -36,12 +36,19 @@ MOST_PARTS = 10_000
 SENDERS = 4
 MARKER = "STORE_ID"
 _BLOBS = "blobs/sha256/"
+_SAID = {
+    "Content-Type": "ResponseContentType",
+    "Content-Disposition": "ResponseContentDisposition",
+    "Cache-Control": "ResponseCacheControl",
+}
 
 
 class S3BlobStore:
     """`folder` holds what is on its way in, and copies for jobs of at most `cache_bytes`.
 
-    `presigner` is a client whose endpoint the hub's clients can reach too, if there is one.
+    `presigner` is a client whose endpoint the hub's clients can reach too, if there is one;
+    `can_copy` whether the store can copy its objects itself, `can_redirect` whether its own answers
+    will do for downloads.
     """
 
     def __init__(
@@ -52,11 +59,14 @@ class S3BlobStore:
         cache_bytes: int = 0,
         min_free_bytes: int = 0,
         presigner: Any | None = None,
+        can_copy: bool = True,
+        can_redirect: bool = True,
     ) -> None:
         self.bucket = bucket
         self._spool = Spool(folder / "tmp", min_free_bytes)
         self._cache = Cache(folder / "cache", cache_bytes)
-        self.parts = StagedParts(bucket, self._spool, key_of, self.put, presigner)
+        self._reader = presigner if can_redirect else None
+        self.parts = StagedParts(bucket, self._spool, key_of, self.put, presigner, can_copy)
         self.id = self._identity()
 
     @staticmethod
@@ -100,6 +110,13 @@ class S3BlobStore:
 
     def local(self, sha256: Sha256) -> AbstractContextManager[Path]:
         return self._cache.file(sha256, self._download)
+
+    def address(self, sha256: Sha256, seconds: int, headers: Mapping[str, str]) -> str | None:
+        if self._reader is None:
+            return None
+        said = {_SAID[name]: value for name, value in headers.items()}
+        at = {**self.bucket.at(key_of(sha256)), **said}
+        return str(self._reader.generate_presigned_url("get_object", at, ExpiresIn=seconds))
 
     def size(self, sha256: Sha256) -> int | None:
         return self.bucket.size(key_of(sha256))

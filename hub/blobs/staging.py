@@ -36,10 +36,12 @@ class StagedParts:
         key_of: Callable[[Sha256], str],
         put: Put,
         presigner: Any | None,
+        can_copy: bool,
     ) -> None:
         self._bucket, self._spool = bucket, spool
         self._key_of, self._put = key_of, put
         self._presigner = presigner
+        self._most_copied = MOST_COPIED_BYTES if can_copy else 0
 
     def begin(self) -> str:
         name = uuid.uuid4().hex
@@ -96,7 +98,7 @@ class StagedParts:
                 self._bucket.delete(found.key)
 
     def _publish(self, key: str, expected: Sha256, size: int) -> Stored:
-        if size > MOST_COPIED_BYTES:
+        if size > self._most_copied:
             stored = self._put(self._bucket.read(key), expected=expected, size=size)
         else:
             arrival = Arrival(expected, size)

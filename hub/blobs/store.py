@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -71,6 +71,12 @@ class BlobStore(Protocol):
 
     def local(self, sha256: Sha256) -> AbstractContextManager[Path]:
         """A local file with these bytes while the block runs; not to be changed."""
+
+    def address(self, sha256: Sha256, seconds: int, headers: Mapping[str, str]) -> str | None:
+        """Where a client may get the blob itself for so long, with these headers; None: from us.
+
+        Content-Type, Content-Disposition and Cache-Control can be given.
+        """
 
     def size(self, sha256: Sha256) -> int | None:
         """Bytes, or None when the store lacks the blob."""

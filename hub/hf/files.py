@@ -1,4 +1,7 @@
-"""Downloads: HEAD from the catalogue alone, GET with one range, straight from the blob."""
+"""Downloads: HEAD from the catalogue alone, GET with one range, straight from the blob.
+
+Large files go by an address of the store itself, where it has one that clients can reach.
+"""
 
 import errno
 import mimetypes
@@ -28,6 +31,10 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".gguf", ".onnx")
 SHOWN = {"image/png", "image/jpeg", "image/webp", "image/gif"}
 
 PIECE = 2**18
+# Below it another request costs more than it saves.
+REDIRECT_BYTES = 2**20
+# Clients that continue a broken download ask the same address again.
+ADDRESS_S = 6 * 3600
 
 router = hf_router()
 
@@ -45,7 +52,7 @@ def resolve(
     commit: CommitDep,
     path: str,
 ) -> Response:
-    """One file of a revision, never a redirect: X-Repo-Commit says what the revision meant."""
+    """One file of a revision; X-Repo-Commit says what the revision meant."""
     if repo.gated is not None:
         repos.require_files(session, viewer, repo)
     entry = repos.entry(session, commit, path)
@@ -60,6 +67,11 @@ def resolve(
         headers |= {"Content-Range": f"bytes */{error.size}", "X-Error-Message": str(error)}
         return Response(status_code=416, headers=headers)
     start, end = asked or (0, entry.size)
+    if (address := _address(hub.store, entry, headers)) is not None:
+        if asked is None and path.endswith(WEIGHTS):
+            hub.downloads.count(repo)
+        headers |= {"Location": address, "Cache-Control": "private, no-store"}
+        return Response(status_code=302, headers=headers)
     headers["Content-Length"] = str(end - start)
     if asked is not None:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{entry.size}"
@@ -85,6 +97,14 @@ def _headers(repo: Repo, commit: Commit, entry: CommitEntry) -> dict[str, str]:
         "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
         "Cache-Control": "private, no-store" if repo.private or repo.gated else "no-cache",
     }
+
+
+def _address(store: BlobStore, entry: CommitEntry, headers: dict[str, str]) -> str | None:
+    # A page shows pictures only from its own origin.
+    if not entry.lfs or entry.size < REDIRECT_BYTES or headers["Content-Type"] in SHOWN:
+        return None
+    said = {name: headers[name] for name in ("Content-Type", "Content-Disposition")}
+    return store.address(Sha256(entry.sha256), ADDRESS_S, said)
 
 
 def _range(request: Request, etag: str) -> str | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from anyio import to_thread
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
 from hub.blobs.store import Sha256
 from hub.context import Hub
@@ -147,5 +147,7 @@ def download(
     if stored is None:
         raise EntryNotFound(f"there is no object {oid[:64]}")
     headers = {"Content-Length": str(stored.size), "Cache-Control": "private, no-store"}
+    if (address := hub.store.address(stored.sha256, LINK_S, {})) is not None:
+        return RedirectResponse(address, 302, {"Cache-Control": "private, no-store"})
     content = read_blob(hub.store, stored.sha256, 0, stored.size)
     return StreamingResponse(content, headers=headers, media_type="application/octet-stream")

@@ -135,7 +135,10 @@ def hold_in(session: Session, viewer: Viewer, stored: Stored) -> None:
 
 
 def drop_expired(hub: Hub) -> int:
-    """Forget uploads whose time is over, and drop their parts; how many there were."""
+    """Forget uploads whose time is over, and drop their parts; how many there were.
+
+    Out of the ledger first: bytes that nobody knows are found by the store's own sweep.
+    """
     with hub.db.write() as session:
         over = uploads.take_expired(session)
     for upload in over:

@@ -83,7 +83,7 @@ def restore(
         migrate(database)
         with database.read() as session:
             sizes = _sizes(session)
-        store, _ = open_store(settings, must_exist=False)
+        store = open_store(settings, must_exist=False).store
         store.renew()
         missing = {sha: size for sha, size in sizes.items() if store.size(Sha256(sha)) != size}
         lost = copy_blobs(FileBlobStore(folder / "store"), store, missing, report)

@@ -14,16 +14,25 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from anyio import run
+from starlette.testclient import TestClient
 
+from hub.app import create_app
 from hub.blobs import durable, s3
 from hub.blobs.bucket import Bucket, make_client
 from hub.blobs.files import TRASH_S, FileBlobStore
+from hub.blobs.probe import Probe, probe
 from hub.blobs.s3 import S3BlobStore, key_of
 from hub.blobs.store import BlobStore, Sha256, lfs_pointer_oid, parse_sha256
+from hub.context import open_hub
 from hub.errors import BadField, BadUpload, DigestMismatch, NoSpace, StoreFailed
-from tests.fixtures.s3 import serve_moto, serve_s3
+from hub.repos import service as repos
+from hub.repos.operations import Add
+from hub.settings import Settings
+from hub.users import service as users
+from tests.fixtures.s3 import S3Server, serve_moto, serve_s3
 from tests.fixtures.swift import serve_swift
 
 # `printf 'hello' | git hash-object --stdin`, git 2.39.5
@@ -39,21 +48,26 @@ Make = Callable[[str], BlobStore]
 
 
 @pytest.fixture(scope="module", params=["files", *SERVERS])
-def client(
+def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Any]:
-    """Of a server with a bucket, or None for local files."""
+) -> Iterator[S3Server | None]:
+    """With a bucket, or None for local files."""
     if request.param == "files":
         yield None
         return
-    with (
-        SERVERS[request.param](tmp_path_factory.mktemp("s3")) as server,
-        pytest.MonkeyPatch.context() as environment,
-    ):
+    with SERVERS[request.param](tmp_path_factory.mktemp("s3")) as server:
+        server.make_bucket("bucket")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: S3Server | None) -> Any:
+    """As a hub makes it, of that server."""
+    if server is None:
+        return None
+    with pytest.MonkeyPatch.context() as environment:
         server.use(environment)
-        made = make_client(None, None)
-        made.create_bucket(Bucket="bucket")
-        yield made
+        return make_client(None, None)
 
 
 @pytest.fixture
@@ -333,6 +347,71 @@ def leftovers(store: BlobStore) -> list[Any]:
         mine = [u for u in unfinished(store.bucket) if u["Key"].startswith(store.bucket.prefix)]
         return [*mine, *store.bucket.list("staging/")]
     return list((store._root / "parts").iterdir())  # type: ignore[attr-defined]
+
+
+# The probe
+
+# Of what is tried, what each does not do (versions of constraints.txt).
+FAILURES = {
+    "serve_moto": {"md5", "sha256", "presigned expiry", "presigned signature", "presigned length"},
+    "serve_s3": {"sha256", "create only", "part copy", "presigned range"},
+    "serve_swift": set(),
+}
+
+
+def test_the_probe_finds_what_each_store_does(client: Any, request: pytest.FixtureRequest) -> None:
+    if client is None:
+        pytest.skip("a local folder is not probed")
+    bucket = Bucket(client, "bucket", uuid.uuid4().hex)
+    found = probe(bucket, client, client.meta.endpoint_url)
+    name = SERVERS[request.node.callspec.params["server"]].__name__
+    assert set(found.failures) == FAILURES[name]
+    assert found.missing is None
+    assert found.can_copy
+    assert found.can_presign == (name != "serve_moto")
+    assert found.can_redirect == (name == "serve_swift")
+    assert list(bucket.list("")) == []
+    again = Probe.model_validate_json(found.model_dump_json())
+    assert again.is_about(bucket, client.meta.endpoint_url)
+    assert not again.is_about(bucket, None)
+    assert not again.is_about(Bucket(client, "other"), client.meta.endpoint_url)
+
+
+def test_a_large_download_goes_by_the_stores_address_if_that_is_as_good(
+    request: pytest.FixtureRequest,
+    server: S3Server | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if server is None:
+        pytest.skip("a local folder has no addresses")
+    server.use(monkeypatch)
+    endpoint = server.endpoint
+    settings = Settings(data_dir=tmp_path / "data", min_free_bytes=0)
+    at = {"s3_bucket": "bucket", "s3_prefix": uuid.uuid4().hex, "s3_endpoint": endpoint}
+    settings = settings.model_copy(update={**at, "s3_public_endpoint": endpoint})
+    with open_hub(settings) as hub, hub.db.write() as session:
+        viewer = users.viewer_of(session, hub.admin_token or "")
+        repo = repos.create_repo(session, viewer, "admin", "large")
+        files = {"large.bin": LARGE, "small.bin": b"small", "large.png": LARGE}
+        adds = [Add(path, hub.store.put([data]), lfs=True) for path, data in files.items()]
+        repos.commit(session, viewer, repo, operations=adds, message="files")
+    with TestClient(create_app(settings), base_url="http://127.0.0.1") as browser:
+        for path, data in files.items():
+            address = f"/admin/large/resolve/main/{path}"
+            answer = browser.get(address, follow_redirects=False)
+            if path != "large.bin" or request.node.callspec.params["server"] != "swift":
+                assert (answer.status_code, answer.content) == (200, data)
+                continue
+            assert answer.status_code == 302
+            assert answer.headers["Cache-Control"] == "private, no-store"
+            assert answer.headers["X-Linked-Size"] == str(len(LARGE))
+            there = answer.headers["Location"]
+            assert there.startswith(server.endpoint)
+            got = httpx2.get(there, timeout=60, headers={"Range": "bytes=1-9"})
+            assert (got.status_code, got.content) == (206, LARGE[1:10])
+            assert got.headers["Content-Disposition"] == answer.headers["Content-Disposition"]
+            assert got.headers["Content-Type"] == "application/octet-stream"
 
 
 def test_a_store_that_can_be_written_to_says_so(store: BlobStore) -> None:

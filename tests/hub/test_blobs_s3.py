@@ -2,17 +2,20 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from anyio import run
+from sqlmodel import select
 
 from hub.blobs import s3
 from hub.blobs.bucket import Bucket, make_client
+from hub.blobs.probe import Probe
 from hub.blobs.s3 import S3BlobStore, key_of
 from hub.blobs.store import Sha256
-from hub.context import open_hub
+from hub.context import StoreIdentity, open_hub
 from hub.errors import CannotStart, StoreFailed
 from hub.settings import Settings
 from tests.fixtures.proxy import CUT_BODY, LOSE_ANSWER, Request, proxy_to
@@ -106,7 +109,7 @@ def test_an_upload_that_the_store_never_takes_leaves_nothing(open_store: Open, s
     if step == "POST complete":
         plan = {"POST": [None, 503, 503, 503]}
     store = open_store(plan)
-    with pytest.raises(StoreFailed, match="the bucket bucket-.*: the store answers 503"):
+    with pytest.raises(StoreFailed, match="s3://bucket-.*/: the store answers 503"):
         put(store, CONTENT[:99] if step == "PUT" else CONTENT)
     assert list(store.inventory()) == []
     assert uploads(store) == []
@@ -229,6 +232,61 @@ def test_a_hub_finds_its_blobs_again_and_no_others(
         open_hub(elsewhere),
     ):
         pass
+
+
+def test_a_store_is_probed_once_and_again_when_it_is_another(
+    server: S3Server, bucket: str, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def count(request: Request) -> None:
+        asked.append(request.path)
+
+    with proxy_to(server.endpoint, count) as address:
+        settings = Settings(data_dir=tmp_path / "data", s3_bucket=bucket, min_free_bytes=0)
+        settings = settings.model_copy(update={"s3_endpoint": address})
+        with open_hub(settings):
+            assert any("/probe/" in path for path in asked)
+        asked.clear()
+        with open_hub(settings):
+            assert not any("/probe/" in path for path in asked)
+    with open_hub(settings.model_copy(update={"s3_endpoint": server.endpoint})) as hub:
+        assert hub.store.address(SHA256, 60, {}) is None
+        with hub.db.read() as session:
+            row = session.exec(select(StoreIdentity)).one()
+    assert row.probe is not None
+    assert server.endpoint in Probe.model_validate_json(row.probe).where
+
+
+def test_a_store_that_lacks_what_a_hub_needs_keeps_it_from_starting(
+    server: S3Server, bucket: str, tmp_path: Path
+) -> None:
+    def no_lists(request: Request) -> int | None:
+        return 501 if "list-type" in request.path else None
+
+    with proxy_to(server.endpoint, no_lists) as address:
+        settings = Settings(data_dir=tmp_path / "data", s3_bucket=bucket, s3_endpoint=address)
+        said = r"cannot hold a hub: that objects are listed .* fails \(.* the store answers 501\)"
+        with pytest.raises(CannotStart, match=said), open_hub(settings):
+            pass
+    assert [p for p in (server.folder / bucket).rglob("*") if p.is_file()] == []
+
+
+def test_what_cannot_be_copied_is_sent_again(open_store: Open) -> None:
+    store = open_store(can_copy=False)
+    handle = store.parts.begin()
+
+    async def send() -> str:
+        async def chunks() -> AsyncIterator[bytes]:
+            yield CONTENT
+
+        return await store.parts.put(handle, 1, 0, len(CONTENT), chunks())
+
+    store.bucket.copy = None  # type: ignore[assignment,method-assign]
+    tag = run(send)
+    assert store.parts.finish(handle, [tag], SHA256, len(CONTENT)).size == len(CONTENT)
+    assert b"".join(store.open(SHA256)) == CONTENT
+    assert list(store.bucket.list("staging/")) == []
 
 
 @pytest.mark.parametrize(
