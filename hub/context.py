@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sqlmodel import Field, Session, SQLModel, select
 
+from hub.blobs import durable
 from hub.blobs.files import FileBlobStore
 from hub.blobs.store import BlobStore
 from hub.db import Database, wait_for_others
@@ -71,6 +72,7 @@ def open_hub(settings: Settings) -> Iterator[Hub]:
     try:
         data.mkdir(parents=True, exist_ok=True)
         (data / "scratch").mkdir(exist_ok=True)
+        durable.sync_folder(data.absolute().parent)
     except OSError as error:
         raise CannotStart(f"cannot write to the data folder {data}: {error.strerror}") from error
     url = settings.database_url

@@ -40,7 +40,9 @@ class FileBlobStore:
         self._tmp = root / "tmp"
         self._blobs = root / "blobs"
         self._trash = root / "trash"
-        root.mkdir(parents=True, exist_ok=True)
+        if not root.is_dir():
+            root.mkdir(parents=True)
+            durable.sync_folder(root.parent)
         for folder in (self._tmp, self._blobs, self._trash):
             durable.make_folders(folder, root)
         self._spool = Spool(self._tmp, min_free_bytes)
