@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser run test test-slow fuzz check lint types layers docs demo bench clean
+.PHONY: help setup setup-browser run test test-slow test-hf fuzz check lint types layers docs demo bench clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ fuzz: setup ## look for bytes and requests that break a parser or the hub (FUZZ_
 	$(BIN)/python -m tests.fuzz headers .fuzz/headers -max_total_time=$(FUZZ_S) -max_len=4000
 	$(BIN)/python -m tests.fuzz commits .fuzz/commits -max_total_time=$(FUZZ_S) -max_len=4000
 	FUZZ_EXAMPLES=200 $(BIN)/pytest --timeout 0 tests/hub/test_openapi.py
+
+test-hf: setup ## huggingface_hub's own tests: make test-hf SUITE=checkout-of-a-release [WRITE=1]
+	$(BIN)/python -m tests.upstream.suite $(SUITE) $(if $(WRITE),--write)
 
 lint: setup ## ruff: style and common mistakes
 	$(BIN)/ruff format --check .

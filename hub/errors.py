@@ -159,11 +159,12 @@ class Forbidden(HubError): ...
 
 
 class GatedRepo(Forbidden):
-    """`repo` is its full name."""
+    """`repo` is its full name, `type` model or dataset."""
 
-    def __init__(self, repo: str) -> None:
+    def __init__(self, repo: str, type: str) -> None:
         super().__init__(f"access to {repo} is restricted: ask for it on the repo's page", "repo")
         self.repo = repo
+        self.type = type
 
 
 class TooLarge(HubError): ...

@@ -51,15 +51,16 @@ def preupload(
     """
     require_writable(session, viewer, repo, revision, create_pr)
     head = repos.resolve(session, repo, revision)
+    before = {entry.path: entry for entry in repos.entries(session, head)}
+    rule = attributes.lfs_rule(hub.store, before)
     limit = hub.settings.max_regular_bytes
     if request.headers.get(CAN_LFS) == "lfs":
         limit = min(limit, SMALL_BYTES)
-    before = {entry.path: entry for entry in repos.entries(session, head)}
     skipped = attributes.ignored(hub.store, before, body.gitIgnore)
     answers = []
     for file in body.files:
         check_path(file.path)
-        is_lfs = file.size > limit
+        is_lfs = file.size > limit or rule.covers(file.path, file.size)
         answer: dict[str, Any] = {
             "path": file.path,
             "uploadMode": "lfs" if is_lfs else "regular",

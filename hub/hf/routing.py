@@ -90,11 +90,12 @@ def render(request: Request, error: HubError, status: HTTPStatus) -> Response:
             return refusal(HTTPStatus.UNAUTHORIZED, error.code, ANONYMOUS)
         return refusal(HTTPStatus.NOT_FOUND, error.code, "Repository not found")
     if isinstance(error, GatedRepo):
-        restricted = f"Access to {error.repo} is restricted"
+        restricted = f"Access to {error.type} {error.repo} is restricted"
         if anonymous:
             what = "You must have access to it and be authenticated to access it. Please log in."
             return refusal(HTTPStatus.UNAUTHORIZED, error.code, f"{restricted}. {what}")
-        where = f"Visit {public_url(request)}/{error.repo} to ask for access."
+        folder = "datasets/" if error.type == "dataset" else ""
+        where = f"Visit {public_url(request)}/{folder}{error.repo} to ask for access."
         what = f"{restricted} and you are not in the authorized list. {where}"
         return refusal(status, error.code, what)
     if isinstance(error, Unauthorized):

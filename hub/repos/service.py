@@ -538,7 +538,7 @@ def may_read_files(session: Session, viewer: Viewer, repo: Repo) -> bool:
 def require_files(session: Session, viewer: Viewer, repo: Repo) -> None:
     """GatedRepo, for a repo that the viewer may see."""
     if not may_read_files(session, viewer, repo):
-        raise GatedRepo(repo.full_name)
+        raise GatedRepo(repo.full_name, repo.type)
 
 
 def require_writer(session: Session, viewer: Viewer, namespace: str, name: str) -> User:
