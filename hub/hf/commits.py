@@ -16,7 +16,7 @@ from hub.hf import attributes, bodies, info
 from hub.hf.attributes import LFSRule
 from hub.hf.deps import RepoDep, TypeDep, find
 from hub.hf.ndjson import Line, read_lines
-from hub.hf.routing import UNLIMITED, hf_router
+from hub.hf.routing import OUR_COMMAND, UNLIMITED, hf_router
 from hub.repos import discussions
 from hub.repos import service as repos
 from hub.repos.models import Blob, Commit, Repo
@@ -27,8 +27,7 @@ from hub.users.service import Viewer
 
 API = "/api/{kind:repos}/{namespace}/{name}"
 
-# What a client sends that can do LFS: larger files then never pass through memory as base64.
-CAN_LFS = "X-Graft-Upload"
+# What our command sends over LFS: larger files then never pass through memory as base64.
 SMALL_BYTES = 2**20
 
 router = hf_router()
@@ -54,7 +53,7 @@ def preupload(
     before = {entry.path: entry for entry in repos.entries(session, head)}
     rule = attributes.lfs_rule(hub.store, before)
     limit = hub.settings.max_regular_bytes
-    if request.headers.get(CAN_LFS) == "lfs":
+    if request.headers.get(OUR_COMMAND) == "lfs":
         limit = min(limit, SMALL_BYTES)
     skipped = attributes.ignored(hub.store, before, body.gitIgnore)
     answers = []

@@ -14,7 +14,7 @@ from hub.hf import bodies, info, listing
 from hub.hf.attributes import GITATTRIBUTES
 from hub.hf.cards import card_at, validate
 from hub.hf.deps import TYPES, CommitDep, RepoDep, type_named
-from hub.hf.routing import hf_router, next_page
+from hub.hf.routing import OUR_COMMAND, hf_router, next_page
 from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry, RepoType
 from hub.repos.operations import Add
@@ -221,12 +221,14 @@ def _expanded(answer: dict[str, Any], wanted: set[str]) -> dict[str, Any]:
 
 
 @router.post("/api/validate-yaml", dependencies=[Open])
-def validate_yaml(body: bodies.Card) -> Response:
+def validate_yaml(request: Request, body: bodies.Card) -> Response:
     """Asked before every upload of a README.md; an answer other than 200 stops the upload."""
     found = validate(body.content)
+    # huggingface_hub prints them with a line of its own code; our command line shows none of that.
+    warnings = [] if OUR_COMMAND in request.headers else found.warnings
     answer = {
         "errors": [{"message": message} for message in found.errors],
-        "warnings": [{"message": message} for message in found.warnings],
+        "warnings": [{"message": message} for message in warnings],
     }
     return JSONResponse(answer, 400 if found.errors else 200)
 

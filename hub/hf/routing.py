@@ -18,6 +18,8 @@ from hub.deps import public_url
 from hub.errors import EntryNotFound, GatedRepo, HubError, RepoNotFound, Unauthorized
 
 TAG = "hf"
+# The header of our own command line; its value says how it sends large files.
+OUR_COMMAND = "X-Graft-Upload"
 # For bodies that are streamed: their route counts and compares with a setting.
 UNLIMITED = 2**62
 

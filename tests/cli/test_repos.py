@@ -236,7 +236,7 @@ def test_a_pull_into_a_folder_replaces_files_and_keeps_others(
     hub: RunningHub, shell: Shell, style: Path
 ) -> None:
     first = upload(hub, style, "admin/updated")
-    (style / "README.md").write_text("# newer\n")
+    (style / "README.md").write_text("---\ntags: [a]\n---\n# newer\n")
     upload(hub, style, "admin/updated")
     (shell.home / "out").mkdir()
     (shell.home / "out/mine.txt").write_text("mine")
