@@ -282,6 +282,13 @@ def install(app: FastAPI, renderers: Mapping[str, Renderer]) -> None:
         log.warning("the database refused: %s", error.orig)
         return answer(request, Busy("the database is busy or away; nothing was changed, try again"))
 
+    @app.exception_handler(UnicodeEncodeError)
+    def no_text(request: Request, error: UnicodeEncodeError) -> Response:
+        """JSON can spell halves of surrogate pairs, which no database and no hash takes."""
+        if error.reason != "surrogates not allowed":
+            raise error
+        return answer(request, BadField("a text holds half of a surrogate pair"))
+
     @app.exception_handler(PoolTimeout)
     def busy(request: Request, error: PoolTimeout) -> Response:
         return answer(request, Busy("the database is busy; try again"))

@@ -23,6 +23,8 @@ from merge.recipe import Pinned, Recipe, Source
 _CHECKPOINTS = ("base", "tuned")  # which may be whole folders
 _REF = re.compile(r"(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<file>.+))?")
 
+MAX_INPUTS = 100  # of one job or report: the cost of some methods grows with their square
+
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
@@ -65,6 +67,8 @@ def resolve(session: Session, store: BlobStore, viewer: Viewer, recipe: Recipe) 
 
     The header of a file beside an adapter_config.json is read, to tell whether it is PEFT's.
     """
+    if len(recipe.inputs) > MAX_INPUTS:
+        raise BadRecipe("inputs", f"has {len(recipe.inputs)} entries, more than {MAX_INPUTS}")
     named: dict[str, tuple[str, Source]] = {}
     for param, source in recipe.sources():
         named.setdefault(source.name, (param, source))
@@ -186,7 +190,12 @@ def _resolved(
         files = {path: sha256 for path, sha256 in files.items() if path in wanted}
     assert repo.id is not None
     full_name = f"{repo.namespace}/{repo.name}"
-    return Resolved(ref, repo.id, full_name, repo.private, commit, main, files)
+    return Resolved(ref, repo.id, full_name, is_closed(repo), commit, main, files)
+
+
+def is_closed(repo: Repo) -> bool:
+    """Whether not everybody may have the files: what is made of them is for nobody else either."""
+    return repo.private or repo.gated is not None
 
 
 def _config_of(main: str) -> str:

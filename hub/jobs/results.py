@@ -21,7 +21,7 @@ from hub.errors import EntryNotFound, Forbidden, RepoNotFound, StaleParent
 from hub.failpoints import reach
 from hub.jobs import lineage, queue
 from hub.jobs.card import Facts, Ingredient, code, write_card
-from hub.jobs.inputs import Resolved
+from hub.jobs.inputs import Resolved, is_closed
 from hub.jobs.models import Job, JobKind
 from hub.jobs.queue import Claim
 from hub.jobs.schemas import Publish
@@ -229,13 +229,15 @@ def _check_still_secret(session: Session, repo: Repo, resolved: list[Resolved]) 
     # Visibility may have changed while the job ran.
     secret = _secret(session, resolved)
     if secret is not None and not repo.private:
-        raise Forbidden(f"{secret} is private and {repo.full_name} is not; nothing was published")
+        raise Forbidden(
+            f"{secret} is not open to all and {repo.full_name} is; nothing was published"
+        )
 
 
 def _secret(session: Session, resolved: list[Resolved]) -> str | None:
     for item in resolved:
         repo = session.get(Repo, item.repo_id)
-        if repo.private if repo is not None else item.private:
+        if is_closed(repo) if repo is not None else item.private:
             return item.repo
     return None
 

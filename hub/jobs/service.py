@@ -225,7 +225,7 @@ def _check_target(
             )
     if secret is not None and private is False:
         raise Forbidden(
-            f"{secret} is private, so its result must be: publish to a private repo",
+            f"{secret} is not open to all, so its result must be private: publish to a private repo",
             "publish.private" if publish.private is False else "publish.repo",
         )
 

@@ -905,7 +905,7 @@ def test_the_result_of_a_private_input_is_private(ada: Person, deltas: Deltas) -
     refused = ada.merge("ada/leak", "ada/secret=1", "ada/ink=1", private=False)
     assert refused.status_code == 403
     assert refused.json()["error"]["message"] == (
-        "ada/secret is private, so its result must be: publish to a private repo"
+        "ada/secret is not open to all, so its result must be private: publish to a private repo"
     )
     public = ada.merge("ada/ink", "ada/secret=1", "ada/ink=1")
     assert (public.status_code, public.json()["error"]["param"]) == (403, "publish.repo")

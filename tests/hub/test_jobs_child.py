@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 GiB = 2**30
 
 
-def run(folder: Path, *, memory_bytes: int = 4 * GiB, file_bytes: int = GiB) -> dict[str, object]:
-    """The last message of a merge of one adapter, and nothing else in its output folder."""
+def start(folder: Path, *, memory_bytes: int = 4 * GiB, file_bytes: int = GiB) -> Child:
+    """A merge of one adapter."""
     write_lora(folder / "ink.safetensors", 0, rank=4)
     sha256 = hashlib.sha256((folder / "ink.safetensors").read_bytes()).hexdigest()
     recipe = Recipe.parse({"kind": "merge", "inputs": [{"ref": "a/ink", "sha256": sha256}]})
@@ -41,7 +41,15 @@ def run(folder: Path, *, memory_bytes: int = 4 * GiB, file_bytes: int = GiB) -> 
         threads=1,
     )
     spec.scratch.mkdir()
-    child = Child(COMMAND, spec.model_dump_json(), spec.scratch, 1)
+    return Child(COMMAND, spec.model_dump_json(), spec.scratch, 1)
+
+
+def run(folder: Path, **limits: int) -> dict[str, object]:
+    """The last message of such a merge."""
+    return end_of(start(folder, **limits))
+
+
+def end_of(child: Child) -> dict[str, object]:
     last: dict[str, object] = {}
     try:
         while True:
@@ -59,6 +67,18 @@ def test_it_merges(tmp_path: Path) -> None:
     assert isinstance(result, dict)
     written = (tmp_path / "scratch" / "output" / "out.safetensors").read_bytes()
     assert result["sha256"] == hashlib.sha256(written).hexdigest()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no niceness")
+def test_a_job_leaves_the_processor_to_requests(tmp_path: Path) -> None:
+    seen = own = os.getpriority(os.PRIO_PROCESS, 0)
+    child = start(tmp_path)
+    try:
+        while seen == own:  # until it has read what it is to do; ProcessLookupError if it never was
+            seen = os.getpriority(os.PRIO_PROCESS, child.pid)
+    finally:
+        end_of(child)
+    assert seen > own
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits private memory")

@@ -25,7 +25,7 @@ from hub.jobs.models import Edge, Job, JobKind, JobState
 from hub.jobs.queue import Claim, LeaseLost, Progress
 from hub.jobs.schemas import JobRequest, Publish
 from hub.repos import service as repos
-from hub.repos.models import Commit
+from hub.repos.models import Commit, Gate
 from hub.repos.operations import Add
 from hub.users.service import Viewer
 from merge.recipe import Recipe
@@ -502,32 +502,34 @@ def test_a_cancelled_job_whose_worker_disappeared_is_cancelled(
 # What is private stays private
 
 
-def test_the_result_of_a_private_input_is_private(
-    hub: Hub, admin: Viewer, enqueue: Callable[[], str]
+@pytest.mark.parametrize("closed", [{"private": True}, {"gated": Gate.MANUAL}])
+def test_the_result_of_a_private_or_gated_input_is_private(
+    hub: Hub, admin: Viewer, enqueue: Callable[[], str], closed: dict[str, Any]
 ) -> None:
     job_id = enqueue()
     with hub.db.write() as session:
         ink = repos.get_repo(session, admin, "admin", "ink")
-        repos.update_settings(session, admin, ink, private=True)
+        repos.update_settings(session, admin, ink, **closed)
     assert run(hub, "finish", job_id).state == "succeeded"
     with hub.db.read() as session:
         assert repos.get_repo(session, admin, "admin", "result").private
 
 
-def test_an_input_that_became_private_is_not_published_into_a_public_repo(
-    hub: Hub, admin: Viewer, enqueue: Callable[[], str]
+@pytest.mark.parametrize("closed", [{"private": True}, {"gated": Gate.AUTO}])
+def test_an_input_that_was_closed_is_not_published_into_a_public_repo(
+    hub: Hub, admin: Viewer, enqueue: Callable[[], str], closed: dict[str, Any]
 ) -> None:
     make_repo(hub, admin, "result")
     job_id = enqueue()
     with hub.db.write() as session:
         ink = repos.get_repo(session, admin, "admin", "ink")
-        repos.update_settings(session, admin, ink, private=True)
+        repos.update_settings(session, admin, ink, **closed)
     before = len(commits_of(hub, admin, "result"))
     job = run(hub, "finish", job_id)
     assert job.state == "failed"
     assert job.error is not None
     assert job.error["code"] == Forbidden.__name__
-    assert "admin/ink is private" in job.error["message"]
+    assert "admin/ink is not open to all" in job.error["message"]
     assert len(commits_of(hub, admin, "result")) == before
 
 
