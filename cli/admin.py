@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from cli import accounts, quotas, upkeep
-from cli.console import CommandError, count_progress, out
+from cli.connection import connection
+from cli.console import CommandError, count_progress, out, print_json
 from cli.serve import load_settings
 
 
@@ -14,6 +15,7 @@ def register(app: typer.Typer) -> None:
     admin = typer.Typer(no_args_is_help=True)
     admin.callback()(_upkeep)
     admin.command()(reindex)
+    admin.command()(mirror)
     upkeep.register(admin)
     quotas.register(admin)
     accounts.register(admin)
@@ -49,3 +51,18 @@ def reindex(
     except CannotStart as error:
         raise CommandError(error.message) from error
     out.print(f"{n} {'repo' if n == 1 else 'repos'} read anew")
+
+
+def mirror(
+    repo: Annotated[str, typer.Argument(help="namespace/name or hf://namespace/name")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Fetch a repo of the hub that this one mirrors, or what is new in it.
+
+    Asks the running hub, with an administrator's token.
+    """
+    made = connection().post("/api/mirrors", {"repo": repo.removeprefix("hf://")})
+    if as_json:
+        print_json(made)
+    else:
+        out.print(f"{made['repo']} is at {made['commit'][:12]}: {made['message']}", markup=False)

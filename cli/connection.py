@@ -45,19 +45,22 @@ class Connection:
 
     def find(self, path: str) -> Any:
         """As `get`, but None where the hub has nothing of that name."""
-        return self.get(path, may_be_absent=True)
+        return self._ask("GET", path, may_be_absent=True, timeout=30)
 
-    def get(
-        self, path: str, params: dict[str, Any] | None = None, *, may_be_absent: bool = False
-    ) -> Any:
+    def get(self, path: str, params: dict[str, Any] | None = None) -> Any:
         """The JSON answer of one of the hub's own routes; CommandError on anything else."""
+        return self._ask("GET", path, params=params or {}, timeout=30)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """As `get`, of a route that may take as long as it wants."""
+        return self._ask("POST", path, json=body, timeout=None)
+
+    def _ask(self, method: str, path: str, *, may_be_absent: bool = False, **asked: Any) -> Any:
         import httpx2
 
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         with explained(self):
-            answer = httpx2.get(
-                self.endpoint + path, params=params or {}, headers=headers, timeout=30
-            )
+            answer = httpx2.request(method, self.endpoint + path, headers=headers, **asked)
             if may_be_absent and answer.status_code == 404:
                 return None
             answer.raise_for_status()

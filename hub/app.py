@@ -31,6 +31,9 @@ from hub.jobs.dispatcher import LocalDispatcher
 from hub.limits import routes as quotas
 from hub.limits.rates import RateLimits
 from hub.limits.slow import IdleLimit
+from hub.mirror import routes as mirror_routes
+from hub.mirror.service import Mirror
+from hub.mirror.upstream import Upstream
 from hub.reports import routes as reports
 from hub.reports.pool import Pool
 from hub.reports.service import Reports
@@ -48,6 +51,7 @@ ROUTERS = (
     users.router,
     audit.router,
     quotas.router,
+    mirror_routes.router,
     adapters.router,
     adapters.thumbs,
     jobs.router,
@@ -73,6 +77,7 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
             app.state.hub = opened
             app.state.jobs = LocalDispatcher(opened, settings.workers, stopping=app.state.stopping)
             app.state.reports = Reports(Pool(opened))
+            app.state.mirror = _mirror(opened)
             async with create_task_group() as background:
                 background.start_soon(_count, opened)
                 background.start_soon(run_in_threadpool, _catch_up, opened, app.state.stopping)
@@ -83,6 +88,8 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
                 finally:
                     await run_in_threadpool(app.state.reports.pool.stop)
                     await run_in_threadpool(app.state.jobs.stop)
+                    if app.state.mirror is not None:
+                        await run_in_threadpool(app.state.mirror.close)
                 background.cancel_scope.cancel()
 
     app = FastAPI(
@@ -114,6 +121,13 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
         app.include_router(router, max_body_size=settings.max_body_bytes)
     _require_policies(app)
     return app
+
+
+def _mirror(hub: Hub) -> Mirror | None:
+    url, token = hub.settings.mirror_url, hub.settings.mirror_token
+    if url is None:
+        return None
+    return Mirror(hub, Upstream(url, token.get_secret_value() if token is not None else None))
 
 
 def _provider(settings: Settings) -> Provider | None:

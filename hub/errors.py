@@ -21,6 +21,7 @@ HubError
 │   └── QuotaExceeded   a user or organisation keeps as much as it may
 ├── StoreFailed         the object store does not answer, or refuses
 ├── ProviderFailed      the sign-in provider does not answer, or not as one
+├── UpstreamFailed      the hub that is mirrored does not answer, or not as a hub does
 ├── Busy                the database or a process is away, or did not become free in time
 ├── OutcomeUnknown      the database was lost while it saved a change
 ├── NotImplementedHere  a feature of the protocol that this hub does not have
@@ -155,6 +156,9 @@ class SignInFailed(Unauthorized): ...
 class ProviderFailed(HubError): ...
 
 
+class UpstreamFailed(HubError): ...
+
+
 class Forbidden(HubError): ...
 
 
@@ -213,6 +217,7 @@ STATUS: Mapping[type[HubError], HTTPStatus] = {
     NoSpace: HTTPStatus.INSUFFICIENT_STORAGE,
     StoreFailed: HTTPStatus.SERVICE_UNAVAILABLE,
     ProviderFailed: HTTPStatus.BAD_GATEWAY,
+    UpstreamFailed: HTTPStatus.BAD_GATEWAY,
     Busy: HTTPStatus.SERVICE_UNAVAILABLE,
     OutcomeUnknown: HTTPStatus.GATEWAY_TIMEOUT,
     NotImplementedHere: HTTPStatus.NOT_IMPLEMENTED,

@@ -117,3 +117,14 @@ class Settings(BaseSettings):
     gc_every_hours: int = Field(
         0, ge=0, description="collect this often while the hub runs; 0 only by command"
     )
+    mirror_url: str | None = Field(
+        None,
+        description="another hub, such as `https://huggingface.co`: users may load its repos by"
+        " their names here, where they are kept",
+    )
+    mirror_token: SecretStr | None = Field(
+        None, description="token for that hub; what it alone may read stays private here"
+    )
+    mirror_hours: float = Field(
+        24, gt=0, description="mirrored repos are compared with that hub this often when used"
+    )

@@ -8,10 +8,12 @@ from sqlmodel import Session
 from hub.deps import ReadSession, ViewerDep
 from hub.errors import NotImplementedHere, RepoNotFound
 from hub.hf.routing import RepoMoved
+from hub.mirror.routes import mirror_of
 from hub.repos import service as repos
 from hub.repos.models import Commit, Repo, RepoType
 from hub.users.service import Viewer
 
+READING = ("GET", "HEAD")
 TYPES = {"models": RepoType.MODEL, "datasets": RepoType.DATASET}
 
 
@@ -54,10 +56,18 @@ def find(
     name: str,
 ) -> Repo:
     """As `repo`, for routes that do not keep a session while a body arrives."""
+    mirror = mirror_of(request) if type == RepoType.MODEL and request.method in READING else None
     try:
-        return repos.get_repo(session, viewer, namespace, name, type=type)
+        found = repos.get_repo(session, viewer, namespace, name, type=type)
+        if mirror is not None:
+            mirror.refresh(found)
+        return found
     except RepoNotFound:
         moved = repos.moved_to(session, viewer, namespace, name, type=type)
+        if moved is None and mirror is not None:
+            session.rollback()  # What is fetched comes after this snapshot.
+            mirror.bring(viewer, namespace, name)
+            return repos.get_repo(session, viewer, namespace, name, type=type)
         if moved is None:
             raise
         path = request.scope["raw_path"].decode("ascii")
