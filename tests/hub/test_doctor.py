@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hub.doctor import SKEW, Level, can_corrupt, examine, file_system_of
 from hub.repos import service as repos
 from hub.repos.models import Event
 from hub.settings import Settings
+from hub.users import service as users
 from tests.fixtures.s3 import serve_s3
 
 
@@ -83,12 +85,19 @@ def test_a_clock_that_went_back_is_found(settings: Settings) -> None:
     with open_hub(settings) as hub:
         token = (settings.data_dir / "admin.token").read_text().strip()
         with hub.db.write() as session:
-            from hub.users import service as users
-
             repos.create_repo(session, users.viewer_of(session, token), "admin", "ink")
         with hub.db.write() as session:
             session.exec(select(Event)).one().created_at = now() + 10 * SKEW
     assert [m for m in failed(settings) if "which is in the future" in m]
+
+
+def test_a_clock_that_is_not_the_disks_is_found(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3600)
+    (said,) = failed(settings)
+    assert said.startswith("this machine and the file system differ by 3")
 
 
 @pytest.mark.parametrize(
