@@ -39,7 +39,7 @@ from http import HTTPStatus
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
@@ -286,6 +286,18 @@ def install(app: FastAPI, renderers: Mapping[str, Renderer]) -> None:
             raise error
         log.warning("the database refused: %s", error.orig)
         return answer(request, Busy("the database is busy or away; nothing was changed, try again"))
+
+    @app.exception_handler(DataError)
+    def not_kept(request: Request, error: DataError) -> Response:
+        """PostgreSQL takes no NUL in a text, and no number beyond its column."""
+        return answer(request, BadField("a text or number that the database cannot keep"))
+
+    @app.exception_handler(OverflowError)
+    def too_large(request: Request, error: OverflowError) -> Response:
+        """SQLite takes no integer of more than 64 bits."""
+        if "SQLite" not in str(error):
+            raise error
+        return answer(request, BadField("a number that the database cannot keep"))
 
     @app.exception_handler(UnicodeEncodeError)
     def no_text(request: Request, error: UnicodeEncodeError) -> Response:

@@ -30,7 +30,7 @@ from merge.errors import BadFile
 from merge.formats.reader import TensorFile
 from tests.fixtures.catalogue import lora_bytes, picture, publish_files
 from tests.fixtures.malformed import entry, frame
-from tests.hub.conftest import bearer, make_user
+from tests.hub.conftest import bearer, both_databases, make_user
 
 ROOT = Path(__file__).parents[2]
 SECURITY = ROOT / "docs" / "security.md"
@@ -259,6 +259,22 @@ def test_h18_no_json_is_too_deep_or_too_large_to_be_refused(
         for bomb in BOMBS:
             answer = client.request(method, path, content=bomb, headers=headers)
             assert answer.status_code != 500, (method, path, bomb[:40])
+
+
+@both_databases
+def test_h18_what_a_database_cannot_keep_is_no_error(hub: Hub, client: TestClient) -> None:
+    requests: list[tuple[str, str, Any]] = [
+        ("DELETE", "/api/tokens/" + "9" * 12, None),
+        ("DELETE", "/api/tokens/" + "9" * 30, None),
+        ("POST", "/api/users", {"name": "ada", "full_name": "x\0y"}),
+        ("POST", "/api/tokens", {"name": "a\0b", "scope": "read"}),
+        ("POST", "/api/tokens", {"name": "\ud800", "scope": "read"}),
+    ]
+    headers = {"Content-Type": "application/json"} | bearer(hub.admin_token)
+    for method, path, body in requests:
+        content = json.dumps(body) if body is not None else None
+        answer = client.request(method, path, content=content, headers=headers)
+        assert answer.status_code < 500
 
 
 def test_h8_ten_thousand_ranges_are_the_whole_file(
