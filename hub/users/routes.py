@@ -58,13 +58,6 @@ class MemberSet(BaseModel):
     role: Role
 
 
-class MemberPublic(BaseModel):
-    name: str
-    full_name: str
-    role: Role
-    is_disabled: bool
-
-
 class TokenCreate(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -140,13 +133,6 @@ def create_organization(
     user = users.recheck(session, viewer).require_account()
     made = users.create_organization(session, body.name, user, full_name=body.full_name)
     return {"name": made.name}
-
-
-@router.get("/organizations/{name}/members")
-def list_members(name: str, viewer: ViewerDep, session: ReadSession) -> list[MemberPublic]:
-    """Who is in an organisation and as what; for its members."""
-    found = organizations.members(session, viewer, name)
-    return [MemberPublic.model_validate(member, from_attributes=True) for member in found]
 
 
 @router.put("/organizations/{name}/members/{user}", status_code=204)

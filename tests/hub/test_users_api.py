@@ -89,7 +89,7 @@ def test_members_leave_and_are_removed_but_the_last_administrator_stays(
     assert delete("eve", bob) == 403
     assert delete("bob", bob_write) == 403
     listed = client.get(members, headers=bearer(eve)).json()
-    assert [(m["name"], m["role"]) for m in listed] == [
+    assert [(m["user"], m["role"]) for m in listed] == [
         ("ada", "admin"),
         ("bob", "reader"),
         ("eve", "reader"),
