@@ -18,7 +18,7 @@ from sqlmodel import Session, col, select
 
 from hub.blobs.store import Sha256, Stored
 from hub.context import Hub
-from hub.db import now
+from hub.db import insert_once, now
 from hub.errors import BadUpload, TooLarge
 from hub.limits import quotas
 from hub.repos import service as repos
@@ -54,9 +54,9 @@ def cache_name(session: Session, hub: Hub, user: User) -> str:
 
 def forget_caches(session: Session, user_id: int) -> None:
     """From their next upload on this user's clients send everything again."""
-    row = session.get(XetCache, user_id) or XetCache(user_id=user_id, generation=0)
-    row.generation += 1
-    session.add(row)
+    first = insert_once(session, XetCache).values(user_id=user_id, generation=1)
+    again = {"generation": col(XetCache.generation) + 1}
+    session.execute(first.on_conflict_do_update(index_elements=["user_id"], set_=again))
 
 
 async def receive_xorb(

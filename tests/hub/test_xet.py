@@ -26,7 +26,7 @@ from hub.db import now
 from hub.errors import Invalid, TooLarge
 from hub.hf import xet as routes
 from hub.limits import quotas
-from hub.repos.models import Blob, Hold
+from hub.repos.models import Blob, Hold, Repo
 from hub.upkeep import gc
 from hub.upkeep.backup import backup
 from hub.upkeep.restore import restore
@@ -242,6 +242,21 @@ def test_a_token_for_one_repo_uploads_to_no_other(hub: Hub, ada: Sender) -> None
     for repo, status in {"ada/ink": 200, "ada/other": 403}.items():
         answer = ada.client.get(f"/api/models/{repo}/xet-write-token/main", headers=confined)
         assert answer.status_code == status
+
+
+def test_a_token_ends_with_the_right_it_was_given_for(hub: Hub, ada: Sender) -> None:
+    bob, _ = make_user(hub, "bob")
+    with hub.db.read() as session:
+        repo = session.exec(select(Repo).where(Repo.key == "ada/ink")).one()
+    for revision, create_pr, private, status in (
+        ("main", "", False, 403),
+        ("main", "1", False, 200),
+        ("main", "1", True, 404),
+    ):
+        with hub.db.write() as session:
+            session.get_one(Repo, repo.id).private = private
+        ada.token = hub.signer.sign(routes.PURPOSE, [bob.token_id, repo.id, revision, create_pr])
+        assert ada.xorb(random_xorb(9000)).status_code == status
 
 
 def test_a_token_ends_with_its_repo(ada: Sender) -> None:
