@@ -63,6 +63,7 @@ bench: setup ## print the ratios the README promises
 	$(BIN)/python benchmarks/bake.py
 	$(BIN)/python benchmarks/combine.py
 	$(BIN)/python benchmarks/download.py
+	$(BIN)/python benchmarks/hub.py
 
 clean: ## remove what setup and tests made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

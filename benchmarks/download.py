@@ -40,12 +40,12 @@ def main() -> None:
         file = make_file(folder / "large.safetensors", options.gib)
         size = file.stat().st_size
         with hub(folder) as (url, token), peer(file) as (peer_name, peer_url):
-            put = _timed(lambda: upload(url, token, file))
-            copied = _timed(lambda: copy_and_hash(file, folder / "copy"))
+            put = timed(lambda: upload(url, token, file))
+            copied = timed(lambda: copy_and_hash(file, folder / "copy"))
             ours, theirs = [], []
             for _ in range(options.repeat):
-                theirs.append(_timed(lambda: download(peer_url, size)))
-                ours.append(_timed(lambda: download(f"{url}/admin/large/resolve/main/f", size)))
+                theirs.append(timed(lambda: download(peer_url, size)))
+                ours.append(timed(lambda: download(f"{url}/admin/large/resolve/main/f", size)))
     print(f"| {options.gib} GiB over loopback | MB/s | of the peer |")
     print("|---|---|---|")
     print(f"| {peer_name} | {size / min(theirs) / 1e6:.0f} | |")
@@ -54,10 +54,10 @@ def main() -> None:
     print(f"| upload | {size / put / 1e6:.0f} | {copied / put:.2f} |")
 
 
-def make_file(path: Path, gib: int) -> Path:
+def make_file(path: Path, gib: float) -> Path:
     block = os.urandom(2**24)
     with path.open("wb") as file:
-        for _ in range(gib * 2**6):
+        for _ in range(round(gib * 2**6)):
             file.write(block)
     return path
 
@@ -158,7 +158,7 @@ def copy_and_hash(file: Path, copy: Path) -> None:
     subprocess.run(["sha256sum", copy], check=True, stdout=subprocess.DEVNULL)
 
 
-def _timed(action: Callable[[], None]) -> float:
+def timed(action: Callable[[], None]) -> float:
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
