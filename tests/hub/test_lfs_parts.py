@@ -45,7 +45,10 @@ def http(method: str, address: str, **options: Any) -> httpx2.Response:
     return httpx2.request(method, address, timeout=60, **options)
 
 
-@pytest.fixture(scope="module", params=["files", "S3", "S3 that clients reach"])
+THROUGH_US = pytest.param("S3", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=["files", THROUGH_US, "S3 that clients reach"])
 def running(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningHub]:
