@@ -1,14 +1,17 @@
 """`graft admin`: upkeep of a hub's data folder by whoever runs it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import accounts, quotas, upkeep
 from cli.connection import connection
-from cli.console import CommandError, count_progress, out, print_json
+from cli.console import CommandError, count_progress, err, out, print_json
 from cli.serve import load_settings
+
+if TYPE_CHECKING:
+    from hub.context import Hub
 
 
 def register(app: typer.Typer) -> None:
@@ -28,13 +31,18 @@ def _upkeep() -> None:
 
 def reindex(
     data: Annotated[Path | None, typer.Option(help="Folder of the hub's data (data).")] = None,
+    from_blobs: Annotated[
+        bool,
+        typer.Option("--from-blobs", help="The catalogue is lost: repos and commits as well."),
+    ] = False,
 ) -> None:
     """Make the catalogue anew from the files: facts, hashes, pictures, search.
 
     Nothing that was published is changed. With SQLite the hub must be stopped.
     """
     settings = load_settings(data_dir=data)
-    if settings.database_url is None and not (settings.data_dir / "hub.sqlite3").exists():
+    needed = settings.data_dir / ("store" if from_blobs else "hub.sqlite3")
+    if settings.database_url is None and not needed.exists():
         raise CommandError(f"there is no hub in {settings.data_dir}")
     from hub.adapters import service
     from hub.context import open_hub
@@ -47,6 +55,8 @@ def reindex(
             def report(done: int, total: int) -> None:
                 progress.update(bar, completed=done, total=total)
 
+            if from_blobs:
+                _rebuild(hub)
             n = service.reindex(hub, report)
     except CannotStart as error:
         raise CommandError(error.message) from error
@@ -66,3 +76,20 @@ def mirror(
         print_json(made)
     else:
         out.print(f"{made['repo']} is at {made['commit'][:12]}: {made['message']}", markup=False)
+
+
+def _rebuild(hub: "Hub") -> None:
+    from hub.upkeep.rebuild import NotEmpty, rebuild
+
+    try:
+        made = rebuild(hub)
+    except NotEmpty as error:
+        raise CommandError(error.message) from error
+    out.print(f"{made.repos} repos and {made.commits} commits are back")
+    for what, names in (("repos", made.lost_repos), ("commits", made.lost_commits)):
+        if names:
+            err.print(f"{len(names)} {what} lack bytes: {', '.join(names)}", markup=False)
+    if made.unsigned:
+        err.print(
+            f"{made.unsigned} manifests are not signed with this hub's secret.key", markup=False
+        )

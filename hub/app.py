@@ -162,8 +162,8 @@ async def _count(hub: Hub) -> None:
 
 
 async def _keep_up(hub: Hub) -> None:
-    for hour in count():
-        await run_in_threadpool(upkeep.keep_up, hub, hour)
+    for minute in count():
+        await run_in_threadpool(upkeep.keep_up, hub, minute)
         await sleep(upkeep.EVERY_S)
 
 

@@ -25,6 +25,7 @@ MODELS = (
     "hub.repos.uploads",
     "hub.adapters.models",
     "hub.jobs.models",
+    "hub.upkeep.manifests",
     "hub.xet.models",
     "hub.limits.models",
 )

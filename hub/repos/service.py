@@ -419,6 +419,12 @@ def hold(session: Session, viewer: Viewer, stored: Stored, keep: timedelta = HOL
     _hold(session, user.id, stored.sha256, keep)
 
 
+def keep(session: Session, stored: Stored) -> None:
+    """The row of bytes that something other than a commit or a hold refers to from now on."""
+    _keep(session, [stored])
+    _revive(session, [stored.sha256])
+
+
 def hold_known(session: Session, viewer: Viewer, digests: Collection[str]) -> set[str]:
     """Keep for 48 hours what a client is told it need not send; those of `digests` still here.
 

@@ -13,10 +13,11 @@ from hub.errors import HubError
 from hub.hf.lfs_parts import drop_expired
 from hub.repos.models import Blob, BlobState, Hold
 from hub.upkeep import gc
+from hub.upkeep.manifests import write_missing, write_recent
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 3600.0
+EVERY_S = 60.0
 # As long as the trash keeps bytes, and longer than any upload takes from its bytes to its row.
 REMEMBER = timedelta(hours=24)
 
@@ -27,9 +28,14 @@ def sweep(hub: Hub) -> dict[str, int]:
     return swept | {what: step(hub) for what, step in SWEEPS.items()}
 
 
-def keep_up(hub: Hub, hour: int) -> None:
-    """What a running hub does at its start (hour 0) and every hour after it."""
+def keep_up(hub: Hub, minute: int) -> None:
+    """What a running hub does at its start (minute 0), and every minute and hour after it."""
+    hour, rest = divmod(minute, 60)
+    if rest:
+        _try(lambda: write_recent(hub))
+        return
     _try(lambda: sweep(hub))
+    _try(lambda: write_missing(hub))
     every = hub.settings.gc_every_hours
     if every and hour and hour % every == 0:
         _try(lambda: gc.collect(hub, gc.plan(hub)))
