@@ -39,9 +39,14 @@ def reset(session: Session, by: User, user: User) -> str:
     return _handed_out(session, row)
 
 
-def find(session: Session, code: str) -> Invitation:
-    """InvitationNotFound if it is unknown, used or too old, or if who made it is disabled."""
-    query = select(Invitation).where(Invitation.hash == hash_of(code)).with_for_update()
+def find(session: Session, code: str, *, to_use: bool = False) -> Invitation:
+    """InvitationNotFound if it is unknown, used or too old, or if who made it is disabled.
+
+    Whoever uses it locks it, which a reader may not on PostgreSQL.
+    """
+    query = select(Invitation).where(Invitation.hash == hash_of(code))
+    if to_use:
+        query = query.with_for_update()
     row = session.exec(query).first()
     if row is None or row.used_at is not None or row.expires_at <= now():
         raise _gone()
@@ -55,7 +60,7 @@ def accept(
     session: Session, code: str, name: str, full_name: str, password_hash: str | None
 ) -> User:
     """The new user, or the one whose password is new; NameTaken, BadName, InvitationNotFound."""
-    row = find(session, code)
+    row = find(session, code, to_use=True)
     if row.user_id is not None:
         user = session.get_one(User, row.user_id)
         # A link for a new password is for nothing else.

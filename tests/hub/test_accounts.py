@@ -397,6 +397,7 @@ def link_in(text: str) -> str:
     return found[1]
 
 
+@both_databases
 def test_an_invitation_makes_one_account_in_its_organisation(hub: Hub, client: TestClient) -> None:
     make_account(hub, "olga")
     with hub.db.write() as session:
@@ -419,6 +420,7 @@ def test_an_invitation_makes_one_account_in_its_organisation(hub: Hub, client: T
     assert client.get(link, headers=HTML).status_code == 404
 
 
+@both_databases
 def test_a_link_for_a_new_password_works_once_and_for_its_user(
     hub: Hub, client: TestClient
 ) -> None:

@@ -37,7 +37,7 @@ from hub.users.models import Namespace, Scope, Token, User
 from hub.users.names import RESERVED
 from hub.users.service import Viewer
 from tests.fixtures.server import running_hub
-from tests.hub.conftest import bearer, make_user
+from tests.hub.conftest import bearer, make_user, sqlite_only
 
 ROOT = Path(__file__).parents[2]
 HOST = "http://127.0.0.1:8470"
@@ -240,6 +240,7 @@ def test_an_exception_rolls_back_and_tells_the_client_nothing(hub: Hub, probe: T
         assert [user.name for user in session.exec(select(User))] == ["admin"]
 
 
+@sqlite_only
 def test_a_catalogue_that_cannot_grow_is_a_507(hub: Hub, client: TestClient) -> None:
     with hub.db.writer.connect() as connection:
         pages = connection.execute(text("PRAGMA page_count")).scalar()
