@@ -1,7 +1,9 @@
 """Shared by all tests: one torch thread, no tokens of the shell, shapes in signatures checked."""
 
+import inspect
 import os
 
+import httpx2
 import pytest
 from jaxtyping import install_import_hook
 
@@ -9,6 +11,12 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# Clients' own five and ten seconds are too few on a machine that does much else.
+PATIENCE_S = 60
+os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] = os.environ["HF_HUB_ETAG_TIMEOUT"] = str(PATIENCE_S)
+# One object is the default of every function and client of httpx2.
+_TIMEOUT = inspect.signature(httpx2.get).parameters["timeout"].default
+_TIMEOUT.connect = _TIMEOUT.read = _TIMEOUT.write = _TIMEOUT.pool = PATIENCE_S
 
 # Before any test imports them, in whatever order the tests run.
 install_import_hook(["merge.algorithms", "merge.methods"], "beartype.beartype")

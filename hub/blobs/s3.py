@@ -29,6 +29,7 @@ from hub.blobs.spool import (
 from hub.blobs.staging import StagedParts
 from hub.blobs.store import Arrival, Hashes, Sha256, Stored
 from hub.errors import StoreFailed
+from hub.failpoints import reach
 
 MiB = 2**20
 PART_BYTES = 8 * MiB  # S3 takes parts of 5 MiB to 5 GiB
@@ -188,6 +189,7 @@ class S3BlobStore:
     @contextmanager
     def _upload(self, expected: Sha256 | None, size: int | None) -> Iterator["_Upload"]:
         upload = _Upload(self, expected, size)
+        reach("S1")
         try:
             yield upload
         finally:
@@ -229,6 +231,7 @@ class _Upload:
             data = bytes(self._waiting)
             git_oid = git_oid or _git_oid(data)
             self._store.bucket.put(key_of(hashes.sha256), data)
+        reach("S5")
         return Stored(hashes.sha256, git_oid, hashes.size)
 
     def close(self) -> None:
@@ -244,6 +247,7 @@ class _Upload:
         if self._expected is not None and self._size is not None:
             if self._parts is None:
                 self._parts = Parts(self._store.bucket, key_of(self._expected))
+                reach("S2")
             self._parts.send(data)
             return
         with full_disk_is_no_space():
@@ -273,10 +277,12 @@ class Parts:
         self._sending.append(
             self._senders.submit(self._bucket.put_part, self._key, self._upload_id, number, data)
         )
+        reach("S3")
 
     def complete(self, size: int) -> None:
         while self._sending:
             self._tags.append(self._sending.popleft().result())
+        reach("S4")
         found = self._bucket.complete(self._key, self._upload_id, self._tags, size)
         self._is_complete = True
         if found != size:

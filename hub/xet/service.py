@@ -20,6 +20,7 @@ from hub.blobs.store import Sha256, Stored
 from hub.context import Hub
 from hub.db import insert_once, now
 from hub.errors import BadUpload, TooLarge
+from hub.failpoints import reach
 from hub.limits import quotas
 from hub.repos import service as repos
 from hub.repos.models import Blob, Hold
@@ -75,6 +76,7 @@ async def receive_xorb(
         pieces = _checked(body, check, name)
         if here is None:
             stored = await hub.store.put_stream(pieces, size=size)
+            reach("X1")
             await to_thread.run_sync(_record, hub, viewer, name, stored, check)
             return True
         async for _ in pieces:
@@ -131,6 +133,7 @@ def _record(hub: Hub, viewer: Viewer, name: XetHash, stored: Stored, check: Xorb
         repos.hold(session, viewer, stored, KEEP_XORBS)
         if session.get(Xorb, stored.sha256) is None:
             session.add(Xorb(sha256=stored.sha256, hash=name, chunks=check.index.data))
+        reach("X2")
 
 
 def _hold(hub: Hub, viewer: Viewer, xorb: Stored) -> None:
@@ -158,10 +161,12 @@ def register_shard(hub: Hub, viewer: Viewer, shard: BinaryIO, namespace_key: str
         known = _known(hub, viewer, file)
         if known is None:
             known = _rebuild(hub, viewer, file)
+            reach("X4")
             is_new = True
         with hub.db.write() as session:
             users.recheck(session, viewer)
             repos.hold(session, viewer, known)
+            reach("X5")
     return is_new
 
 
@@ -175,6 +180,7 @@ def _known(hub: Hub, viewer: Viewer, file: ShardFile) -> Stored | None:
 def _rebuild(hub: Hub, viewer: Viewer, file: ShardFile) -> Stored:
     xorbs = _xorbs(hub, viewer, file, keep=True)
     size = _size(hub, file, xorbs)
+    reach("X3")
     try:
         return hub.store.put(_content(hub, file, xorbs), expected=file.sha256, size=size)
     except FileNotFoundError:
