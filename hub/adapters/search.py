@@ -98,10 +98,9 @@ def search(session: Session, viewer: Viewer, query: AdapterQuery) -> Found:
     total = session.execute(
         select(_count(query, matching.c.repo_id)).select_from(matching)
     ).scalar_one()
-    rows, more = _page(session, query, matching)
+    rows, last = _page(session, query, matching)
     facets = {name: _facet(session, query, conditions, name) for name in _FACETS}
-    cursor = _cursor(query, rows[-1]) if more else None
-    return Found([(row[0], row[1]) for row in rows], total, facets, cursor)
+    return Found(rows, total, facets, None if last is None else _cursor(query, *last))
 
 
 def by_hash(session: Session, viewer: Viewer, text_of_hash: str) -> list[tuple[Adapter, Repo, str]]:
@@ -219,8 +218,11 @@ def _count(query: AdapterQuery, repo_id: Any) -> Any:
 
 def _page(
     session: Session, query: AdapterQuery, matching: Subquery
-) -> tuple[list[tuple[Adapter, Repo, int]], bool]:
-    chosen: Select[Any] = select(Adapter, Repo, matching.c.relevance)
+) -> tuple[list[tuple[Adapter, Repo]], tuple[Any, int] | None]:
+    """Files with their repos, and where the next page begins, if there is one."""
+    # The database says where: its lower() of a title is not Python's.
+    key = _sort_key(query.order, matching)
+    chosen: Select[Any] = select(Adapter, Repo, key)
     chosen = chosen.join(matching, matching.c.id == col(Adapter.id))
     chosen = chosen.join(Repo, col(Repo.id) == col(Adapter.repo_id))
     if query.by_repo:
@@ -231,7 +233,6 @@ def _page(
         )
         on = and_(first.c.repo_id == matching.c.repo_id, first.c.position == matching.c.position)
         chosen = chosen.join(first, on)
-    key = _sort_key(query.order, matching)
     is_rising = query.order == Sort.NAME
     if query.cursor is not None:
         value, last_id = _read_cursor(query)
@@ -241,7 +242,11 @@ def _page(
     order = (key, col(Adapter.id)) if is_rising else (key.desc(), col(Adapter.id).desc())
     found = session.execute(chosen.order_by(*order).limit(query.limit + 1))
     rows = [(row[0], row[1], row[2]) for row in found]
-    return rows[: query.limit], len(rows) > query.limit
+    shown = [(adapter, repo) for adapter, repo, _ in rows[: query.limit]]
+    if len(rows) <= query.limit:
+        return shown, None
+    adapter, _, value = rows[query.limit - 1]
+    return shown, (value, adapter.id)
 
 
 def _sort_key(sort: Sort, matching: Subquery) -> Any:
@@ -257,18 +262,10 @@ def _sort_key(sort: Sort, matching: Subquery) -> Any:
     return keys[sort]
 
 
-def _cursor(query: AdapterQuery, row: tuple[Adapter, Repo, int]) -> str:
-    adapter, repo, relevance = row
-    value = {
-        Sort.RELEVANCE: relevance,
-        Sort.UPDATED: repo.last_modified.isoformat(),
-        Sort.CREATED: repo.created_at.isoformat(),
-        Sort.DOWNLOADS: repo.downloads,
-        Sort.LIKES: repo.likes,
-        Sort.NAME: adapter.title.lower(),
-        Sort.SIZE: adapter.size,
-    }[query.order]
-    packed = json.dumps([query.order, value, adapter.id], ensure_ascii=False)
+def _cursor(query: AdapterQuery, value: Any, last_id: int) -> str:
+    if isinstance(value, datetime):
+        value = value.isoformat()
+    packed = json.dumps([query.order, value, last_id], ensure_ascii=False)
     return base64.urlsafe_b64encode(packed.encode()).decode().rstrip("=")
 
 

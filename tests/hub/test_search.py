@@ -118,6 +118,29 @@ def test_pages_follow_each_other_without_gap_or_repeat(catalogue: Hub, client: T
         assert seen == whole["items"], sort
 
 
+TITLES = ("Ärger", "ärmel", "Éclat", "Zebra", "zinc", "Ωmega", "İstanbul", "straße", "STRASSE")
+
+
+@both_databases
+def test_pages_by_name_have_every_title_of_every_alphabet(
+    hub: Hub, admin: Viewer, client: TestClient, tmp_path: Path
+) -> None:
+    for n, title in enumerate(TITLES):
+        files = {
+            "a.safetensors": lora_bytes(tmp_path, seed=n),
+            "README.md": f"# {title}\n".encode(),
+        }
+        publish_files(hub, admin, f"admin/r{n}", files)
+    whole = client.get("/api/adapters", params={"sort": "name"}).json()["items"]
+    assert {item["title"] for item in whole} == set(TITLES)
+    seen, cursor = [], ""
+    while cursor is not None and len(seen) <= len(TITLES):
+        page = client.get("/api/adapters", params={"sort": "name", "limit": 1, "cursor": cursor})
+        seen += page.json()["items"]
+        cursor = page.json()["next_cursor"]
+    assert [item["title"] for item in seen] == [item["title"] for item in whole]
+
+
 def test_one_item_per_repo_on_request(
     hub: Hub, admin: Viewer, client: TestClient, tmp_path: Path
 ) -> None:
