@@ -102,9 +102,15 @@ class Database:
             )
 
     @contextmanager
-    def read(self) -> Iterator[Session]:
-        """A snapshot of the catalogue; any attempt to write fails."""
+    def read(self, *, for_long: bool = False) -> Iterator[Session]:
+        """A snapshot of the catalogue; any attempt to write fails.
+
+        On PostgreSQL the server ends it after two idle minutes, unless it is opened `for_long`.
+        """
         with Session(self._reader, expire_on_commit=False) as session:
+            if for_long and not self.is_sqlite:
+                session.execute(text("SET LOCAL statement_timeout = 0"))
+                session.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
             yield session
 
     @contextmanager

@@ -188,7 +188,11 @@ def _dump_postgresql(hub: Hub, stem: Path) -> Path:
     assert hub.settings.database_url is not None
     url = hub.settings.database_url.get_secret_value()
     command = [*client_tool("pg_dump", url), "--format=custom", "--no-owner", f"--file={temporary}"]
-    run_tool(command, url)
+    try:
+        run_tool(command, url)
+    except BackupFailed:
+        temporary.unlink(missing_ok=True)
+        raise
     _make_durable(temporary, final)
     return final
 

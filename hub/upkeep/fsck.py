@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from sqlalchemy import exists, text
 from sqlalchemy.orm import aliased
-from sqlmodel import Session, and_, col, or_, select
+from sqlmodel import Session, SQLModel, and_, col, func, or_, select
 
 from hub.adapters.models import Adapter, Card
 from hub.audit import broken_link, record
@@ -28,11 +28,11 @@ def fsck(
     It may run beside a hub that is in use: the store is listed after the catalogue's moment, so
     what is uploaded meanwhile cannot look like a loss.
     """
-    with hub.db.read() as session:
+    with hub.db.read(for_long=True) as session:
         found = [*_database(session)]
         for check in CHECKS:
             found += check(session)
-    with hub.db.read() as session:
+    with hub.db.read(for_long=True) as session:  # It waits while the store is listed and read.
         known = set(session.exec(select(Blob.sha256)))  # From here on it sees one moment.
         stock = take_stock(hub)
         found += check_stock(session, stock)
@@ -59,6 +59,7 @@ def is_sound(findings: Sequence[Finding]) -> bool:
 
 def _database(session: Session) -> Findings:
     if session.get_bind().dialect.name != "sqlite":
+        yield from _foreign_keys(session)
         return
     for (line,) in session.execute(text("PRAGMA integrity_check")):
         if line != "ok":
@@ -66,6 +67,27 @@ def _database(session: Session) -> Findings:
     for table, row, parent, _ in session.execute(text("PRAGMA foreign_key_check")):
         what = f"row {row} of {table} names a row of {parent} that does not exist"
         yield Finding("I2", "foreign-key", what, _RESTORE)
+
+
+def _foreign_keys(session: Session) -> Findings:
+    """PostgreSQL looks at a key only when its row is written, and trusts the index it has."""
+    for table in SQLModel.metadata.sorted_tables:
+        for key in sorted(table.foreign_key_constraints, key=lambda key: list(key.column_keys)):
+            parent = key.referred_table.alias()
+            pairs = [(part.parent, parent.c[part.column.name]) for part in key.elements]
+            orphans = (
+                select(func.count())
+                .select_from(table)
+                .where(
+                    *(column.is_not(None) for column, _ in pairs),
+                    ~exists().where(*(column == there for column, there in pairs)),
+                )
+            )
+            if n := session.exec(orphans).one():
+                columns = ", ".join(key.column_keys)
+                what = f"{n} rows of {table.name} name rows of {key.referred_table.name} that do"
+                what += f" not exist ({columns})"
+                yield Finding("I2", "foreign-key", what, _RESTORE)
 
 
 def _sizes(session: Session) -> Findings:

@@ -58,15 +58,18 @@ def restore(
     """Make the hub of a snapshot; digests of blobs that the backup lacks. BackupFailed."""
     catalogue = check_catalogue(folder, snapshot)
     data = settings.data_dir
-    _require_nothing(settings, catalogue)
-    data.mkdir(parents=True, exist_ok=True)
     working = data / "restoring"
-    shutil.rmtree(working, ignore_errors=True)
-    working.mkdir()
+    mark = working / "snapshot"
+    is_begun = _is_begun(settings, snapshot, catalogue, mark)
+    data.mkdir(parents=True, exist_ok=True)
+    if not is_begun:
+        shutil.rmtree(working, ignore_errors=True)
+        working.mkdir()
+        mark.write_text(snapshot.name)
     url = settings.database_url.get_secret_value() if settings.database_url is not None else None
     if url is None:
         shutil.copyfile(catalogue, working / "hub.sqlite3")
-    else:
+    elif not is_begun:
         # In one transaction, which fails where there is anything already.
         run_tool(
             [
@@ -87,6 +90,8 @@ def restore(
         store.renew()
         missing = {sha: size for sha, size in sizes.items() if store.size(Sha256(sha)) != size}
         lost = copy_blobs(FileBlobStore(folder / "store"), store, missing, report)
+        if settings.secret_key is None and (folder / "secret.key").is_file():
+            write_secret(data / "secret.key", (folder / "secret.key").read_text().strip())
         with database.write() as session:
             session.execute(delete(StoreIdentity))
             why = f"this hub was restored from {snapshot.name}"
@@ -98,8 +103,6 @@ def restore(
             record(session, None, "store.restore", snapshot.name)
     finally:
         database.close()
-    if settings.secret_key is None and (folder / "secret.key").is_file():
-        write_secret(data / "secret.key", (folder / "secret.key").read_text().strip())
     if url is None:
         (working / "hub.sqlite3").replace(data / "hub.sqlite3")
         durable.sync_folder(data)
@@ -130,10 +133,13 @@ def _sizes(session: Session) -> dict[str, int]:
     return dict(session.exec(query).all())
 
 
-def _require_nothing(settings: Settings, catalogue: Path) -> None:
+def _is_begun(settings: Settings, snapshot: Snapshot, catalogue: Path, mark: Path) -> bool:
+    """Whether the database has the catalogue already, of a restore that broke after it; else there
+    is nothing. BackupFailed."""
     kind = "SQLite" if settings.database_url is None else "PostgreSQL"
     if (catalogue.suffix == ".sqlite3") != (settings.database_url is None):
         raise BackupFailed(f"the snapshot's catalogue is {catalogue.name}, and the hub's is {kind}")
+    is_begun = False
     if settings.database_url is None:
         there = (settings.data_dir / "hub.sqlite3").exists()
         where = str(settings.data_dir)
@@ -141,8 +147,14 @@ def _require_nothing(settings: Settings, catalogue: Path) -> None:
         database = Database(settings.data_dir, settings.database_url.get_secret_value())
         try:
             there = bool(inspect(database.writer).get_table_names())
+            if there and mark.is_file() and mark.read_text() == snapshot.name:
+                with database.read() as session:
+                    # The last step gives it the new identity.
+                    of = session.exec(select(StoreIdentity.store_id)).first()
+                is_begun = of == snapshot.store_id
         finally:
             database.close()
         where = "the database"
-    if there:
+    if there and not is_begun:
         raise BackupFailed(f"there is a hub in {where} already; restore into an empty place")
+    return is_begun

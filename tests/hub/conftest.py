@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from hub.settings import Settings
 from hub.users import service as users
 from hub.users.models import Scope
 from hub.users.service import Viewer
-from tests.fixtures.postgres import postgres_server, postgres_url
+from tests.fixtures import server
+from tests.fixtures.postgres import PostgresServer, postgres_server, postgres_url
 
 __all__ = ["postgres_server", "postgres_url"]
 
@@ -27,6 +29,19 @@ def first_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tmp_path_factory.mktemp("first-start") / "data"
     with open_hub(Settings(data_dir=data)):
         return data
+
+
+@pytest.fixture(scope="session", autouse=True)
+def database_of_servers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With `--database postgresql` a hub in its own process has a database for its folder."""
+    if request.config.getoption("--database") != "postgresql":
+        yield
+        return
+    made: PostgresServer = request.getfixturevalue("postgres_server")
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        database_of = cache(lambda folder: stack.enter_context(made.fresh()))
+        patch.setattr(server, "database_of", database_of)
+        yield
 
 
 @pytest.fixture
@@ -40,10 +55,13 @@ def hub(
     settings = Settings(data_dir=tmp_path / "data", min_free_bytes=0)
     with ExitStack() as stack:
         if getattr(request, "param", request.config.getoption("--database")) == "postgresql":
-            server = request.getfixturevalue("postgres_server")
-            template, first_start = server.first_start(tmp_path_factory.getbasetemp())
-            url = SecretStr(stack.enter_context(server.fresh(template)))
+            made: PostgresServer = request.getfixturevalue("postgres_server")
+            template, first_start = made.first_start(tmp_path_factory.getbasetemp())
+            url = SecretStr(stack.enter_context(made.fresh(template)))
             settings = settings.model_copy(update={"database_url": url})
+            # For the commands that a test gives.
+            environment = stack.enter_context(pytest.MonkeyPatch.context())
+            environment.setenv("GRAFT_DATABASE_URL", url.get_secret_value())
         shutil.copytree(first_start, settings.data_dir)
         opened = stack.enter_context(open_hub(settings))
         token = (settings.data_dir / "admin.token").read_text().strip()

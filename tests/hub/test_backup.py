@@ -4,10 +4,12 @@ import importlib.util
 import json
 import os
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
-import psycopg
 import pytest
+from pydantic import SecretStr
 from sqlmodel import select
 from typer.testing import CliRunner
 
@@ -28,6 +30,7 @@ from hub.upkeep.last_backup import last_backup
 from hub.upkeep.restore import choose, mend, restore
 from hub.users.models import Token
 from hub.users.service import Viewer
+from tests.fixtures.postgres import PostgresServer
 from tests.hub.conftest import both_databases
 
 
@@ -47,8 +50,21 @@ def files(hub: Hub, admin: Viewer) -> dict[str, bytes]:
         }
 
 
-def elsewhere(hub: Hub, tmp_path: Path) -> Settings:
-    return hub.settings.model_copy(update={"data_dir": tmp_path / "again"})
+@pytest.fixture
+def elsewhere(
+    request: pytest.FixtureRequest, hub: Hub, tmp_path: Path
+) -> Iterator[Callable[..., Settings]]:
+    """Makes an empty place for a hub of the same kind."""
+    with ExitStack() as stack:
+
+        def make(name: str = "again") -> Settings:
+            changes: dict[str, object] = {"data_dir": tmp_path / name}
+            if not hub.db.is_sqlite:
+                server: PostgresServer = request.getfixturevalue("postgres_server")
+                changes["database_url"] = SecretStr(stack.enter_context(server.fresh()))
+            return hub.settings.model_copy(update=changes)
+
+        yield make
 
 
 @pytest.fixture(autouse=True)
@@ -61,15 +77,14 @@ def client_tools(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @both_databases
-def test_a_hub_comes_back_as_it_was(hub: Hub, admin: Viewer, tmp_path: Path) -> None:
+def test_a_hub_comes_back_as_it_was(
+    hub: Hub, admin: Viewer, tmp_path: Path, elsewhere: Callable[..., Settings]
+) -> None:
     commit(hub, admin, "a.txt", b"a")
     head = commit(hub, admin, "b.txt", b"b" * 100_000)
     made = backup(hub, tmp_path / "backup")
     commit(hub, admin, "late.txt", b"after the backup")
-    settings = elsewhere(hub, tmp_path)
-    if settings.database_url is not None:
-        with psycopg.connect(settings.database_url.get_secret_value(), autocommit=True) as server:
-            server.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    settings = elsewhere()
     assert restore(settings, tmp_path / "backup", choose(tmp_path / "backup", None)) == []
     with open_hub(settings) as again:
         assert again.store.id != made.store_id
@@ -96,7 +111,7 @@ def test_the_next_backup_copies_only_what_is_new(hub: Hub, admin: Viewer, tmp_pa
 
 
 def test_a_backup_beside_writers_has_every_byte_it_names(
-    hub: Hub, admin: Viewer, tmp_path: Path
+    hub: Hub, admin: Viewer, tmp_path: Path, elsewhere: Callable[..., Settings]
 ) -> None:
     stop = threading.Event()
 
@@ -115,19 +130,20 @@ def test_a_backup_beside_writers_has_every_byte_it_names(
         stop.set()
         writer.join()
     for n, snapshot in enumerate(made):
-        settings = Settings(data_dir=tmp_path / f"again{n}", min_free_bytes=0)
+        settings = elsewhere(f"again{n}")
         assert restore(settings, tmp_path / "backup", snapshot) == []
         with open_hub(settings) as again:
             assert is_sound(fsck(again, full=True))
 
 
 def test_a_restored_hub_collects_only_after_it_was_checked(
-    hub: Hub, admin: Viewer, tmp_path: Path
+    hub: Hub, admin: Viewer, tmp_path: Path, elsewhere: Callable[..., Settings]
 ) -> None:
     commit(hub, admin, "a.txt", b"a")
     made = backup(hub, tmp_path / "backup")
-    restore(elsewhere(hub, tmp_path), tmp_path / "backup", made)
-    with open_hub(elsewhere(hub, tmp_path)) as again:
+    settings = elsewhere()
+    restore(settings, tmp_path / "backup", made)
+    with open_hub(settings) as again:
         reason = gc.brake(again, gc.plan(again), without_backup=True)
         assert reason is not None
         assert reason.startswith(f"this hub was restored from {made.name}")
@@ -136,7 +152,7 @@ def test_a_restored_hub_collects_only_after_it_was_checked(
 
 
 def test_jobs_that_ran_wait_again_and_tokens_may_be_revoked(
-    hub: Hub, admin: Viewer, tmp_path: Path
+    hub: Hub, admin: Viewer, tmp_path: Path, elsewhere: Callable[..., Settings]
 ) -> None:
     with hub.db.write() as session:
         session.add(Recipe(digest="d", canonical="{}", created_at=now()))
@@ -147,7 +163,7 @@ def test_jobs_that_ran_wait_again_and_tokens_may_be_revoked(
         )  # fmt: skip
         session.add(job)
     made = backup(hub, tmp_path / "backup")
-    settings = elsewhere(hub, tmp_path)
+    settings = elsewhere()
     restore(settings, tmp_path / "backup", made, revoke_tokens=True)
     with open_hub(settings) as again, again.db.read() as session:
         assert session.get_one(Job, "j").state == JobState.QUEUED
@@ -184,12 +200,14 @@ def test_lost_and_damaged_blobs_are_put_back(hub: Hub, admin: Viewer, tmp_path: 
     assert fsck(hub, full=True) == []
 
 
-def test_a_damaged_catalogue_is_not_restored(hub: Hub, admin: Viewer, tmp_path: Path) -> None:
+def test_a_damaged_catalogue_is_not_restored(
+    hub: Hub, admin: Viewer, tmp_path: Path, elsewhere: Callable[..., Settings]
+) -> None:
     made = backup(hub, tmp_path / "backup")
     path = tmp_path / "backup" / "snapshots" / made.catalogue
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(BackupFailed, match="damaged or missing"):
-        restore(elsewhere(hub, tmp_path), tmp_path / "backup", made)
+        restore(elsewhere(), tmp_path / "backup", made)
     assert not (tmp_path / "again").exists()
 
 
@@ -203,10 +221,14 @@ def test_a_restore_never_goes_over_a_hub(hub: Hub, admin: Viewer, tmp_path: Path
         assert repos.get_repo(session, admin, "admin", "ink").head == before
 
 
-def test_a_restore_that_broke_can_be_begun_again(hub: Hub, admin: Viewer, tmp_path: Path) -> None:
+@both_databases
+def test_a_restore_that_broke_can_be_begun_again(
+    hub: Hub, admin: Viewer, tmp_path: Path, elsewhere: Callable[..., Settings]
+) -> None:
     commit(hub, admin, "a.txt", b"a")
     made = backup(hub, tmp_path / "backup")
-    settings = elsewhere(hub, tmp_path)
+    other = backup(hub, tmp_path / "backup")
+    settings = elsewhere()
 
     def breaking(done: int, total: int) -> None:
         if done:
@@ -215,9 +237,15 @@ def test_a_restore_that_broke_can_be_begun_again(hub: Hub, admin: Viewer, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         restore(settings, tmp_path / "backup", made, report=breaking)
     assert not (settings.data_dir / "hub.sqlite3").exists()
+    if not hub.db.is_sqlite:
+        with pytest.raises(BackupFailed, match="a hub in the database already"):
+            restore(settings, tmp_path / "backup", other)
     assert restore(settings, tmp_path / "backup", made) == []
     with open_hub(settings) as again:
         assert is_sound(fsck(again, full=True))
+        assert files(again, admin) == {"a.txt": b"a"}
+    with pytest.raises(BackupFailed, match="already"):
+        restore(settings, tmp_path / "backup", made)
 
 
 def test_a_catalogue_that_survived_refuses_the_restored_store(
@@ -242,12 +270,22 @@ def test_without_the_client_tools_the_refusal_says_so(
     assert snapshots(tmp_path / "backup") == []
 
 
-def test_the_commands_make_and_bring_back(hub: Hub, admin: Viewer, tmp_path: Path) -> None:
+@both_databases
+def test_the_commands_make_and_bring_back(
+    hub: Hub,
+    admin: Viewer,
+    tmp_path: Path,
+    elsewhere: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     commit(hub, admin, "a.txt", b"a")
     folder, data = str(tmp_path / "backup"), str(tmp_path / "again")
     run = CliRunner().invoke
     made = run(app, ["admin", "backup", folder, "--data", str(hub.settings.data_dir), "--json"])
     assert json.loads(made.stdout)["blobs"] == 1
+    settings = elsewhere()
+    if settings.database_url is not None:
+        monkeypatch.setenv("GRAFT_DATABASE_URL", settings.database_url.get_secret_value())
     done = run(app, ["admin", "restore", folder, "--data", data])
     name = json.loads(made.stdout)["name"]
     assert done.stdout == f"{name} is back; check it with `graft admin fsck --full --accept`\n"

@@ -6,7 +6,10 @@ import sqlite3
 import time
 from pathlib import Path
 
+import psycopg
 import pytest
+from sqlalchemy import event
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from typer.testing import CliRunner
 
 from cli.__main__ import app
@@ -17,7 +20,7 @@ from hub.repos.operations import Add
 from hub.upkeep.findings import Finding, Severity
 from hub.upkeep.fsck import fsck, is_sound
 from hub.users.service import Viewer
-from tests.hub.conftest import both_databases
+from tests.hub.conftest import both_databases, postgresql_only
 
 
 @pytest.fixture
@@ -34,6 +37,11 @@ def ink(hub: Hub, admin: Viewer) -> str:
 
 def by_hand(hub: Hub, statement: str, *values: object) -> None:
     """What no part of the hub would do: the catalogue's keys do not hold here."""
+    if hub.settings.database_url is not None:
+        with psycopg.connect(hub.settings.database_url.get_secret_value()) as server:
+            server.execute("SET session_replication_role = replica")
+            assert server.execute(statement.replace("?", "%s").encode(), values).rowcount > 0
+        return
     with sqlite3.connect(hub.settings.data_dir / "hub.sqlite3") as connection:
         assert connection.execute(statement, values).rowcount > 0
 
@@ -85,8 +93,9 @@ def test_bytes_without_a_row_are_noted_once_they_are_old(hub: Hub, ink: str) -> 
 
 BROKEN = {
     "entry-size": "UPDATE commit_entry SET size = 4",
-    "broken-chain": "DELETE FROM 'commit' WHERE parent_id IS NULL",
-    "wrong-head": "UPDATE repo SET head = (SELECT parent_id FROM 'commit' WHERE parent_id <> '')",
+    "broken-chain": 'DELETE FROM "commit" WHERE parent_id IS NULL',
+    "wrong-head": 'UPDATE repo SET head = (SELECT parent_id FROM "commit"'
+    " WHERE parent_id IS NOT NULL)",
     "foreign-head": "UPDATE ref SET repo_id = 99",
     "foreign-key": "DELETE FROM blob",
     "condemned-in-use": "UPDATE blob SET state = 'condemned'",
@@ -97,10 +106,28 @@ BROKEN = {
 }
 
 
+@both_databases
 @pytest.mark.parametrize("code", BROKEN)
 def test_a_catalogue_that_was_changed_by_hand_is_found(hub: Hub, ink: str, code: str) -> None:
     by_hand(hub, BROKEN[code])
     assert code in codes(fsck(hub))
+
+
+@postgresql_only
+def test_a_check_may_take_longer_than_a_session_may_idle(hub: Hub, ink: str) -> None:
+    """Reading a large store takes hours, and the server ends idle transactions long before."""
+    blob_file(hub, ink).chmod(0o600)
+    blob_file(hub, ink).write_bytes(b"ank")
+
+    @event.listens_for(hub.db.writer, "checkout")
+    def hurry(connection: DBAPIConnection, *_: object) -> None:
+        connection.cursor().execute("SET idle_in_transaction_session_timeout = 100")
+        connection.commit()
+
+    def wait(done: int, total: int) -> None:
+        time.sleep(0.3)
+
+    assert codes(fsck(hub, full=True, report=wait)) == ["damaged-blob"]
 
 
 def test_an_adapter_that_main_does_not_have_is_found(hub: Hub, ink: str) -> None:
@@ -119,11 +146,14 @@ def test_a_job_that_ended_without_a_result_is_found(hub: Hub) -> None:
     by_hand(hub, "INSERT INTO recipe VALUES ('d', '{}', ?)", moment)
     columns = "id, kind, state, requester_id, request, request_digest, recipe_digest, resources"
     rest = "fence, attempts, cancel_requested, sequence, progress_done, created_at"
-    values = "SELECT ?, 'merge', ?, 1, '{}', '', 'd', '{}', 1, 1, 0, 0, 0, ?"
-    by_hand(hub, f"INSERT INTO job ({columns}, {rest}) {values}", "j1", "succeeded", moment)
+    values = "?, 'merge', ?, 1, '{}', '', 'd', '{}', 1, 1, false, 0, 0, ?"
+    by_hand(
+        hub, f"INSERT INTO job ({columns}, {rest}) VALUES ({values})", "j1", "succeeded", moment
+    )
     assert codes(fsck(hub)) == ["job-end", "job-result"]
 
 
+@both_databases
 def test_the_command_checks_beside_a_running_hub_and_changes_nothing(hub: Hub, ink: str) -> None:
     data = ["--data", str(hub.settings.data_dir)]
     done = CliRunner().invoke(app, ["admin", "fsck", *data])

@@ -326,6 +326,7 @@ def test_a_listing_that_breaks_collects_nothing(
     assert state(hub) == BlobState.PRESENT
 
 
+@both_databases
 def test_the_command_is_a_dry_run_unless_told_otherwise(
     hub: Hub, admin: Viewer, unused: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 from sqlmodel import select
 from typer.testing import CliRunner
 
@@ -15,7 +16,6 @@ from hub.limits.models import Quota
 from hub.repos import service as repos
 from hub.repos.models import Blob, Ref
 from hub.repos.operations import Add
-from hub.settings import Settings
 from hub.upkeep import gc
 from hub.upkeep.fsck import fsck, is_sound
 from hub.upkeep.manifests import MAGIC, Manifest, pack, write_missing, write_recent
@@ -51,6 +51,10 @@ def state(hub: Hub, viewer: Viewer) -> object:
 
 
 def lose_catalogue(hub: Hub) -> None:
+    if hub.settings.database_url is not None:
+        with hub.db.writer.begin() as connection:
+            connection.execute(text("DROP SCHEMA public CASCADE"))
+            connection.execute(text("CREATE SCHEMA public"))
     hub.db.close()
     for path in hub.settings.data_dir.glob("hub.sqlite3*"):
         path.unlink()
@@ -85,6 +89,7 @@ def full(hub: Hub, admin: Viewer) -> Hub:
     return hub
 
 
+@both_databases
 def test_everything_a_manifest_says_comes_back(full: Hub, admin: Viewer) -> None:
     write_missing(full)
     before = state(full, admin)
@@ -161,7 +166,8 @@ def test_a_catalogue_with_repos_is_never_rebuilt_over(full: Hub, admin: Viewer) 
 def test_another_hub_cannot_read_the_manifests(full: Hub, tmp_path: Path) -> None:
     write_missing(full)
     shutil.copytree(full.settings.data_dir / "store", tmp_path / "other" / "store")
-    settings = Settings(data_dir=tmp_path / "other", min_free_bytes=0)
+    changes = {"data_dir": tmp_path / "other", "database_url": None}
+    settings = full.settings.model_copy(update=changes)
     with open_hub(settings) as other:
         made = rebuild(other)
         assert made.repos == 0
