@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -37,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.dir, prefix="download-") as name:
         folder = Path(name)
-        file = make_file(folder / "large.safetensors", options.gib)
+        file = make_file(folder / "large", options.gib)
         size = file.stat().st_size
         with hub(folder) as (url, token), peer(file) as (peer_name, peer_url):
             put = timed(lambda: upload(url, token, file))
@@ -93,8 +94,10 @@ def peer(file: Path) -> Iterator[tuple[str, str]]:
             sender.terminate()
             return
     config = file.with_name("nginx.conf")
+    # Its workers become another user, who may not look into a temporary folder.
+    user = "user root;" if os.geteuid() == 0 else ""
     config.write_text(
-        f"daemon off; pid {file.parent}/nginx.pid; error_log stderr; events {{}} http {{"
+        f"daemon off; {user} pid {file.parent}/nginx.pid; error_log stderr; events {{}} http {{"
         f" sendfile on; access_log off; server {{ listen 127.0.0.1:{port}; root {file.parent}; }} }}"
     )
     with subprocess.Popen(["nginx", "-c", str(config)], stderr=subprocess.DEVNULL) as process:
@@ -130,23 +133,31 @@ def download(url: str, size: int) -> None:
         assert left == 0, f"{left} bytes did not come"
 
 
-def upload(url: str, token: str, file: Path) -> None:
+def upload(url: str, token: str, file: Path) -> float:
+    """A commit of the file as `f` of a repo with its name; seconds of the request with its bytes."""
     client = httpx2.Client(headers={"Authorization": f"Bearer {token}"}, timeout=600)
     size, digest = file.stat().st_size, sha256_file(file)
-    client.post(f"{url}/api/repos/create", json={"name": "large"}).raise_for_status()
+    repo = f"{url}/admin/{file.name}"
+    made = client.post(f"{url}/api/repos/create", json={"name": file.name})
+    if made.status_code != HTTPStatus.CONFLICT:
+        made.raise_for_status()
     wanted = {"operation": "upload", "objects": [{"oid": digest, "size": size}]}
-    batch = client.post(f"{url}/admin/large.git/info/lfs/objects/batch", json=wanted).json()
+    batch = client.post(f"{repo}.git/info/lfs/objects/batch", json=wanted).json()
     with file.open("rb") as opened:
+        started = time.perf_counter()
         address = batch["objects"][0]["actions"]["upload"]["href"]
         headers = {"Content-Length": str(size)}
         httpx2.put(address, content=opened, headers=headers, timeout=600).raise_for_status()
+        seconds = time.perf_counter() - started
     pointer = {"path": "f", "algo": "sha256", "oid": digest, "size": size}
     lines = [
-        {"key": "header", "value": {"summary": "large"}},
+        {"key": "header", "value": {"summary": file.name}},
         {"key": "lfsFile", "value": pointer},
     ]
     commit = "\n".join(map(json.dumps, lines))
-    client.post(f"{url}/api/models/admin/large/commit/main", content=commit).raise_for_status()
+    address = f"{url}/api/models/admin/{file.name}/commit/main"
+    client.post(address, content=commit).raise_for_status()
+    return seconds
 
 
 def copy_and_hash(file: Path, copy: Path) -> None:
@@ -158,7 +169,7 @@ def copy_and_hash(file: Path, copy: Path) -> None:
     subprocess.run(["sha256sum", copy], check=True, stdout=subprocess.DEVNULL)
 
 
-def timed(action: Callable[[], None]) -> float:
+def timed(action: Callable[[], object]) -> float:
     started = time.perf_counter()
     action()
     return time.perf_counter() - started

@@ -2,13 +2,18 @@
 
 Every route that changes something names its policy: `WriterDep`, `AccountDep`, `AdminDep`, or one
 of `Open`, `OpenForm` and `Signed` as a dependency; `hub.app` refuses to start otherwise.
+
+A dependency that waits for nobody is `async`: the others run in threads, and going to one and back
+takes longer than most of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated
 from urllib.parse import urlsplit
 
+from anyio import to_thread
 from fastapi import Depends, Request
+from fastapi.concurrency import contextmanager_in_threadpool
 from sqlmodel import Session
 
 from hub.context import DAY_S, Hub
@@ -26,12 +31,21 @@ def hub_of(request: Request) -> Hub:
     return hub
 
 
-HubDep = Annotated[Hub, Depends(hub_of)]
+async def _hub(request: Request) -> Hub:
+    return hub_of(request)
 
 
-def _read(hub: HubDep) -> Iterator[Session]:
-    with hub.db.read() as session:
-        yield session
+HubDep = Annotated[Hub, Depends(_hub)]
+
+
+async def _read(hub: HubDep) -> AsyncIterator[Session]:
+    if hub.db.is_sqlite:
+        # Nothing begins before the first statement, and the end of a snapshot waits for nobody.
+        with hub.db.read() as session:
+            yield session
+    else:
+        async with contextmanager_in_threadpool(hub.db.read()) as session:
+            yield session
 
 
 def _write(hub: HubDep) -> Iterator[Session]:
@@ -61,10 +75,16 @@ def viewer(request: Request, hub: HubDep) -> Viewer:
     return found
 
 
-ViewerDep = Annotated[Viewer, Depends(viewer)]
+async def _viewer(request: Request, hub: HubDep) -> Viewer:
+    if not request.headers.get("Authorization") and SESSION_COOKIE not in request.cookies:
+        return ANONYMOUS
+    return await to_thread.run_sync(viewer, request, hub)
 
 
-def writer(viewer: ViewerDep) -> Viewer:
+ViewerDep = Annotated[Viewer, Depends(_viewer)]
+
+
+async def writer(viewer: ViewerDep) -> Viewer:
     viewer.require_write()
     return viewer
 
@@ -73,7 +93,7 @@ def writer(viewer: ViewerDep) -> Viewer:
 WriterDep = Annotated[Viewer, Depends(writer)]
 
 
-def account(viewer: WriterDep) -> Viewer:
+async def account(viewer: WriterDep) -> Viewer:
     viewer.require_account()
     return viewer
 
@@ -82,7 +102,7 @@ def account(viewer: WriterDep) -> Viewer:
 AccountDep = Annotated[Viewer, Depends(account)]
 
 
-def administrator(viewer: WriterDep) -> Viewer:
+async def administrator(viewer: WriterDep) -> Viewer:
     viewer.require_admin()
     return viewer
 
@@ -91,17 +111,17 @@ def administrator(viewer: WriterDep) -> Viewer:
 AdminDep = Annotated[Viewer, Depends(administrator)]
 
 
-def open_to_all() -> None:
+async def open_to_all() -> None:
     """Policy of a route that changes nothing, or only the caller's own cookie."""
 
 
-def open_form(request: Request) -> None:
+async def open_form(request: Request) -> None:
     """Policy of a form for people who are not signed in: another site's page cannot send it."""
     if "Origin" in request.headers:
         _require_same_origin(request)
 
 
-def signed_address() -> None:
+async def signed_address() -> None:
     """Policy of a route whose address carries a signature that the route checks."""
 
 

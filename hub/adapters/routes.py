@@ -53,7 +53,7 @@ Rank = Annotated[int | None, Query(ge=1, lt=2**31), Blank]
 Many = Annotated[list[str] | None, Query(max_length=search.MAX_VALUES)]
 
 
-def query_of(
+async def query_of(
     q: Annotated[str, Query(max_length=1000, description="words, or the start of any hash")] = "",
     kind: Many = None,
     family: Many = None,

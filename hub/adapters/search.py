@@ -23,6 +23,7 @@ from sqlalchemy import (
     or_,
     select,
 )
+from sqlalchemy.orm import aliased
 from sqlmodel import Session, col
 
 from hub.adapters import text
@@ -295,22 +296,21 @@ def _facet(
 ) -> list[tuple[str, int]]:
     """Values with counts, most frequent first. Tags narrow each other, other values widen."""
     others = [c for facet, c in conditions if facet != name or name == "tag"]
-    matching = _matching(session, query, others).subquery()
-    count = _count(query, matching.c.repo_id)
+    count = _count(query, col(Adapter.repo_id))
     column: Any
-    statement: Select[Any]
+    statement: Select[Any] = _matching(session, query, others)
     if name == "tag":
-        column = col(Tag.name)
-        statement = select(column, count).join(matching, matching.c.repo_id == col(Tag.repo_id))
+        # Not the table itself, which the conditions on tags look into.
+        tag = aliased(Tag)
+        column = col(tag.name)
+        statement = statement.join(tag, col(tag.repo_id) == col(Adapter.repo_id))
         statement = statement.where(column.not_in(TOOL_TAGS))
         for prefix in TOOL_TAG_PREFIXES:
             statement = statement.where(~column.startswith(prefix, autoescape=True))
-    elif name == "author":
-        column = col(Repo.namespace)
-        statement = select(column, count).join(matching, matching.c.repo_id == col(Repo.id))
     else:
-        column = col(getattr(Adapter, name))
-        statement = select(column, count).join(matching, matching.c.id == col(Adapter.id))
-    statement = statement.where(column.is_not(None)).group_by(column)
-    rows = session.execute(statement.order_by(count.desc(), column).limit(MAX_FACET_VALUES))
+        column = col(Repo.namespace) if name == "author" else col(getattr(Adapter, name))
+    # The columns alone change: every file that matches is still one row.
+    counted: Select[Any] = statement.with_only_columns(column, count, maintain_column_froms=True)
+    counted = counted.where(column.is_not(None)).group_by(column)
+    rows = session.execute(counted.order_by(count.desc(), column).limit(MAX_FACET_VALUES))
     return [(row[0], row[1]) for row in rows]

@@ -1,4 +1,4 @@
-"""What the façade's routes ask for by type: the repo of an address and the commit of a revision."""
+"""What the façade's routes ask for by type: the repo of an address."""
 
 from typing import Annotated
 
@@ -10,14 +10,14 @@ from hub.errors import NotImplementedHere, RepoNotFound
 from hub.hf.routing import RepoMoved
 from hub.mirror.routes import mirror_of
 from hub.repos import service as repos
-from hub.repos.models import Commit, Repo, RepoType
+from hub.repos.models import Repo, RepoType
 from hub.users.service import Viewer
 
 READING = ("GET", "HEAD")
 TYPES = {"models": RepoType.MODEL, "datasets": RepoType.DATASET}
 
 
-def repo_type(kind: str = "models") -> RepoType:
+async def repo_type(kind: str = "models") -> RepoType:
     """From the first segment of an address, which model files do not have."""
     if kind not in TYPES:
         raise RepoNotFound("this hub has no spaces")
@@ -77,11 +77,3 @@ def find(
 
 
 RepoDep = Annotated[Repo, Depends(repo)]
-
-
-def commit(session: ReadSession, repo: RepoDep, revision: str = repos.MAIN) -> Commit:
-    """What the revision of an address means now; RevisionNotFound."""
-    return repos.resolve(session, repo, revision)
-
-
-CommitDep = Annotated[Commit, Depends(commit)]

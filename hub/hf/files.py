@@ -18,7 +18,7 @@ from fastapi.responses import StreamingResponse
 
 from hub.blobs.store import BlobStore, Sha256
 from hub.deps import HubDep, ReadSession, ViewerDep
-from hub.hf.deps import CommitDep, RepoDep
+from hub.hf.deps import RepoDep
 from hub.hf.ranges import RangeNotSatisfiable, parse_range
 from hub.hf.routing import hf_router
 from hub.repos import service as repos
@@ -49,10 +49,11 @@ def resolve(
     session: ReadSession,
     viewer: ViewerDep,
     repo: RepoDep,
-    commit: CommitDep,
+    revision: str,
     path: str,
 ) -> Response:
     """One file of a revision; X-Repo-Commit says what the revision meant."""
+    commit = repos.resolve(session, repo, revision)
     if repo.gated is not None:
         repos.require_files(session, viewer, repo)
     entry = repos.entry(session, commit, path)

@@ -13,7 +13,7 @@ from hub.errors import Forbidden, RepoExists, RepoNotFound
 from hub.hf import bodies, info, listing
 from hub.hf.attributes import GITATTRIBUTES
 from hub.hf.cards import card_at, validate
-from hub.hf.deps import TYPES, CommitDep, RepoDep, type_named
+from hub.hf.deps import TYPES, RepoDep, type_named
 from hub.hf.routing import OUR_COMMAND, hf_router, next_page
 from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry, RepoType
@@ -181,7 +181,7 @@ def _namespace(organization: str | None, user: User) -> str:
 # Description
 
 
-def _expand(
+async def _expand(
     expand: Annotated[list[str], Query()] = [],  # noqa: B006 - FastAPI copies it
     expand_old: Annotated[list[str], Query(alias="expand[]")] = [],  # noqa: B006
 ) -> set[str]:
@@ -198,11 +198,12 @@ def model_info(
     hub: HubDep,
     session: ReadSession,
     repo: RepoDep,
-    commit: CommitDep,
     wanted: ExpandDep,
+    revision: str = repos.MAIN,
     blobs: str = "",
 ) -> dict[str, Any]:
     """A repo at a revision, with its files, its card and its tags."""
+    commit = repos.resolve(session, repo, revision)
     entries = repos.entries(session, commit)
     answer = info.repo_info(
         repo,
@@ -273,7 +274,7 @@ def tree(
     request: Request,
     session: ReadSession,
     repo: RepoDep,
-    commit: CommitDep,
+    revision: str,
     path: str = "",
     recursive: str = "",
     expand: str = "",
@@ -282,6 +283,7 @@ def tree(
 ) -> Response:
     """Files and folders by path, in pages."""
     under = path.strip("/")
+    commit = repos.resolve(session, repo, revision)
     entries = repos.entries(session, commit, under)
     last = _commits_of(session, entries) if flag(expand) else None
     items = info.tree(entries, under, recursive=flag(recursive), last=last)
@@ -308,11 +310,12 @@ async def _paths_info(request: Request) -> bodies.PathsInfo:
 @router.post(API + "/paths-info/{revision}", dependencies=[Open])
 def paths_info(
     session: ReadSession,
-    commit: CommitDep,
+    repo: RepoDep,
+    revision: str,
     body: Annotated[bodies.PathsInfo, Depends(_paths_info)],
 ) -> list[dict[str, Any]]:
     """The files and folders among `paths`; what is not there is left out."""
-    entries = repos.entries(session, commit)
+    entries = repos.entries(session, repos.resolve(session, repo, revision))
     last = _commits_of(session, entries) if body.expand else None
     wanted = {path.strip("/") for path in body.paths}
     items = info.tree(entries, recursive=True, last=last)
@@ -391,12 +394,13 @@ def commits(
     request: Request,
     session: ReadSession,
     repo: RepoDep,
-    commit: CommitDep,
+    revision: str,
     wanted: ExpandDep,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
     cursor: str | None = None,
 ) -> Response:
     """History, newest first, in pages."""
+    commit = repos.resolve(session, repo, revision)
     found, following = repos.commits(session, repo, commit, limit, cursor)
     headers = {}
     if following is not None:
