@@ -65,7 +65,7 @@ def main() -> None:
                     ours = f"{url}/admin/{file.name}/resolve/main/f"
                     rows.append(_downloads(ours, theirs, peer_name, file, clients, options))
     print(
-        f"Processes at once on {os.cpu_count()} cores, besides: {before:.1f} in the minute before"
+        f"Load average of the minute before, on {os.cpu_count()} cores: {before:.1f}"
     )
     print("| | hub | peer | of the peer |")
     print("|---|---|---|---|")

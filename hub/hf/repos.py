@@ -201,7 +201,7 @@ def model_info(
     wanted: ExpandDep,
     revision: str = repos.MAIN,
     blobs: str = "",
-) -> dict[str, Any]:
+) -> Response:
     """A repo at a revision, with its files, its card and its tags."""
     commit = repos.resolve(session, repo, revision)
     entries = repos.entries(session, commit)
@@ -212,7 +212,7 @@ def model_info(
         card_at(hub.store, entries),
         blobs=flag(blobs),
     )
-    return _expanded(answer, wanted)
+    return JSONResponse(_expanded(answer, wanted))
 
 
 def _expanded(answer: dict[str, Any], wanted: set[str]) -> dict[str, Any]:
@@ -313,13 +313,13 @@ def paths_info(
     repo: RepoDep,
     revision: str,
     body: Annotated[bodies.PathsInfo, Depends(_paths_info)],
-) -> list[dict[str, Any]]:
+) -> Response:
     """The files and folders among `paths`; what is not there is left out."""
     entries = repos.entries(session, repos.resolve(session, repo, revision))
     last = _commits_of(session, entries) if body.expand else None
     wanted = {path.strip("/") for path in body.paths}
     items = info.tree(entries, recursive=True, last=last)
-    return [item for item in items if item["path"] in wanted]
+    return JSONResponse([item for item in items if item["path"] in wanted])
 
 
 def _commits_of(session: Session, entries: list[CommitEntry]) -> dict[str, Commit]:

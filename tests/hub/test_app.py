@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
+from anyio import to_thread
 from fastapi import APIRouter, Request
 from fastapi.routing import iter_route_contexts
 from sqlalchemy import text
@@ -221,6 +223,27 @@ def probe(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     app = create_app(settings, hub=hub)
     with TestClient(app, base_url=HOST, raise_server_exceptions=False) as client:
         yield client
+
+
+def test_who_asks_takes_a_thread_only_where_they_say_it(
+    hub: Hub, probe: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To go to one and back takes longer than to say that nobody asks."""
+    called: list[str] = []
+    run_sync = to_thread.run_sync
+
+    async def noted(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        function = getattr(call, "func", call)  # Starlette wraps it in a partial.
+        if function.__module__ == "hub.deps":
+            called.append(function.__name__)
+        return await run_sync(call, *args, **options)
+
+    monkeypatch.setattr(to_thread, "run_sync", noted)
+    _, token = make_user(hub, "ada")
+    assert probe.get("/api/probe/whoami").json() is None
+    assert called == []
+    assert probe.get("/api/probe/whoami", headers=bearer(token)).json() == "ada"
+    assert called == ["viewer"]
 
 
 def test_a_commit_that_fails_is_a_500_and_not_a_201(hub: Hub, probe: TestClient) -> None:
