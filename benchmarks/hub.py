@@ -64,9 +64,7 @@ def main() -> None:
                 with peer(file) as (peer_name, theirs):
                     ours = f"{url}/admin/{file.name}/resolve/main/f"
                     rows.append(_downloads(ours, theirs, peer_name, file, clients, options))
-    print(
-        f"Load average of the minute before, on {os.cpu_count()} cores: {before:.1f}"
-    )
+    print(f"Load average of the minute before, on {os.cpu_count()} cores: {before:.1f}")
     print("| | hub | peer | of the peer |")
     print("|---|---|---|---|")
     for what, here, there, unit, peer_name in rows:
