@@ -211,7 +211,9 @@ def test_a_repeat_does_nothing(hub: RunningHub, shell: Shell, library: Path) -> 
     api = HfApi(endpoint=hub.url, token=hub.admin_token)
     # Somebody writes a better card, and somebody gives a repo another name.
     api.upload_file(
-        path_or_fileobj=b"# Mine\n", path_in_repo="README.md", repo_id=f"admin/{start}-ink"
+        path_or_fileobj=b"---\nlicense: mit\n---\n# Mine\n",
+        path_in_repo="README.md",
+        repo_id=f"admin/{start}-ink",
     )
     head = api.model_info(f"admin/{start}-ink").sha
     again = _imports(shell.ok("import", library, "--json"))

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from sqlmodel import Session, select
 from starlette.testclient import TestClient
@@ -140,7 +140,11 @@ def test_administrators_set_quotas_and_members_see_them(hub: Hub, client: TestCl
     assert client.put("/api/quotas/nobody", json={"limit_bytes": 1}, headers=admin).is_error
 
 
-def test_clients_say_that_the_quota_is_used_up(tmp_path: Path) -> None:
+def test_clients_say_that_the_quota_is_used_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over LFS: what a Xet server refuses, hf_xet tells in words of its own."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with running_hub(tmp_path, quota_bytes=1000, max_regular_bytes=100) as hub:
         api = HfApi(endpoint=hub.url, token=hub.admin_token)
         api.create_repo("admin/a")
