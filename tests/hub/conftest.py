@@ -49,6 +49,7 @@ def hub(
     request: pytest.FixtureRequest,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
     first_start: Path,
 ) -> Iterator[Hub]:
     """On SQLite; `both_databases` runs a test on PostgreSQL too, `--database` all others."""
@@ -59,9 +60,8 @@ def hub(
             template, first_start = made.first_start(tmp_path_factory.getbasetemp())
             url = SecretStr(stack.enter_context(made.fresh(template)))
             settings = settings.model_copy(update={"database_url": url})
-            # For the commands that a test gives.
-            environment = stack.enter_context(pytest.MonkeyPatch.context())
-            environment.setenv("GRAFT_DATABASE_URL", url.get_secret_value())
+            # For the commands that a test gives; the test's own patches are undone with this one.
+            monkeypatch.setenv("GRAFT_DATABASE_URL", url.get_secret_value())
         shutil.copytree(first_start, settings.data_dir)
         opened = stack.enter_context(open_hub(settings))
         token = (settings.data_dir / "admin.token").read_text().strip()
