@@ -9,7 +9,7 @@ A crash leaves at most a temporary file, which `sweep` removes, or a blob nobody
 
 import os
 import uuid
-from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,10 +19,10 @@ from hub.blobs.parts import FileParts
 from hub.blobs.spool import (
     Spool,
     SpoolFile,
+    Uploads,
     full_disk_is_no_space,
     git_oid_of,
     read_file,
-    receive,
     removed_on_failure,
     sweep_folder,
 )
@@ -32,7 +32,7 @@ from hub.failpoints import reach
 TRASH_S = 24 * 3600
 
 
-class FileBlobStore:
+class FileBlobStore(Uploads):
     """The default store; `min_free_bytes` stay free on its file system."""
 
     def __init__(self, root: Path, *, min_free_bytes: int = 0) -> None:
@@ -55,24 +55,6 @@ class FileBlobStore:
     def is_at(root: Path) -> bool:
         """Whether a store was made in this folder before."""
         return (root / "STORE_ID").is_file()
-
-    def put(
-        self, chunks: Iterable[bytes], *, expected: Sha256 | None = None, size: int | None = None
-    ) -> Stored:
-        with self._upload(expected, size) as upload:
-            for chunk in chunks:
-                upload.write(chunk)
-            return upload.finish()
-
-    async def put_stream(
-        self,
-        chunks: AsyncIterable[bytes],
-        *,
-        expected: Sha256 | None = None,
-        size: int | None = None,
-    ) -> Stored:
-        with self._upload(expected, size) as upload:
-            return await receive(chunks, upload)
 
     def adopt(self, path: Path, *, expected: Sha256 | None = None) -> Stored:
         size = path.stat().st_size

@@ -8,7 +8,7 @@ bucket's own rule for unfinished uploads removes, or a blob nobody refers to.
 
 import uuid
 from collections import deque
-from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
@@ -20,10 +20,10 @@ from hub.blobs.cache import Cache
 from hub.blobs.spool import (
     Spool,
     SpoolFile,
+    Uploads,
     full_disk_is_no_space,
     git_oid_of,
     read_file,
-    receive,
     removed_on_failure,
 )
 from hub.blobs.staging import StagedParts
@@ -44,7 +44,7 @@ _SAID = {
 }
 
 
-class S3BlobStore:
+class S3BlobStore(Uploads):
     """`folder` holds what is on its way in, and copies for jobs of at most `cache_bytes`.
 
     `presigner` is a client whose endpoint the hub's clients can reach too, if there is one;
@@ -74,24 +74,6 @@ class S3BlobStore:
     def is_at(bucket: Bucket) -> bool:
         """Whether a store was made in this bucket before."""
         return bucket.head(MARKER) is not None
-
-    def put(
-        self, chunks: Iterable[bytes], *, expected: Sha256 | None = None, size: int | None = None
-    ) -> Stored:
-        with self._upload(expected, size) as upload:
-            for chunk in chunks:
-                upload.write(chunk)
-            return upload.finish()
-
-    async def put_stream(
-        self,
-        chunks: AsyncIterable[bytes],
-        *,
-        expected: Sha256 | None = None,
-        size: int | None = None,
-    ) -> Stored:
-        with self._upload(expected, size) as upload:
-            return await receive(chunks, upload)
 
     def adopt(self, path: Path, *, expected: Sha256 | None = None) -> Stored:
         size = path.stat().st_size

@@ -5,15 +5,16 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import AsyncIterable, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from anyio import to_thread
 
 from hub.blobs import durable
-from hub.blobs.store import MAX_GIT_BYTES, git_blob_hash
+from hub.blobs.store import MAX_GIT_BYTES, Sha256, Stored, git_blob_hash
 from hub.errors import NoSpace
 
 Made_co = TypeVar("Made_co", covariant=True)
@@ -88,6 +89,33 @@ class Upload(Protocol[Made_co]):
     def write(self, chunk: bytes) -> None: ...
 
     def finish(self) -> Made_co: ...
+
+
+class Uploads(ABC):
+    """The two ways in of a store, over one: what `_upload` yields is closed when the block ends."""
+
+    @abstractmethod
+    def _upload(
+        self, expected: Sha256 | None, size: int | None
+    ) -> AbstractContextManager[Upload[Stored]]: ...
+
+    def put(
+        self, chunks: Iterable[bytes], *, expected: Sha256 | None = None, size: int | None = None
+    ) -> Stored:
+        with self._upload(expected, size) as upload:
+            for chunk in chunks:
+                upload.write(chunk)
+            return upload.finish()
+
+    async def put_stream(
+        self,
+        chunks: AsyncIterable[bytes],
+        *,
+        expected: Sha256 | None = None,
+        size: int | None = None,
+    ) -> Stored:
+        with self._upload(expected, size) as upload:
+            return await receive(chunks, upload)
 
 
 async def receive(chunks: AsyncIterable[bytes], upload: Upload[Made_co]) -> Made_co:

@@ -9,16 +9,16 @@ from sqlmodel import Session, col, select
 
 from hub.adapters.models import Card, Tag
 from hub.deps import ReadSession, ViewerDep, WriterDep, WriteSession
-from hub.errors import Forbidden, UserNotFound
+from hub.errors import Forbidden
 from hub.hf import info
 from hub.hf.deps import RepoDep
 from hub.hf.routing import hf_router, next_page
 from hub.repos import likes
 from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry, Repo, RepoType
+from hub.users import organizations
 from hub.users import service as users
-from hub.users.models import Membership, Organization, Role, User
-from hub.users.names import key_of
+from hub.users.models import User
 from hub.users.service import Viewer
 
 API = "/api/{kind:repos}/{namespace}/{name}"
@@ -87,14 +87,14 @@ def user_overview(session: ReadSession, viewer: ViewerDep, user: str) -> dict[st
 def organization_overview(
     session: ReadSession, viewer: ViewerDep, organization: str
 ) -> dict[str, Any]:
-    found = _organization(session, organization)
+    found = organizations.find(session, organization)
     return {
         "type": "org",
         "name": found.name,
         "fullname": found.full_name or found.name,
         "avatarUrl": "",
         **_numbers(session, viewer, found.key),
-        "numUsers": len(_members(session, found)),
+        "numUsers": len(organizations.everybody(session, found)),
     }
 
 
@@ -107,10 +107,12 @@ def members(
     cursor: CursorDep = 0,
 ) -> Response:
     """For members: who belongs to an organisation is not told to everybody."""
-    found = _organization(session, organization)
+    found = organizations.find(session, organization)
     if not users.may_read_private(session, viewer, found.name):
         raise Forbidden(f"the members of {found.name} are shown to its members")
-    people = [_person(user) | {"role": role} for user, role in _members(session, found)]
+    people = [
+        _person(user) | {"role": role} for user, role in organizations.everybody(session, found)
+    ]
     return _page(request, people, cursor)
 
 
@@ -131,7 +133,7 @@ def repositories_of(
     cursor: CursorDep = 0,
 ) -> Response:
     """As above, for who may write to an organisation's repos."""
-    found = _organization(session, organization)
+    found = organizations.find(session, organization)
     if not users.may_read_private(session, viewer, found.name):
         raise Forbidden(f"the repos of {found.name} are listed for its members")
     return _page(request, _repositories(session, found.key), cursor)
@@ -228,21 +230,3 @@ def _numbers(session: Session, viewer: Viewer, key: str) -> dict[str, int]:
         "numModels": counts.get(RepoType.MODEL, 0),
         "numDatasets": counts.get(RepoType.DATASET, 0),
     }
-
-
-def _organization(session: Session, name: str) -> Organization:
-    query = select(Organization).where(Organization.key == key_of(name))
-    found = session.exec(query).first()
-    if found is None:
-        raise UserNotFound(f"there is no organisation {name[:96]!r}")
-    return found
-
-
-def _members(session: Session, organization: Organization) -> list[tuple[User, Role]]:
-    query = (
-        select(User, Membership.role)
-        .join(Membership, col(Membership.user_id) == col(User.id))
-        .where(Membership.organization_id == organization.id)
-        .order_by(User.key)
-    )
-    return [(user, Role(role)) for user, role in session.exec(query)]

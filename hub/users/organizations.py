@@ -24,7 +24,7 @@ def find(session: Session, name: str) -> Organization:
     query = select(Organization).where(Organization.key == key_of(name))
     found = session.exec(query).first()
     if found is None:
-        raise UserNotFound(f"there is no organisation {name!r}")
+        raise UserNotFound(f"there is no organisation {name[:96]!r}")
     return found
 
 
@@ -34,16 +34,21 @@ def members(session: Session, viewer: Viewer, name: str) -> list[Member]:
     viewer.require_user()
     if not (viewer.covers(name) and has_role(session, viewer, name, tuple(Role))):
         raise Forbidden(f"only members see who is in {organization.name}")
+    return [
+        Member(user.name, user.full_name, role, user.is_disabled)
+        for user, role in everybody(session, organization)
+    ]
+
+
+def everybody(session: Session, organization: Organization) -> list[tuple[User, Role]]:
+    """The members by name, whoever asks."""
     query = (
         select(User, Membership.role)
         .join(Membership, col(Membership.user_id) == col(User.id))
         .where(Membership.organization_id == organization.id)
         .order_by(User.key)
     )
-    return [
-        Member(user.name, user.full_name, Role(role), user.is_disabled)
-        for user, role in session.exec(query)
-    ]
+    return [(user, Role(role)) for user, role in session.exec(query)]
 
 
 def set_role(session: Session, viewer: Viewer, name: str, member: str, role: Role) -> None:
