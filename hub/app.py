@@ -43,6 +43,8 @@ from hub.users import audit_routes as audit
 from hub.users import routes as users
 from hub.users.oidc import Provider, is_safe
 from hub.web import routes as web
+from hub.webhooks import routes as webhooks
+from hub.webhooks import sending
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ ROUTERS = (
     jobs.router,
     reports.router,
     hf_routes.router,
+    webhooks.router,
     xet.cas,
     hf_routes.fallback,  # It answers whatever else is asked for under /api.
     *web.ROUTERS,  # Last: the page of a repo has an address of any two names.
@@ -82,6 +85,7 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
                 background.start_soon(_count, opened)
                 background.start_soon(run_in_threadpool, _catch_up, opened, app.state.stopping)
                 background.start_soon(_keep_up, opened)
+                background.start_soon(sending.run, opened)
                 app.state.jobs.start()
                 try:
                     yield

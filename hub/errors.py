@@ -3,7 +3,7 @@
 HubError
 ├── NotFound            RepoNotFound RevisionNotFound EntryNotFound JobNotFound RecipeNotFound
 │                       HashNotFound UserNotFound PageNotFound InvitationNotFound
-│                       AccessRequestNotFound DiscussionNotFound
+│                       AccessRequestNotFound DiscussionNotFound WebhookNotFound
 ├── Conflict            RepoExists RefExists NameTaken KeyReused LastAdmin
 │   │                   IdentityTaken
 │   └── StaleParent     the branch has moved since the caller looked
@@ -100,6 +100,9 @@ class AccessRequestNotFound(NotFound): ...
 
 
 class DiscussionNotFound(NotFound): ...
+
+
+class WebhookNotFound(NotFound): ...
 
 
 class Conflict(HubError): ...

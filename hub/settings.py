@@ -117,6 +117,10 @@ class Settings(BaseSettings):
     gc_every_hours: int = Field(
         0, ge=0, description="collect this often while the hub runs; 0 only by command"
     )
+    webhook_private: bool = Field(
+        False,
+        description="webhooks may go to addresses that are not public, and without TLS",
+    )
     mirror_url: str | None = Field(
         None,
         description="another hub, such as `https://huggingface.co`: users may load its repos by"

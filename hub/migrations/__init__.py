@@ -28,6 +28,7 @@ MODELS = (
     "hub.upkeep.manifests",
     "hub.xet.models",
     "hub.limits.models",
+    "hub.webhooks.models",
 )
 
 

@@ -126,15 +126,27 @@ class Upstream:
         url = httpx2.URL(address)
         if url.scheme != "https" or not url.host:
             raise UpstreamFailed(f"{self.url} redirects to {_shown(address)}, which is not https")
-        checked = public_address(url.host, url.port or 443)
-        headers["Host"] = url.netloc.decode("ascii").rpartition("@")[2]
+        to = pinned(url)
         with client.stream(
-            "GET",
-            url.copy_with(host=checked),
-            headers=headers,
-            extensions={"sni_hostname": url.host},
+            "GET", to.url, headers=headers | to.headers, extensions=to.extensions
         ) as answer:
             yield answer
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """What a request needs to reach a name at an address that was checked."""
+
+    url: httpx2.URL
+    headers: dict[str, str]
+    extensions: dict[str, str]
+
+
+def pinned(url: httpx2.URL) -> Pinned:
+    """UpstreamFailed unless every address of the name is public."""
+    checked = public_address(url.host, url.port or (443 if url.scheme == "https" else 80))
+    host = url.netloc.decode("ascii").rpartition("@")[2]
+    return Pinned(url.copy_with(host=checked), {"Host": host}, {"sni_hostname": url.host})
 
 
 def public_address(host: str, port: int) -> str:

@@ -6,6 +6,7 @@ closing what others opened, is for those who may write to the repo.
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import func
 from sqlmodel import Session, col, select
@@ -37,7 +38,10 @@ PAGE = 50
 def start(session: Session, viewer: Viewer, repo: Repo, title: str, text: str = "") -> Discussion:
     """A new discussion, with its first comment."""
     user = repos.require_participant(session, viewer, repo)
-    return _insert(session, repos.locked(session, repo), user, title, text, None)
+    repo = repos.locked(session, repo)
+    made = _insert(session, repo, user, title, text, None)
+    _announce(session, "discussion.created", repo, made)
+    return made
 
 
 def propose(
@@ -68,6 +72,7 @@ def propose(
     pull = Ref(repo_id=repo.id, kind=RefKind.PULL, name=str(made.num), commit_id=begins)
     session.add(pull)
     session.flush()
+    _announce(session, "discussion.created", repo, made)
     return made
 
 
@@ -133,7 +138,9 @@ def comment(
     session: Session, viewer: Viewer, repo: Repo, discussion: Discussion, text: str
 ) -> DiscussionEvent:
     user = repos.require_participant(session, viewer, repo)
-    return _tell(session, discussion, user, EventKind.COMMENT, _text(text))
+    made = _tell(session, discussion, user, EventKind.COMMENT, _text(text))
+    _announce(session, "comment.created", repo, discussion, made)
+    return made
 
 
 def edit(
@@ -151,6 +158,7 @@ def edit(
         raise Forbidden("a comment is edited by its author alone")
     event.text, event.is_edited = _text(text), True
     session.add(event)
+    _announce(session, "comment.updated", repo, discussion, event)
     return event
 
 
@@ -163,6 +171,7 @@ def hide(
     _require_owner(session, viewer, repo, event.author_id, user)
     event.text, event.is_hidden = "", True
     session.add(event)
+    _announce(session, "comment.updated", repo, discussion, event)
     return event
 
 
@@ -174,6 +183,7 @@ def rename(
     _require_owner(session, viewer, repo, discussion.author_id, user)
     old, discussion.title = discussion.title, _title(title)
     session.add(discussion)
+    _announce(session, "discussion.updated", repo, discussion)
     return _tell(session, discussion, user, EventKind.TITLE, discussion.title, before=old)
 
 
@@ -193,9 +203,11 @@ def set_status(
     if discussion.status == DiscussionStatus.MERGED:
         raise Conflict(f"discussion {discussion.num} was merged")
     if text:
-        _tell(session, discussion, user, EventKind.COMMENT, _text(text))
+        said = _tell(session, discussion, user, EventKind.COMMENT, _text(text))
+        _announce(session, "comment.created", repo, discussion, said)
     old, discussion.status = discussion.status, status
     session.add(discussion)
+    _announce(session, "discussion.updated", repo, discussion)
     return _tell(session, discussion, user, EventKind.STATUS, status, before=old)
 
 
@@ -246,6 +258,7 @@ def merge(
     discussion.merged_as = made.id
     session.add(discussion)
     _tell(session, discussion, user, EventKind.STATUS, DiscussionStatus.MERGED, before=old)
+    _announce(session, "discussion.updated", repo, discussion)
     return made
 
 
@@ -318,6 +331,35 @@ def _tell(
     session.add(event)
     session.flush()
     return event
+
+
+def _announce(
+    session: Session,
+    kind: str,
+    repo: Repo,
+    discussion: Discussion,
+    comment: DiscussionEvent | None = None,
+) -> None:
+    """To the outbox, for webhooks alone: the catalogue shows no discussions.
+
+    Without the text of a comment, which would outlive its hiding there.
+    """
+    about: dict[str, Any] = {
+        "num": discussion.num,
+        "title": discussion.title,
+        "status": discussion.status,
+        "author": discussion.author_id,
+        "base": discussion.target,
+        "merged_as": discussion.merged_as,
+    }
+    said: dict[str, Any] = {}
+    if comment is not None:
+        said["comment"] = {
+            "id": comment.id,
+            "author": comment.author_id,
+        }
+    event = repos.tell(session, kind, repo, discussion=about, **said)
+    event.done_at = now()
 
 
 def _comment(session: Session, discussion: Discussion, event_id: int) -> DiscussionEvent:

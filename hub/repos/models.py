@@ -5,8 +5,17 @@
 
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKeyConstraint, Index, String, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    ForeignKeyConstraint,
+    Index,
+    String,
+    UniqueConstraint,
+)
 from sqlmodel import Field, SQLModel
 
 from hub.db import UTCDateTime, now
@@ -251,7 +260,9 @@ class Hold(SQLModel, table=True):
 
 
 class Event(SQLModel, table=True):
-    """The outbox: written with the change it tells of, done once the projection has caught up."""
+    """The outbox: written with the change it tells of, done once the projection has caught up,
+    heard once the webhooks have it.
+    """
 
     __tablename__ = "event"
 
@@ -262,3 +273,6 @@ class Event(SQLModel, table=True):
     commit_id: str | None = None
     created_at: datetime = Field(default_factory=now, sa_type=UTCDateTime)
     done_at: datetime | None = Field(default=None, sa_type=UTCDateTime, index=True)
+    # What was said of the repo, which may be gone or have another name when it is heard.
+    document: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON, nullable=True))
+    heard_at: datetime | None = Field(default=None, sa_type=UTCDateTime, index=True)

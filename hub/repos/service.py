@@ -9,7 +9,7 @@ Writing checks the right to do so again inside the transaction.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, and_, case, delete, insert, true
 from sqlmodel import Session, col, or_, select
@@ -171,11 +171,11 @@ def update_settings(
     repo = locked(session, repo)
     if gated is not None and (gated or None) != repo.gated:
         repo.gated = gated or None
-        tell(session, "repo.visibility", repo)
+        tell(session, "repo.visibility", repo, config={"gated": gated})
         record(session, user.id, "repo.gated", f"{repo.full_name}: {gated or 'open'}")
     if private is not None and private != repo.private:
         repo.private = private
-        tell(session, "repo.visibility", repo)
+        tell(session, "repo.visibility", repo, config={"private": private})
         record(session, user.id, "repo.private" if private else "repo.public", repo.full_name)
     return repo
 
@@ -199,7 +199,7 @@ def move_repo(session: Session, viewer: Viewer, repo: Repo, namespace: str, name
     repo.namespace, repo.name = canonical, name
     moves_away = repo.namespace_key != key_of(namespace)
     repo.namespace_key, repo.key = key_of(namespace), key
-    tell(session, "repo.moved", repo)
+    tell(session, "repo.moved", repo, moved_from=old_name)
     if moves_away:
         quotas.settle(session, repo.namespace_key)
     record(session, user.id, "repo.move", f"{old_name} -> {repo.full_name}")
@@ -363,12 +363,14 @@ def advance(
 
 def point(session: Session, repo: Repo, ref: Ref, commit: Commit) -> None:
     """Let a branch of a locked repo end in another commit, and tell the projection."""
-    ref.commit_id = commit.id
+    old, ref.commit_id = ref.commit_id, commit.id
     repo.last_modified = now()
     if ref.kind == RefKind.BRANCH and ref.name == MAIN:
         repo.head = commit.id
     session.add_all([ref, repo])
-    tell(session, "repo.committed", repo, commit)
+    folder = {RefKind.BRANCH: "heads", RefKind.TAG: "tags", RefKind.PULL: "pr"}[RefKind(ref.kind)]
+    changed = {"ref": f"refs/{folder}/{ref.name}", "oldSha": old, "newSha": commit.id}
+    tell(session, "repo.committed", repo, commit, refs=[changed])
 
 
 def branch_ref(session: Session, repo: Repo, name: str) -> Ref:
@@ -605,9 +607,26 @@ def _bury(session: Session, key: str, type: str, user: User) -> None:
     session.add(NameTombstone(type=type, key=key, user_id=user.id))
 
 
-def tell(session: Session, kind: str, repo: Repo, made: Commit | None = None) -> None:
-    session.add(Event(kind=kind, repo_id=_id(repo), commit_id=made.id if made else None))
+def tell(session: Session, kind: str, repo: Repo, made: Commit | None = None, **said: Any) -> Event:
+    """One row of the outbox; `said` is what webhooks need to know beside the repo."""
+    document = {
+        "type": repo.type,
+        "namespace": repo.namespace,
+        "name": repo.name,
+        "private": repo.private,
+        "head": repo.head,
+        "owner": repo.owner_id,
+        **said,
+    }
+    event = Event(
+        kind=kind,
+        repo_id=_id(repo),
+        commit_id=made.id if made else None,
+        document=document,
+    )
+    session.add(event)
     session.flush()
+    return event
 
 
 def _keep(session: Session, stored: Sequence[Stored]) -> None:

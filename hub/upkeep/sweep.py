@@ -14,6 +14,7 @@ from hub.hf.lfs_parts import drop_expired
 from hub.repos.models import Blob, BlobState, Hold
 from hub.upkeep import gc
 from hub.upkeep.manifests import write_missing, write_recent
+from hub.webhooks.queue import sweep as forget_old
 
 log = logging.getLogger(__name__)
 
@@ -74,4 +75,5 @@ SWEEPS: dict[str, Callable[[Hub], int]] = {
     "uploads in parts": drop_expired,
     "expired holds": _holds,
     "rows of collected blobs": _removed,
+    "old webhook deliveries": forget_old,
 }

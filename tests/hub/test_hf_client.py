@@ -370,7 +370,7 @@ def test_a_card_is_validated_before_anything_is_sent(api: HfApi, repo: str) -> N
 
 def test_what_this_hub_does_not_have_is_501(hub: RunningHub, api: HfApi, repo: str) -> None:
     with pytest.raises(HfHubHTTPError, match="501"):
-        api.list_webhooks()
+        list(api.list_collections())
     assert list(api.list_spaces()) == []
     with pytest.raises(HfHubHTTPError, match="501"):
         api.create_repo("admin/space", repo_type="space", space_sdk="static")

@@ -26,6 +26,7 @@ from hub.users import organizations
 from hub.users import service as users
 from hub.users.models import Role, Scope
 from hub.users.service import Viewer
+from hub.webhooks.models import Delivery, DeliveryState, Webhook
 from tests.fixtures.catalogue import lora_bytes, publish_files
 from tests.hub.conftest import bearer, make_user, new_token
 from tests.hub.test_app import filled as filled_with_samples
@@ -50,6 +51,7 @@ STRANGER = frozenset({"stranger"})
 
 # What a refusal says; any other answer means that the caller was let in.
 HIDDEN = {"RepoNotFound", "JobNotFound", "RecipeNotFound", "HashNotFound", "UserNotFound"}
+HIDDEN |= {"WebhookNotFound"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class Row:
 API = "/api/{kind:repos}/{namespace}/{name}"
 TALK = API + "/discussions/{num}"
 LFS = "{namespace}/{name}.git/info/lfs/objects"
+HOOKS = "/api/settings/webhooks"
+HOOK = HOOKS + "/{webhook_id}"
+EVES_HOOK = HOOKS + "/$HOOK"
 OBJECT = {"oid": "$SHA", "size": 3}
 COMMIT = '{"key": "header", "value": {"summary": "x"}}\n'
 COMMIT += '{"key": "file", "value": {"path": "b.txt", "content": "aGk=", "encoding": "base64"}}\n'
@@ -190,6 +195,18 @@ TABLE: dict[str, Row] = {
     ),
     f"POST {API}/commit/{{revision}}": Row(WRITERS, lines=COMMIT),
     f"GET {API}/xet-write-token/{{revision}}": Row(WRITERS),
+    # Webhooks: eve's own.
+    f"GET {HOOKS}": Row(ACCOUNTS),
+    f"POST {HOOKS}": Row(ACCOUNTS, json={"url": "https://a.example", "watched": []}),
+    f"GET {HOOK}": Row(STRANGER, EVES_HOOK),
+    f"POST {HOOK}": Row(STRANGER, EVES_HOOK, json={"watched": []}),
+    f"DELETE {HOOK}": Row(STRANGER, EVES_HOOK),
+    f"POST {HOOK}/enable": Row(STRANGER, f"{EVES_HOOK}/enable"),
+    f"POST {HOOK}/disable": Row(STRANGER, f"{EVES_HOOK}/disable"),
+    f"GET {HOOK}/deliveries": Row(STRANGER, f"{EVES_HOOK}/deliveries"),
+    f"POST {HOOK}/deliveries/{{delivery_id}}/redeliver": Row(
+        STRANGER, f"{EVES_HOOK}/deliveries/$DELIVERY/redeliver"
+    ),
     "POST /api/validate-yaml": Row(ALL, json={"content": ""}),
     "GET /api/agent-harnesses": Row(ALL),
     "HEAD /api/telemetry/{path:path}": Row(ALL),
@@ -389,6 +406,27 @@ class World:
             self.values["EVES_TOKEN"] = str(users.viewer_of(session, spare).token_id)
             assert olga.user is not None
             users.create_organization(session, "acme", olga.user)
+            hook = Webhook(
+                key="h" * 24,
+                user_id=users.find_user(session, "eve").id or 0,
+                url="https://a.example",
+                watched=[],
+                domains=[],
+            )
+            session.add(hook)
+            session.flush()
+            said = {"type": "model", "namespace": "eve", "name": "x", "private": False}
+            said |= {"head": None, "owner": None}
+            delivery = Delivery(
+                webhook_id=hook.id or 0,
+                kind="repo.created",
+                repo_id=999,
+                document=said,
+                state=DeliveryState.DEAD,
+            )
+            session.add(delivery)
+            session.flush()
+            self.values |= {"HOOK": hook.key, "DELIVERY": str(delivery.id)}
             organizations.set_role(session, olga, "acme", "ada", Role.WRITER)
             organizations.set_role(session, olga, "acme", "bob", Role.READER)
         files = {"a.txt": b"abc", "a.safetensors": lora_bytes(folder)}

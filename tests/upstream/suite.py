@@ -24,6 +24,7 @@ import yaml
 from hub.context import open_hub
 from hub.settings import Settings
 from hub.users import service as users
+from hub.users.models import Scope
 from tests.fixtures.clients import client_environment
 from tests.fixtures.server import RunningHub, running_hub
 
@@ -102,7 +103,10 @@ def seed(folder: Path) -> dict[str, str]:
         hub.db.write() as session,
     ):
         made = {name: users.create_user(session, name) for name in (USER, OTHER, ENTERPRISE)}
-        tokens = {name: users.issue_token(session, user, "suite") for name, user in made.items()}
+        tokens = {
+            name: users.issue_token(session, user, "suite", Scope.ADMIN)
+            for name, user in made.items()
+        }
         for name, (full_name, owner) in ORGANIZATIONS.items():
             organization = users.create_organization(session, name, made[owner])
             organization.full_name = full_name
