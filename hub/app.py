@@ -4,16 +4,18 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
+from functools import cache
 from itertools import count
 from threading import Event
 from urllib.parse import urlsplit
 
 from anyio import CapacityLimiter, create_task_group, sleep
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import RouteContext, iter_route_contexts
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import BaseRoute
 
 from hub import errors, health
 from hub.adapters import routes as adapters
@@ -120,11 +122,19 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
     app.add_middleware(EveryResponse, traffic=app.state.traffic, bug_page=web.bug_page)
     errors.install(app, renderers={hf.TAG: hf.render, xet.TAG: xet.render, "web": web.refusal})
 
-    for router in ROUTERS:
-        # A route that takes more says so with its own `max_body_size`.
-        app.include_router(router, max_body_size=settings.max_body_bytes)
+    app.router.routes.extend(_routes(settings.max_body_bytes))
     _require_policies(app)
     return app
+
+
+@cache
+def _routes(max_body_bytes: int) -> list[BaseRoute]:
+    """Those of all parts, once for all hubs of a process: preparing them takes a third of a second."""
+    together = APIRouter()
+    for router in ROUTERS:
+        # A route that takes more says so with its own `max_body_size`.
+        together.include_router(router, max_body_size=max_body_bytes)
+    return together.routes
 
 
 def _mirror(hub: Hub) -> Mirror | None:
