@@ -15,10 +15,13 @@ MAX_DEPTH = 16
 MAX_TAGS = 64
 MAX_WORD = 100
 MAX_PROMPT = 2000
+# Python writes no integer of more than 4300 digits, and hexadecimal ones are read of any length.
+MAX_INT_BITS = 1024
 
 _FENCE = re.compile(
     r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE
 )
+_HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 _HEADING = re.compile(r"\A\s*#[ \t]+(.+?)[ \t]*#*[ \t]*(?:\r?\n|\Z)")
 
 
@@ -52,7 +55,7 @@ class _BadFrontMatter(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe types only, no aliases (they multiply), bounded depth."""
+    """Safe types only, no aliases (they multiply), bounded depth, and what JSON can say again."""
 
     _depth = 0
 
@@ -65,6 +68,23 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if _HALF_OF_A_PAIR.search(value):
+            line = node.start_mark.line + 2
+            raise _BadFrontMatter(f"line {line}: a text holds half of a surrogate pair")
+        return value
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value: int = super().construct_yaml_int(node)
+        if value.bit_length() > MAX_INT_BITS:
+            line = node.start_mark.line + 2
+            raise _BadFrontMatter(f"line {line}: a number has more than {MAX_INT_BITS} bits")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 # The heading of the template that peft saves beside every adapter.

@@ -30,7 +30,7 @@ from hub.users.models import (
     TokenKind,
     User,
 )
-from hub.users.names import check_name, check_namespace, key_of
+from hub.users.names import check_name, check_namespace, check_shown, key_of
 
 PREFIX = "graft_"
 MAX_PLACES = 100
@@ -117,7 +117,8 @@ def create_user(
 
     `by` is the administrator who makes it; None: the users themselves, or the hub.
     """
-    user = User(name=name, key=_claim(session, name), full_name=full_name, is_admin=admin)
+    shown = check_shown(full_name, "full_name")
+    user = User(name=name, key=_claim(session, name), full_name=shown, is_admin=admin)
     session.add(user)
     session.flush()
     record(session, user.id if by is None else by.id, "user.create", name)
@@ -146,7 +147,7 @@ def change_user(
     if loses and not any(a.id != user.id and not a.is_disabled for a in everybody):
         raise LastAdmin(f"{user.name} is the last administrator of this hub: name another first")
     if full_name is not None:
-        user.full_name = full_name
+        user.full_name = check_shown(full_name, "full_name")
         record(session, by.id, "user.rename", f"{user.name}: {full_name}")
     if is_admin is not None and is_admin != user.is_admin:
         user.is_admin = is_admin
@@ -162,7 +163,8 @@ def create_organization(
     session: Session, name: str, owner: User, *, full_name: str = ""
 ) -> Organization:
     """Its first member is `owner`, who may manage it."""
-    organization = Organization(name=name, key=_claim(session, name), full_name=full_name)
+    shown = check_shown(full_name, "full_name")
+    organization = Organization(name=name, key=_claim(session, name), full_name=shown)
     session.add(organization)
     session.flush()
     assert owner.id is not None
@@ -278,7 +280,7 @@ def issue_token(
     session.add(
         Token(
             user_id=user.id,
-            name=name,
+            name=check_shown(name, "name"),
             hash=hash_of(secret),
             scope=scope,
             places=limited,

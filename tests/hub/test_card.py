@@ -37,6 +37,10 @@ def test_a_card_gives_title_facts_and_pictures_in_its_order() -> None:
         ("- a\n- b", "it is not a mapping of names to values"),
         ("a: 2024-99-99", "month must be in 1..12"),
         ("a: \x01", "unacceptable character"),
+        ('a: "\\ud800"', "line 2: a text holds half of a surrogate pair"),
+        ('b: 1\n"\\udfff": a', "line 3: a text holds half of a surrogate pair"),
+        ("a: 0x" + "f" * 300, "line 2: a number has more than 1024 bits"),
+        ("a: 1" + ":0" * 600, "line 2: a number has more than 1024 bits"),
         ("? [a]\n: 1\n? {b: 1}\n: 2", "line 2: found unhashable key"),
     ],
 )
