@@ -5,19 +5,19 @@ The parent extends the lease only when the child made progress, so a child that 
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hub.db import UNREACHABLE, Database
+from hub.errors import Busy, HubError, StoreFailed
 from hub.failpoints import reach
 from hub.jobs import queue
 from hub.jobs.process import Child, oom_kills
 from hub.jobs.queue import Claim, Progress
+from merge.errors import MergeError
 
 log = logging.getLogger(__name__)
-
-# The database is gone or too busy for the moment.
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +26,16 @@ class Patience:
 
     `silence_s` is shorter than `lease_s`: a hanging child is ended by its own parent before
     another worker may claim the job.
+    `pauses_s` come before each new attempt when the store or the database is away: ten minutes in
+    all. `publish_pauses_s` come before, while the output is at hand.
     """
 
     lease_s: float = 330
     silence_s: float = 300
     deadline_s: float = 6 * 3600
     look_s: float = 0.5
+    pauses_s: Sequence[float] = (5, 10, 20, 40, 80, 160, 300)
+    publish_pauses_s: Sequence[float] = (1, 2, 4, 8, 15, 30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,13 @@ class Made:
 @dataclass(frozen=True, slots=True)
 class Refused:
     """Running it again would give the same error: {code, message, param}."""
+
+    error: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Away:
+    """The store or the database does not answer, or not now: {code, message, param}."""
 
     error: dict[str, Any]
 
@@ -65,7 +76,17 @@ class Interrupted:
     """This worker is told to stop."""
 
 
-Ending = Made | Refused | Crashed | Cancelled | Interrupted
+Ending = Made | Refused | Away | Crashed | Cancelled | Interrupted
+
+
+# Of the hub's own errors those that another moment may not have; UNREACHABLE are the driver's.
+PASSING = (Busy, StoreFailed)
+
+
+def ending_of(error: HubError | MergeError) -> Refused | Away:
+    """How an attempt ends that the hub refused, here and not in its child."""
+    told = {"code": error.code, "message": str(error), "param": None}
+    return Away(told) if isinstance(error, PASSING) else Refused(told)
 
 
 def supervise(

@@ -9,12 +9,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+from hub.blobs.store import Sha256
 from hub.context import Hub
 from hub.db import UNREACHABLE
-from hub.errors import HubError
+from hub.errors import EntryNotFound, HubError
 from hub.failpoints import reach
 from hub.jobs import process, queue, results
 from hub.jobs.attempt import (
+    Away,
     Cancelled,
     Crashed,
     Ending,
@@ -22,6 +24,7 @@ from hub.jobs.attempt import (
     Made,
     Patience,
     Refused,
+    ending_of,
     supervise,
 )
 from hub.jobs.child import Spec
@@ -129,15 +132,27 @@ class LocalDispatcher:
         try:
             reach("J2")
             ending = self._attempt(claim, scratch)
-            settle(self._hub, claim, ending, scratch, self._patience.lease_s)
+            settle(self._hub, claim, ending, scratch, self._patience)
         except LeaseLost:
             log.warning("job %s: lost its lease, the attempt is dropped", claim.job_id)
+        except UNREACHABLE:
+            log.exception("job %s: the database does not answer", claim.job_id)
+            self._put_off(claim)
         except Exception as error:
             # The boundary of a worker: a bug in one job must not stop the others.
             log.exception("job %s: the worker failed", claim.job_id)
             self._give_up(claim, f"the worker failed ({type(error).__name__})")
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _put_off(self, claim: Claim) -> None:
+        """Should the database stay away, the lease runs out instead."""
+        error = {"code": "Busy", "message": "the database does not answer", "param": None}
+        try:
+            with self._hub.db.write() as session:
+                queue.put_off(session, claim, error, self._patience.pauses_s)
+        except LeaseLost:
+            log.warning("job %s: lost its lease, or is over", claim.job_id)
 
     def _give_up(self, claim: Claim, what: str) -> None:
         try:
@@ -155,7 +170,10 @@ class LocalDispatcher:
             return Refused({"code": "NoSpace", "message": message, "param": None})
         scratch.mkdir()
         with ExitStack() as blobs:
-            spec = self._spec(job, scratch, blobs)
+            try:
+                spec = self._spec(job, scratch, blobs)
+            except HubError as error:
+                return ending_of(error)
             child = process.Child(
                 self._command, spec.model_dump_json(), scratch, job.resources["threads"]
             )
@@ -168,7 +186,7 @@ class LocalDispatcher:
                 ref=item["ref"],
                 main=item["main"],
                 files={
-                    name: blobs.enter_context(self._hub.store.local(sha256))
+                    name: self._local(item["ref"], name, sha256, blobs)
                     for name, sha256 in item["files"].items()
                 },
             )
@@ -185,17 +203,27 @@ class LocalDispatcher:
             threads=job.resources["threads"],
         )
 
+    def _local(self, ref: str, name: str, sha256: str, blobs: ExitStack) -> Path:
+        try:
+            return blobs.enter_context(self._hub.store.local(Sha256(sha256)))
+        except FileNotFoundError:
+            message = f"{ref}: the blob store has lost the bytes of {name} ({sha256})"
+            raise EntryNotFound(message) from None
+
 
 def _folder_name(claim: Claim) -> str:
     return f"job-{claim.job_id}-{claim.fence}"
 
 
-def settle(hub: Hub, claim: Claim, ending: Ending, scratch: Path, lease_s: float) -> None:
+def settle(hub: Hub, claim: Claim, ending: Ending, scratch: Path, patience: Patience) -> None:
     """Write down how an attempt ended, publishing what it made. LeaseLost."""
     match ending:
         case Made(manifest):
             reach("J5")
-            _publish(hub, claim, manifest, scratch / "output", lease_s)
+            _publish(hub, claim, manifest, scratch / "output", patience)
+        case Away(error):
+            with hub.db.write() as session:
+                queue.put_off(session, claim, error, patience.pauses_s)
         case Refused(error):
             with hub.db.write() as session:
                 queue.fail(session, claim, error)
@@ -211,18 +239,18 @@ def settle(hub: Hub, claim: Claim, ending: Ending, scratch: Path, lease_s: float
 
 
 def _publish(
-    hub: Hub, claim: Claim, manifest: Mapping[str, Any], output: Path, lease_s: float
+    hub: Hub, claim: Claim, manifest: Mapping[str, Any], output: Path, patience: Patience
 ) -> None:
     def beat() -> None:
         with hub.db.write() as session:
-            queue.extend(session, claim, lease_s)
+            queue.extend(session, claim, patience.lease_s)
 
     try:
-        results.publish(hub, claim, manifest, output, beat)
+        results.publish(hub, claim, manifest, output, beat, patience.publish_pauses_s)
+    except UNREACHABLE:
+        raise
     except (HubError, MergeError) as error:
-        refusal = {"code": error.code, "message": str(error), "param": None}
-        with hub.db.write() as session:
-            queue.fail(session, claim, refusal)
+        settle(hub, claim, ending_of(error), output, patience)
     except BadOutput as error:
         with hub.db.write() as session:
             queue.crashed(session, claim, f"the output was not whole: {error}")

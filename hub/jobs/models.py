@@ -37,6 +37,7 @@ class Job(SQLModel, table=True):
 
     `fence` counts claims: whoever holds an older one may change nothing any more.
     `sequence` counts changes, so that a reader can ask for what is new.
+    `faults` are those of its `attempts` that ended because the store or the database was away.
     """
 
     __table_args__ = (
@@ -57,6 +58,9 @@ class Job(SQLModel, table=True):
 
     fence: int = 0
     attempts: int = 0
+    faults: int = 0
+    # Until when a queued job waits for what was away.
+    not_before: datetime | None = Field(default=None, sa_type=UTCDateTime)
     lease_until: datetime | None = Field(default=None, sa_type=UTCDateTime)
     cancel_requested: bool = False
     sequence: int = 0

@@ -6,6 +6,7 @@ another attempt owns the job, or it is over, and the caller must drop what it ha
 All times are the database's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -50,10 +51,11 @@ def now(session: Session) -> datetime:
 
 def has_work(session: Session) -> bool:
     """Whether `claim` would find something to do; needs no write transaction."""
+    moment = now(session)
     query = select(Job.id).where(
         or_(
-            col(Job.state) == JobState.QUEUED,
-            and_(col(Job.state) == JobState.RUNNING, col(Job.lease_until) < now(session)),
+            _is_due(moment),
+            and_(col(Job.state) == JobState.RUNNING, col(Job.lease_until) < moment),
         )
     )
     return session.exec(query.limit(1)).first() is not None
@@ -65,7 +67,7 @@ def claim(session: Session, lease_s: float) -> Claim | None:
     sweep(session, moment)
     job = session.exec(
         select(Job)
-        .where(Job.state == JobState.QUEUED)
+        .where(_is_due(moment))
         .order_by(col(Job.created_at), col(Job.id))
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -91,7 +93,7 @@ def sweep(session: Session, moment: datetime) -> None:
         .with_for_update(skip_locked=True)
     ).all()
     for job in lapsed:
-        _release(job, moment, "the worker that ran this job disappeared")
+        _crash(job, moment, "the worker that ran this job disappeared")
         session.add(job)
 
 
@@ -99,7 +101,7 @@ def release_all(session: Session) -> None:
     """Put every running job back, or end it; only for the one process that owns a catalogue."""
     moment = now(session)
     for job in session.exec(select(Job).where(Job.state == JobState.RUNNING)).all():
-        _release(job, moment, "the hub stopped while this job ran")
+        _crash(job, moment, "the hub stopped while this job ran")
         session.add(job)
 
 
@@ -165,7 +167,25 @@ def fail(session: Session, claim: Claim, error: dict[str, Any]) -> None:
 def crashed(session: Session, claim: Claim, what: str) -> None:
     """The child died or hung: queue the job again, or end it after `MAX_ATTEMPTS`; LeaseLost."""
     job = _owned(session, claim)
-    _release(job, now(session), what)
+    _crash(job, now(session), what)
+    session.add(job)
+
+
+def put_off(
+    session: Session, claim: Claim, error: dict[str, Any], pauses_s: Sequence[float]
+) -> None:
+    """What the job needs was away: queue it again for later, or end it with `error` when it was
+    put off as often as there are pauses; LeaseLost.
+    """
+    job = _owned(session, claim)
+    moment = now(session)
+    job.faults += 1
+    if job.faults <= len(pauses_s):
+        job.not_before = moment + timedelta(seconds=pauses_s[job.faults - 1])
+        _release(job, moment, None)
+    else:
+        message = f"{error['message']}; given up after {job.attempts} attempts"
+        _release(job, moment, {**error, "message": message})
     session.add(job)
 
 
@@ -242,17 +262,27 @@ def _ownership(claim: Claim) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def _release(job: Job, moment: datetime, what: str) -> None:
+def _is_due(moment: datetime) -> ColumnElement[bool]:
+    waits = col(Job.not_before)
+    return and_(col(Job.state) == JobState.QUEUED, or_(waits.is_(None), waits <= moment))
+
+
+def _crash(job: Job, moment: datetime, what: str) -> None:
+    message = f"{what}; given up after {job.attempts} attempts"
+    error = {"code": "JobCrashed", "message": message, "param": None}
+    _release(job, moment, error if job.attempts - job.faults >= MAX_ATTEMPTS else None)
+
+
+def _release(job: Job, moment: datetime, error: dict[str, Any] | None) -> None:
+    """A job that no worker has any more: failed with `error`, or without one queued again."""
     job.lease_until = None
     job.eta_s = None
     job.sequence += 1
     if job.cancel_requested:
         job.state = JobState.CANCELLED
         job.finished_at = moment
-    elif job.attempts >= MAX_ATTEMPTS:
-        message = f"{what}; given up after {job.attempts} attempts"
-        job.state = JobState.FAILED
-        job.error = {"code": "JobCrashed", "message": message, "param": None}
+    elif error is not None:
+        job.state, job.error = JobState.FAILED, error
         job.finished_at = moment
     else:
         job.state = JobState.QUEUED

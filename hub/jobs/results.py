@@ -7,8 +7,9 @@ an attempt that lost its lease leaves unreferenced blobs and nothing else.
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlmodel import Session
 
@@ -20,6 +21,7 @@ from hub.db import UNREACHABLE
 from hub.errors import EntryNotFound, Forbidden, RepoNotFound, StaleParent
 from hub.failpoints import reach
 from hub.jobs import lineage, queue
+from hub.jobs.attempt import PASSING
 from hub.jobs.card import Facts, Ingredient, code, write_card
 from hub.jobs.inputs import Resolved, is_closed
 from hub.jobs.models import Job, JobKind
@@ -39,8 +41,8 @@ from merge.recipe import Chosen, Input, Recipe, Source
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _CARD = "README.md"
-_PAUSE_S = 2.0
 _TRIES = 5  # other commits may land on the branch between reading its card and committing
 
 
@@ -55,51 +57,81 @@ def output_name(job: Job) -> str:
 
 
 def publish(
-    hub: Hub, claim: Claim, manifest: Mapping[str, Any], folder: Path, beat: Callable[[], None]
+    hub: Hub,
+    claim: Claim,
+    manifest: Mapping[str, Any],
+    folder: Path,
+    beat: Callable[[], None],
+    pauses_s: Sequence[float],
 ) -> None:
     """Commit the output in `folder` and end the job.
 
     LeaseLost when the attempt lost its job meanwhile, BadOutput, or what refuses the commit.
-    `beat` is called between steps that take long.
+    `beat` is called between steps that take long; a step for which the store or the database is
+    away is tried again after each of the pauses.
     """
-    with hub.db.read() as session:
-        job = session.get_one(Job, claim.job_id)
-        viewer = _viewer(session, job)
+
+    def steadily(step: Callable[[], T]) -> T:
+        return _steadily(step, beat, pauses_s)
+
+    job, viewer = steadily(lambda: _asked_for(hub, claim))
     if manifest["recipe_digest"] != job.recipe_digest:
         raise BadOutput("it was made from another recipe")
-    stored = _take_in(hub, job, manifest, folder / output_name(job), beat)
+    stored: dict[str, Stored] = {}
+    steadily(lambda: _take_in(hub, job, manifest, folder / output_name(job), beat, stored))
     for tries_left in reversed(range(_TRIES)):
         try:
-            repo_id = _commit(hub, viewer, claim, job, manifest, stored)
+            repo_id = steadily(lambda: _commit(hub, viewer, claim, job, manifest, stored))
         except StaleParent:
             if tries_left == 0:
                 raise
-        except UNREACHABLE:
-            # Whether it was committed is not known; if it was, the next try loses the lease.
-            if tries_left == 0:
-                raise
-            log.exception("job %s: the database does not answer", job.id)
-            time.sleep(_PAUSE_S)
         else:
             reach("J9")
             adapters.project(hub, repo_id)
             return
 
 
-def _viewer(session: Session, job: Job) -> Viewer:
-    """The requester with the rights of this moment, which the commit checks again."""
-    user = session.get_one(User, job.requester_id)
+def _steadily(step: Callable[[], T], beat: Callable[[], None], pauses_s: Sequence[float]) -> T:
+    """`step`, again after each pause for as long as what it needs is away.
+
+    Whether a commit was done is not always known; if it was, the next `beat` loses the lease.
+    """
+    for pause_s in pauses_s:
+        try:
+            return step()
+        except (*PASSING, *UNREACHABLE):
+            log.exception("the store or the database does not answer; again in %g s", pause_s)
+        time.sleep(pause_s)
+        with suppress(*UNREACHABLE):
+            beat()
+    return step()
+
+
+def _asked_for(hub: Hub, claim: Claim) -> tuple[Job, Viewer]:
+    """The job, and its requester with the rights of this moment, which the commit checks again."""
+    with hub.db.read() as session:
+        job = session.get_one(Job, claim.job_id)
+        user = session.get_one(User, job.requester_id)
     if user.is_disabled:
         raise Forbidden(f"{user.name} may not publish any more")
-    return Viewer(user, Scope.ADMIN)
+    return job, Viewer(user, Scope.ADMIN)
 
 
 def _take_in(
-    hub: Hub, job: Job, manifest: Mapping[str, Any], made: Path, beat: Callable[[], None]
-) -> dict[str, Stored]:
-    """Check the output and move it into the store; path in the repo -> blob."""
-    stored: dict[str, Stored] = {}
+    hub: Hub,
+    job: Job,
+    manifest: Mapping[str, Any],
+    made: Path,
+    beat: Callable[[], None],
+    stored: dict[str, Stored],
+) -> None:
+    """Check the output and move it into the store: path in the repo -> blob, in `stored`.
+
+    What is there already went in an earlier try.
+    """
     for path, file in sorted(_files(job, made)):
+        if path in stored:
+            continue
         if file.suffix == ".safetensors":
             _check_header(file)
         beat()
@@ -110,7 +142,6 @@ def _take_in(
     if found != manifest["sha256"]:
         raise BadOutput(f"its SHA-256 is {found} and not {manifest['sha256']}")
     reach("J7")
-    return stored
 
 
 def _check_header(file: Path) -> None:

@@ -15,7 +15,7 @@ from sqlmodel import Session, select
 
 from hub.blobs.store import Sha256
 from hub.context import Hub
-from hub.errors import Forbidden, TooMany
+from hub.errors import Forbidden, NoSpace, StoreFailed, TooMany
 from hub.jobs import queue, results, service
 from hub.jobs.attempt import Made, Patience
 from hub.jobs.card import write_card
@@ -37,7 +37,15 @@ pytestmark = both_databases
 
 CHILD = Path(__file__).parents[1] / "fixtures" / "odd_child.py"
 ANY_FILE = frame({"a": entry()}, bytes(16))
-QUICK = Patience(lease_s=600, silence_s=300, deadline_s=600, look_s=0.05)
+SOON = (0.01, 0.01)
+QUICK = Patience(
+    lease_s=600,
+    silence_s=300,
+    deadline_s=600,
+    look_s=0.05,
+    pauses_s=SOON,
+    publish_pauses_s=SOON,
+)
 WAIT_S = 300.0
 
 
@@ -291,7 +299,7 @@ def test_an_attempt_that_was_delivered_twice_publishes_once(
     }
     before = len(commits_of(hub, admin, "result"))
     with pytest.raises(LeaseLost):
-        settle(hub, old, Made(manifest), tmp_path / "late", 60)
+        settle(hub, old, Made(manifest), tmp_path / "late", QUICK)
     assert read(hub, job_id).result == done.result
     assert len(commits_of(hub, admin, "result")) == before
 
@@ -484,7 +492,7 @@ def test_a_cancel_that_comes_before_the_commit_wins(
         "certificate": {},
     }
     before = len(commits_of(hub, admin, "result"))
-    settle(hub, claim, Made(manifest), tmp_path, 60)
+    settle(hub, claim, Made(manifest), tmp_path, QUICK)
     assert read(hub, job_id).state == "cancelled"
     assert len(commits_of(hub, admin, "result")) == before
 
@@ -607,7 +615,6 @@ def test_a_database_that_fails_for_a_moment_costs_nothing(
             raise OperationalError("SELECT", {}, Exception("connection lost"))
         return is_cancel_requested(session, claim)
 
-    monkeypatch.setattr(results, "_PAUSE_S", 0)
     monkeypatch.setattr(queue, "succeed", succeed_late)
     monkeypatch.setattr(queue, "is_cancel_requested", ask)
     job = run(hub, "finish", enqueue())
@@ -615,6 +622,102 @@ def test_a_database_that_fails_for_a_moment_costs_nothing(
     assert next(failures, "none left") == "none left"
     assert asked
     assert len(commits_of(hub, admin, "result")) == 2
+
+
+@pytest.mark.parametrize("step", ["local", "adopt", "put"])
+def test_a_store_that_fails_for_a_moment_costs_nothing(
+    hub: Hub,
+    admin: Viewer,
+    enqueue: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    """While inputs are fetched, the output is taken in, the card is written."""
+    job_id = enqueue()
+    works, failures = getattr(type(hub.store), step), iter([StoreFailed("503 Slow Down")])
+
+    def fail_once(*args: Any, **named: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return works(*args, **named)
+
+    monkeypatch.setattr(type(hub.store), step, fail_once)
+    job = run(hub, "finish", job_id)
+    assert (job.state, job.error) == ("succeeded", None)
+    # What was made is not made again.
+    assert (job.attempts, job.faults) == ((2, 1) if step == "local" else (1, 0))
+    assert next(failures, "none left") == "none left"
+    assert len(commits_of(hub, admin, "result")) == 2
+
+
+def test_a_store_that_stays_away_ends_the_job_with_its_reason(
+    hub: Hub, enqueue: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = enqueue()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise StoreFailed("nobody answers at the bucket")
+
+    monkeypatch.setattr(type(hub.store), "adopt", fail)
+    job = run(hub, "finish", job_id)
+    assert (job.state, job.attempts, job.faults) == ("failed", 3, 3)
+    message = "nobody answers at the bucket; given up after 3 attempts"
+    assert job.error == {"code": "StoreFailed", "message": message, "param": None}
+    assert nothing_is_left(hub)
+
+
+def test_a_job_that_was_put_off_waits_while_others_go_on_and_can_be_cancelled(
+    hub: Hub, admin: Viewer, enqueue: Callable[[], str]
+) -> None:
+    first = enqueue()
+
+    def put_off(pause_s: float) -> None:
+        claim = take(hub)
+        assert claim is not None
+        assert claim.job_id == first
+        away = {"code": "StoreFailed", "message": "away", "param": None}
+        with hub.db.write() as session:
+            queue.put_off(session, claim, away, (pause_s, pause_s))
+
+    put_off(0)
+    put_off(600)
+    assert (read(hub, first).state, read(hub, first).faults) == ("queued", 2)
+    with hub.db.read() as session:
+        assert not queue.has_work(session)
+    second = enqueue()
+    assert take(hub) == Claim(second, 1)
+    assert take(hub) is None
+    service.cancel(hub, admin, first)
+    assert read(hub, first).state == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "code"),
+    [
+        ("local", FileNotFoundError("blob"), "EntryNotFound"),
+        ("local", NoSpace("the cache is full"), "NoSpace"),
+        ("adopt", NoSpace("the store is full"), "NoSpace"),
+    ],
+)
+def test_what_no_other_attempt_mends_ends_the_job_at_once(
+    hub: Hub,
+    enqueue: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    error: Exception,
+    code: str,
+) -> None:
+    job_id = enqueue()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(type(hub.store), step, fail)
+    job = run(hub, "finish", job_id)
+    assert (job.state, job.attempts) == ("failed", 1)
+    assert job.error is not None
+    assert job.error["code"] == code
+    assert nothing_is_left(hub)
 
 
 def test_output_name_is_the_last_part_of_the_path(hub: Hub, enqueue: Callable[..., str]) -> None:
