@@ -5,10 +5,11 @@ closing what others opened, is for those who may write to the repo.
 """
 
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func
+from sqlalchemy import ColumnElement, func
 from sqlmodel import Session, col, select
 
 from hub.db import now
@@ -30,6 +31,7 @@ from hub.users import service as users
 from hub.users.models import User
 from hub.users.service import Viewer
 
+_OPEN = (DiscussionStatus.OPEN, DiscussionStatus.DRAFT)
 MAX_TITLE = 300
 MAX_TEXT = 2**16
 PAGE = 50
@@ -101,11 +103,9 @@ def listed(
         .where(Discussion.repo_id == repo.id)
     )
     if is_pull_request is not None:
-        target = col(Discussion.target)
-        query = query.where(target.is_not(None) if is_pull_request else target.is_(None))
+        query = query.where(_is_pull_request(is_pull_request))
     if status is not None:
-        open_ones = (DiscussionStatus.OPEN, DiscussionStatus.DRAFT)
-        is_open = col(Discussion.status).in_(open_ones)
+        is_open = col(Discussion.status).in_(_OPEN)
         query = query.where(is_open if status == DiscussionStatus.OPEN else ~is_open)
     if author is not None:
         query = query.where(func.lower(User.name) == author.lower())
@@ -113,6 +113,34 @@ def listed(
     start = number * PAGE
     newest_first = query.order_by(col(Discussion.num).desc()).offset(start).limit(PAGE)
     return Page([(item, user) for item, user in session.exec(newest_first)], start, total)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many discussions of a repo are open, drafts too, and how many are over."""
+
+    open: int
+    closed: int
+
+
+def counts(session: Session, repo: Repo, *, is_pull_request: bool | None = None) -> Counts:
+    query = select(Discussion.status, func.count()).where(Discussion.repo_id == repo.id)
+    if is_pull_request is not None:
+        query = query.where(_is_pull_request(is_pull_request))
+    found = dict(session.exec(query.group_by(Discussion.status)).all())
+    n_open = sum(n for status, n in found.items() if status in _OPEN)
+    return Counts(n_open, sum(found.values()) - n_open)
+
+
+def n_comments(session: Session, repo: Repo, numbers: Collection[int]) -> dict[int, int]:
+    """By number, how many comments discussions have; those without any are left out."""
+    query = (
+        select(DiscussionEvent.num, func.count())
+        .where(DiscussionEvent.repo_id == repo.id, DiscussionEvent.kind == EventKind.COMMENT)
+        .where(col(DiscussionEvent.num).in_(numbers))
+        .group_by(col(DiscussionEvent.num))
+    )
+    return dict(session.exec(query).all())
 
 
 def get(session: Session, repo: Repo, num: int) -> Discussion:
@@ -224,14 +252,66 @@ def proposal(session: Session, repo: Repo, discussion: Discussion) -> Proposal:
     pull = repos.branch_ref(session, repo, f"refs/pr/{discussion.num}")
     target = repos.branch_ref(session, repo, discussion.target or "")
     base = _common(session, target.commit_id, pull.commit_id)
+    ours, theirs = _files(session, target.commit_id), _files(session, pull.commit_id)
+    return Proposal(*history.merged(base=_files(session, base), ours=ours, theirs=theirs))
 
-    def files(commit_id: str | None) -> ops.Files:
-        if commit_id is None:
-            return {}
-        return ops.files_of(repos.entries(session, session.get_one(Commit, commit_id)))
 
-    ours, theirs = files(target.commit_id), files(pull.commit_id)
-    return Proposal(*history.merged(base=files(base), ours=ours, theirs=theirs))
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A file that a pull request adds (no `before`), removes (no `after`) or changes."""
+
+    path: str
+    before: ops.File | None
+    after: ops.File | None
+
+
+def changes(session: Session, repo: Repo, discussion: Discussion) -> list[Change]:
+    """What a pull request changes since it left its target, by path.
+
+    RevisionNotFound if its target is gone.
+    """
+    pull = repos.branch_ref(session, repo, f"refs/pr/{discussion.num}")
+    target = repos.branch_ref(session, repo, discussion.target or "")
+    before = _files(session, _common(session, target.commit_id, pull.commit_id))
+    after = _files(session, pull.commit_id)
+    return [
+        Change(path, before.get(path), after.get(path))
+        for path in sorted(before.keys() | after.keys())
+        if before.get(path) != after.get(path)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What a viewer would not be refused in a discussion."""
+
+    user_id: int | None
+    may_comment: bool
+    may_rename: bool
+    may_close: bool
+    may_merge: bool
+    may_write: bool
+
+    def may_edit(self, event: DiscussionEvent) -> bool:
+        """A comment; the same for `may_hide`."""
+        return self.may_comment and event.author_id is not None and event.author_id == self.user_id
+
+    def may_hide(self, event: DiscussionEvent) -> bool:
+        return self.may_write or self.may_edit(event)
+
+
+def rights(session: Session, viewer: Viewer, repo: Repo, discussion: Discussion) -> Rights:
+    takes_part = repos.may_participate(viewer, repo)
+    may_write = users.may_write(session, viewer, repo.namespace, repo.name)
+    is_owner = takes_part and _is_owner(session, viewer, repo, discussion.author_id)
+    return Rights(
+        user_id=viewer.user_id,
+        may_comment=takes_part,
+        may_rename=is_owner,
+        may_close=is_owner and discussion.status != DiscussionStatus.MERGED,
+        may_merge=may_write and discussion.is_pull_request and discussion.status in _OPEN,
+        may_write=may_write,
+    )
 
 
 def merge(
@@ -242,7 +322,7 @@ def merge(
     repo = repos.locked(session, repo)
     if not discussion.is_pull_request:
         raise BadRequest(f"discussion {discussion.num} is no pull request")
-    if discussion.status not in (DiscussionStatus.OPEN, DiscussionStatus.DRAFT):
+    if discussion.status not in _OPEN:
         raise Conflict(f"pull request {discussion.num} is {discussion.status}")
     found = proposal(session, repo, discussion)
     if found.conflicts:
@@ -271,6 +351,17 @@ def commits(session: Session, repo: Repo, discussion: Discussion) -> list[Commit
     known = set(_history(session, target.commit_id)) if target is not None else set()
     own = itertools.takewhile(lambda c: c not in known, _history(session, pull.commit_id))
     return [session.get_one(Commit, commit_id) for commit_id in own][::-1]
+
+
+def _is_pull_request(wanted: bool) -> ColumnElement[bool]:
+    target = col(Discussion.target)
+    return target.is_not(None) if wanted else target.is_(None)
+
+
+def _files(session: Session, commit_id: str | None) -> ops.Files:
+    if commit_id is None:
+        return {}
+    return ops.files_of(repos.entries(session, session.get_one(Commit, commit_id)))
 
 
 def _common(session: Session, one: str, other: str) -> str | None:
@@ -377,8 +468,14 @@ def _comment(session: Session, discussion: Discussion, event_id: int) -> Discuss
 def _require_owner(
     session: Session, viewer: Viewer, repo: Repo, author_id: int | None, user: User
 ) -> None:
-    if author_id != user.id and not users.may_write(session, viewer, repo.namespace, repo.name):
+    if not _is_owner(session, viewer, repo, author_id):
         raise Forbidden(f"{user.name} may not change this in {repo.full_name}")
+
+
+def _is_owner(session: Session, viewer: Viewer, repo: Repo, author_id: int | None) -> bool:
+    """Its author, or who may write to the repo."""
+    is_author = author_id is not None and author_id == viewer.user_id
+    return is_author or users.may_write(session, viewer, repo.namespace, repo.name)
 
 
 def _title(title: str) -> str:

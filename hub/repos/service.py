@@ -52,7 +52,7 @@ from hub.repos.models import (
 )
 from hub.repos.paths import check_ref_name
 from hub.users import service as users
-from hub.users.models import NameTombstone, User
+from hub.users.models import NameTombstone, Scope, User
 from hub.users.names import check_name, check_namespace, key_of
 from hub.users.service import Viewer
 
@@ -565,6 +565,11 @@ def require_participant(session: Session, viewer: Viewer, repo: Repo) -> User:
     if not viewer.covers(repo.namespace, repo.name):
         raise Forbidden(f"this token may not be used in {repo.full_name}")
     return user
+
+
+def may_participate(viewer: Viewer, repo: Repo) -> bool:
+    """Whether `require_participant` would let the viewer in, for a repo they see."""
+    return viewer.has(Scope.WRITE) and viewer.covers(repo.namespace, repo.name)
 
 
 def require_committer(session: Session, viewer: Viewer, repo: Repo, branch: str) -> User:

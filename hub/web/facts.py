@@ -1,6 +1,6 @@
 """The facts of a file in the words of the page, each with where it comes from."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,24 @@ def rows(adapter: AdapterDetails, is_here: Callable[[str], bool]) -> list[FactRo
     return [row for row in _rows(adapter, is_here) if row.value]
 
 
+def brief(document: Mapping[str, Any]) -> dict[str, str]:
+    """What an identification says in a few words, for comparing two versions of a file."""
+    families = [family["name"] for family in document.get("families") or ()]
+    modules = document.get("modules") or 0
+    found = {
+        "Kind": KIND_TITLES[Kind(document["kind"])],
+        "Base": (family_title(families[0]) or families[0]) if families else "",
+        "Algorithm": _algorithms(document.get("algorithms") or []),
+        "Rank": _range(document.get("ranks")),
+        "Alpha": _range(document.get("alphas")),
+        "Modules": f"{modules:,}" if modules else "",
+        "Parameters": _parameters(document.get("parameters") or 0),
+        "Precision": ", ".join(document.get("dtypes") or {}),
+        "Layout": DIALECTS.get(document.get("dialect") or "", document.get("dialect") or ""),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
 def hashes(adapter: AdapterDetails) -> list[HashRow]:
     """Every hash the file has, the one that names it first."""
     found = ((HASH_TITLES.get(k, k), value) for k, value in adapter.hashes.items())
@@ -87,8 +105,7 @@ def _rows(adapter: AdapterDetails, is_here: Callable[[str], bool]) -> Iterator[F
     base = str(known.get("base_model", ""))
     url = f"/{base}" if base.count("/") == 1 and is_here(base) else None
     yield FactRow("Trained on", base, source=sources.get("base_model", ""), url=url)
-    names = [ALGORITHM_TITLES.get(name, name) for name in known.get("algorithms", [])]
-    yield FactRow("Algorithm", ", ".join(names), source=tensors)
+    yield FactRow("Algorithm", _algorithms(known.get("algorithms", [])), source=tensors)
     yield FactRow("Rank", _range(known.get("ranks")), source=tensors)
     yield FactRow("Alpha", _range(known.get("alphas")), source=tensors)
     parts = known.get("components", {})
@@ -124,6 +141,10 @@ def _family(known: dict[str, Any], tensors: str) -> FactRow:
     why = str(first.get("why", ""))
     title = family_title(first["name"]) or first["name"]
     return FactRow("Base", title, detail, f"{tensors}: {why}" if why else tensors)
+
+
+def _algorithms(names: Sequence[str]) -> str:
+    return ", ".join(ALGORITHM_TITLES.get(name, name) for name in names)
 
 
 def _range(value: Any) -> str:

@@ -93,6 +93,13 @@ def local(address: str) -> str:
     return address if is_path and address.isprintable() else "/"
 
 
+def sentence(message: str) -> str:
+    """A message of an error as people write one; a path or key that it begins with stays."""
+    first = message.partition(" ")[0]
+    start = message[:1].upper() if first.isalpha() else message[:1]
+    return start + message[1:].rstrip(".") + "."
+
+
 def size(n_bytes: int) -> str:
     """41.2 MB: decimal units, as download dialogs and shops count."""
     value = float(n_bytes)
@@ -183,6 +190,18 @@ _environment = Environment(
 )
 _environment.filters |= {
     function.__name__: function
-    for function in (size, count, thousands, ago, day, full_time, iso, duration, steps, pretty)
+    for function in (
+        sentence,
+        size,
+        count,
+        thousands,
+        ago,
+        day,
+        full_time,
+        iso,
+        duration,
+        steps,
+        pretty,
+    )
 }
 _environment.globals |= {"static": static_files.address, "version": _version()}

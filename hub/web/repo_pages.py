@@ -8,9 +8,9 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Depends, HTTPException, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import RedirectResponse, Response
-from sqlmodel import Session, col, func, select
+from sqlmodel import Session, col, select
 
 from hub.adapters import items as catalogue
 from hub.adapters.card import MAX_CARD_BYTES, ParsedCard, parse_card
@@ -24,35 +24,21 @@ from hub.deps import HubDep, ReadSession, ViewerDep, WriterDep, WriteSession, pu
 from hub.errors import RepoNotFound
 from hub.repos import access
 from hub.repos import service as repos
-from hub.repos.models import Commit, CommitEntry, Repo, RepoType
+from hub.repos.models import Commit, CommitEntry, Repo
 from hub.users import service as users
 from hub.users.service import Viewer
 from hub.web import facts
 from hub.web import origin as origins
 from hub.web.markdown import card_html
 from hub.web.render import page
+from hub.web.repo_head import RepoDep, head_of, url_of
 from hub.web.snippets import ways_to_use
 from merge.formats.folders import files_of_base
 
 router = APIRouter(include_in_schema=False, tags=["web"])
 
-DATASETS = "/datasets"
 PAGE_OF_COMMITS = 50
 MAX_TEXT_BYTES = 256 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class RepoHead:
-    """What the head of every page of a repo shows."""
-
-    full_name: str
-    namespace: str
-    name: str
-    url: str
-    private: bool
-    downloads: int
-    likes: int
-    last_modified: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +52,6 @@ class Row:
     message: str | None = None
     moment: datetime | None = None
     download_url: str | None = None
-
-
-def _repo(
-    request: Request, namespace: str, name: str, session: ReadSession, viewer: ViewerDep
-) -> Repo:
-    is_dataset = request.url.path.startswith(DATASETS + "/")
-    type_ = RepoType.DATASET if is_dataset else RepoType.MODEL
-    try:
-        return repos.get_repo(session, viewer, namespace, name, type=type_)
-    except RepoNotFound:
-        moved = repos.moved_to(session, viewer, namespace, name, type=type_)
-        if moved is None:
-            raise
-        raise HTTPException(307, headers={"Location": _url(moved)}) from None
-
-
-RepoDep = Annotated[Repo, Depends(_repo)]
 
 
 @router.get("/{namespace}")
@@ -99,7 +68,7 @@ def show_namespace(
     rows = [
         {
             "name": repo.name,
-            "url": _url(repo),
+            "url": url_of(repo),
             "private": repo.private,
             "title": titles.get(repo.id or 0),
             "downloads": repo.downloads,
@@ -121,8 +90,8 @@ def show_repo(
     file: Annotated[str | None, Query(max_length=1024)] = None,
 ) -> Response:
     """Pictures, what to do with it, the card, and the facts of one file."""
-    head = repos.resolve(session, repo)
-    entries = repos.entries(session, head)
+    commit = repos.resolve(session, repo)
+    entries = repos.entries(session, commit)
     files = catalogue.of_repo(session, repo)
     chosen = file or (files[0].file if files else None)
     adapter = catalogue.details(session, repo, chosen) if chosen is not None else None
@@ -132,7 +101,7 @@ def show_repo(
         request,
         "repo.html",
         viewer,
-        **_head(session, repo, head, entries, tab="card"),
+        **head_of(session, viewer, repo, commit, entries, tab="card"),
         previews=pictures,
         adapter=adapter,
         files=files,
@@ -146,7 +115,7 @@ def show_repo(
             public_url(request),
         ),
         origin=_origin(session, viewer, adapter, entries),
-        card_html=card_html(card.body, _url(repo), {p.path: p for p in pictures}),
+        card_html=card_html(card.body, url_of(repo), {p.path: p for p in pictures}),
         card_problem=card.problem,
         gate=_gate(session, viewer, repo),
         **_facts(session, viewer, adapter),
@@ -175,7 +144,7 @@ def show_tree(
         request,
         "tree.html",
         viewer,
-        **_head(session, repo, commit, None, tab="files", revision=revision),
+        **head_of(session, viewer, repo, commit, None, tab="files", revision=revision),
         rows=_rows(session, repo, revision, folder, entries),
         path_parts=_parts(repo, revision, folder, "tree"),
         total_size=sum(entry.size for entry in entries),
@@ -203,12 +172,12 @@ def show_file(
     adapter = session.exec(
         select(Adapter).where(Adapter.repo_id == repo.id, Adapter.sha256 == entry.sha256)
     ).first()
-    link = f"{_url(repo)}/resolve/{quote(revision, safe='')}/{quote(path)}?download=true"
+    link = f"{url_of(repo)}/resolve/{quote(revision, safe='')}/{quote(path)}?download=true"
     return page(
         request,
         "blob.html",
         viewer,
-        **_head(session, repo, commit, None, tab="files", revision=revision),
+        **head_of(session, viewer, repo, commit, None, tab="files", revision=revision),
         path_parts=_parts(repo, revision, path, "blob"),
         size=entry.size,
         sha256=entry.sha256,
@@ -216,7 +185,7 @@ def show_file(
         text=text,
         preview=preview,
         why_not=_why_not(adapter, is_closed),
-        file_url=f"{_url(repo)}?file={quote(adapter.path)}" if adapter else None,
+        file_url=f"{url_of(repo)}?file={quote(adapter.path)}" if adapter else None,
     )
 
 
@@ -231,7 +200,7 @@ def _why_not(adapter: Adapter | None, is_closed: bool) -> str:
 def ask_access(viewer: WriterDep, repo: RepoDep, session: WriteSession) -> Response:
     """The button of a gated repo's page."""
     access.ask(session, viewer, repo)
-    return RedirectResponse(_url(repo), HTTPStatus.SEE_OTHER)
+    return RedirectResponse(url_of(repo), HTTPStatus.SEE_OTHER)
 
 
 @router.get("/{namespace}/{name}/commits/{revision:path}")
@@ -247,66 +216,18 @@ def show_commits(
     """The history of a revision, newest first."""
     commit = repos.resolve(session, repo, revision)
     found, cursor = repos.commits(session, repo, commit, PAGE_OF_COMMITS, after)
-    here = f"{_url(repo)}/commits/{quote(revision)}"
+    here = f"{url_of(repo)}/commits/{quote(revision)}"
     return page(
         request,
         "commits.html",
         viewer,
-        **_head(session, repo, commit, None, tab="versions", revision=revision),
+        **head_of(session, viewer, repo, commit, None, tab="versions", revision=revision),
         commits=found,
         more_url=f"{here}?after={cursor}" if cursor else None,
     )
 
 
 # Inside
-
-
-def _url(repo: Repo) -> str:
-    return f"{DATASETS if repo.type == RepoType.DATASET else ''}/{repo.full_name}"
-
-
-def _head(
-    session: Session,
-    repo: Repo,
-    commit: Commit,
-    entries: Sequence[CommitEntry] | None,
-    *,
-    tab: str,
-    revision: str = repos.MAIN,
-) -> dict[str, Any]:
-    card = session.get(Card, repo.id)
-    speaker = session.exec(
-        select(Adapter.title).where(Adapter.repo_id == repo.id, Adapter.position == 0)
-    ).first()
-    n_files = len(entries) if entries is not None else _n_files(session, commit)
-    named = repos.refs(session, repo)
-    refs = [{"kind": "branch", "name": name} for name in named.branches]
-    refs += [{"kind": "tag", "name": name} for name in named.tags]
-    n_commits = session.exec(select(func.count()).where(Commit.repo_id == repo.id)).one()
-    return {
-        "repo": RepoHead(
-            repo.full_name,
-            repo.namespace,
-            repo.name,
-            _url(repo),
-            repo.private,
-            repo.downloads,
-            repo.likes,
-            repo.last_modified,
-        ),
-        "title": (card.title if card else None) or speaker or repo.name,
-        "license": card.license if card else None,
-        "tab": tab,
-        "revision": revision,
-        "revision_label": revision[:8] if len(revision) == 40 else revision,
-        "refs": refs,
-        "n_files": n_files,
-        "n_commits": n_commits,
-    }
-
-
-def _n_files(session: Session, commit: Commit) -> int:
-    return session.exec(select(func.count()).where(CommitEntry.commit_id == commit.id)).one()
 
 
 def _tags(session: Session, repo: Repo) -> list[str]:
@@ -361,7 +282,8 @@ def _facts(
 def _split(session: Session, repo: Repo, place: str) -> tuple[str, str]:
     """Revision and path: names of branches may have slashes, so the longest that fits is meant."""
     named = repos.refs(session, repo)
-    for name in sorted((*named.branches, *named.tags), key=len, reverse=True):
+    pulls = [f"refs/pr/{number}" for number in named.pulls]
+    for name in sorted((*named.branches, *named.tags, *pulls), key=len, reverse=True):
         if place == name or place.startswith(f"{name}/"):
             return name, place[len(name) + 1 :]
     revision, _, path = place.partition("/")
@@ -370,7 +292,7 @@ def _split(session: Session, repo: Repo, place: str) -> tuple[str, str]:
 
 def _parts(repo: Repo, revision: str, path: str, last: str) -> list[tuple[str, str]]:
     names = [name for name in path.split("/") if name]
-    base = f"{_url(repo)}/{{kind}}/{quote(revision)}"
+    base = f"{url_of(repo)}/{{kind}}/{quote(revision)}"
     parts = []
     for n, name in enumerate(names):
         kind = last if n == len(names) - 1 else "tree"
@@ -382,7 +304,7 @@ def _rows(
     session: Session, repo: Repo, revision: str, folder: str, entries: Sequence[CommitEntry]
 ) -> list[Row]:
     """Folders first, each with the sum of what is in it."""
-    place, at = _url(repo), quote(revision)
+    place, at = url_of(repo), quote(revision)
     prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
     folders: dict[str, int] = {}
     files = []

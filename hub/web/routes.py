@@ -13,6 +13,7 @@ from hub.users.service import ANONYMOUS, Viewer
 from hub.web import (
     admin_pages,
     bench,
+    discussion_pages,
     gallery,
     job_pages,
     login_pages,
@@ -22,7 +23,7 @@ from hub.web import (
     settings_pages,
     static_files,
 )
-from hub.web.render import THEMES, local, page, viewer_of_page
+from hub.web.render import THEMES, local, page, sentence, viewer_of_page
 
 router = APIRouter(include_in_schema=False, tags=["web"])
 
@@ -88,7 +89,7 @@ def _error_page(request: Request, viewer: Viewer, message: str, status: HTTPStat
         viewer,
         status=status,
         heading=heading,
-        message=message[:1].upper() + message[1:].rstrip(".") + ".",
+        message=sentence(message),
         advice=advice,
         offer_login=viewer.user is None and status in (401, 403, 404),
     )
@@ -115,5 +116,6 @@ ROUTERS = (
     job_pages.router,
     bench.router,
     repo_pages.router,
+    discussion_pages.router,
     catch_all,
 )

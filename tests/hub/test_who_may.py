@@ -291,7 +291,7 @@ for prefix, kind in (("/", "/"), ("/{kind:repos}/", "/datasets/")):
             MEMBERS, f"{kind}acme/ink/resolve/main/a.txt"
         ),
     }
-for prefix in ("/", "/datasets/"):
+for prefix, kind in (("/", "models"), ("/datasets/", "datasets")):
     name, there = prefix + "{namespace}/{name}", prefix + "acme/ink"
     TABLE |= {
         f"GET {name}": Row(MEMBERS, there),
@@ -299,6 +299,30 @@ for prefix in ("/", "/datasets/"):
         f"GET {name}/blob/{{place:path}}": Row(MEMBERS, f"{there}/blob/main/a.txt"),
         f"GET {name}/commits/{{revision:path}}": Row(MEMBERS, f"{there}/commits/main"),
         f"POST {name}/ask-access": Row(PARTICIPANTS, f"{there}/ask-access"),
+        f"GET {name}/discussions": Row(MEMBERS, f"{there}/discussions"),
+        f"GET {name}/discussions/new": Row(PARTICIPANTS, f"{there}/discussions/new"),
+        f"POST {name}/discussions/new": Row(
+            PARTICIPANTS, f"{there}/discussions/new", form={"title": "x"}
+        ),
+        f"GET {name}/discussions/{{num}}": Row(MEMBERS, f"{there}/discussions/1"),
+        f"POST {name}/discussions/{{num}}/comment": Row(
+            PARTICIPANTS, f"{there}/discussions/1/comment", form={"text": "x"}
+        ),
+        f"POST {name}/discussions/{{num}}/status": Row(
+            WRITERS, f"{there}/discussions/1/status", form={"status": "closed"}
+        ),
+        f"POST {name}/discussions/{{num}}/title": Row(
+            WRITERS, f"{there}/discussions/1/title", form={"title": "another"}
+        ),
+        f"POST {name}/discussions/{{num}}/comments/{{comment_id}}/edit": Row(
+            frozenset({"writing token"}),
+            f"{there}/discussions/1/comments/$N{kind}/edit",
+            form={"text": "y"},
+        ),
+        f"POST {name}/discussions/{{num}}/comments/{{comment_id}}/hide": Row(
+            WRITERS, f"{there}/discussions/1/comments/$N{kind}/hide"
+        ),
+        f"POST {name}/discussions/{{num}}/merge": Row(WRITERS, f"{there}/discussions/2/merge"),
     }
 # Features and names that the hub does not have: the same answer for everybody.
 ABSENT = (
@@ -435,17 +459,19 @@ class World:
         self.values["SHA"] = hashlib.sha256(files["a.txt"]).hexdigest()
         self.values["LORA"] = hashlib.sha256(files["a.safetensors"]).hexdigest()
         writer = bearer(self.tokens["writing token"])
-        for path, body in (
-            ("branch/old", {}),
-            ("tag/main", {"tag": "v1"}),
-            ("discussions", {"title": "one", "description": "first"}),
-            ("discussions", {"title": "two", "pullRequest": True}),
-            ("discussions/1/comment", {"comment": "hello"}),
-        ):
-            made = self.client.post(f"/api/models/acme/ink/{path}", json=body, headers=writer)
-            assert made.is_success, (path, made.text)
-            if "comment" in path:
-                self.values["COMMENT"] = made.json()["newMessage"]["id"]
+        for kind in ("datasets", "models"):
+            for path, body in (
+                ("branch/old", {}),
+                ("tag/main", {"tag": "v1"}),
+                ("discussions", {"title": "one", "description": "first"}),
+                ("discussions", {"title": "two", "pullRequest": True}),
+                ("discussions/1/comment", {"comment": "hello"}),
+            ):
+                made = self.client.post(f"/api/{kind}/acme/ink/{path}", json=body, headers=writer)
+                assert made.is_success, (path, made.text)
+                if "comment" in path:
+                    self.values["COMMENT"] = made.json()["newMessage"]["id"]
+                    self.values[f"N{kind}"] = str(int(self.values["COMMENT"], 16))
         with hub.db.write() as session:
             moment = "2026-01-01 00:00:00.000000"
             recipe = "INSERT INTO recipe VALUES ('d1', '{}', :at)"

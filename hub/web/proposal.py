@@ -1,0 +1,107 @@
+"""What a pull request changes, file by file, and what that means for the adapters among them."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from sqlmodel import Session, select
+
+from hub.adapters.models import Identification
+from hub.blobs.store import Sha256
+from hub.context import Hub
+from hub.repos.discussions import Change
+from hub.repos.operations import File
+from hub.web import facts
+from merge.errors import MergeError
+from merge.formats.reader import TensorFile
+from merge.identify import identify_file
+
+MAX_FILES = 500
+# Reading a header takes milliseconds, those of a pipeline of many files a page's whole patience.
+MAX_HEADERS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedFile:
+    """A line of the list: `what` is added, removed or changed; sizes are None where it is not.
+
+    `facts` are (name, before, after), of tensor files only.
+    """
+
+    path: str
+    what: str
+    before: int | None
+    after: int | None
+    url: str
+    facts: Sequence[tuple[str, str, str]]
+    is_conflict: bool
+
+
+def changed_files(
+    hub: Hub,
+    session: Session,
+    changes: Sequence[Change],
+    conflicts: Sequence[str],
+    revision_url: str,
+) -> list[ChangedFile]:
+    """`revision_url` is the address of the pull request's files, which removed ones lack."""
+    found = []
+    n_headers = 0
+    for change in changes[:MAX_FILES]:
+        stated: list[tuple[str, str, str]] = []
+        if change.path.lower().endswith(".safetensors") and n_headers < MAX_HEADERS:
+            n_headers += (change.before is not None) + (change.after is not None)
+            before = _known(hub, session, change.path, change.before)
+            after = _known(hub, session, change.path, change.after)
+            stated = list(_differences(before, after))
+        found.append(
+            ChangedFile(
+                path=change.path,
+                what=_what(change),
+                before=change.before.size if change.before is not None else None,
+                after=change.after.size if change.after is not None else None,
+                url=f"{revision_url}/{quote(change.path)}" if change.after is not None else "",
+                facts=stated,
+                is_conflict=change.path in conflicts,
+            )
+        )
+    return found
+
+
+def _what(change: Change) -> str:
+    if change.before is None:
+        return "added"
+    return "removed" if change.after is None else "changed"
+
+
+def _differences(
+    before: Mapping[str, str], after: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
+    for name in dict.fromkeys((*before, *after)):
+        if before.get(name) != after.get(name):
+            yield name, before.get(name, ""), after.get(name, "")
+
+
+def _known(hub: Hub, session: Session, path: str, file: File | None) -> Mapping[str, str]:
+    """From the catalogue, or from the header where the bytes are on this machine."""
+    if file is None:
+        return {}
+    query = select(Identification).where(Identification.sha256 == file.sha256)
+    known = session.exec(query.order_by(Identification.config_sha256)).first()
+    if known is not None:
+        return {"Problem": known.problem} if known.problem else facts.brief(_parsed(known))
+    local = hub.store.path(Sha256(file.sha256))
+    if local is None:
+        return {}
+    try:
+        with TensorFile(local, name=path) as opened:
+            return facts.brief(identify_file(opened).to_json())
+    except MergeError as error:
+        return {"Problem": str(error).removeprefix(f"{path}: ")}
+
+
+def _parsed(known: Identification) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(known.document)
+    return document
