@@ -164,6 +164,8 @@ class LocalDispatcher:
     def _attempt(self, claim: Claim, scratch: Path) -> Ending:
         with self._hub.db.read() as session:
             job = session.get_one(Job, claim.job_id)
+            if queue.is_cancel_requested(session, claim):
+                return Cancelled()
         needed = job.resources["output_bytes"] + self._hub.settings.min_free_bytes
         if shutil.disk_usage(self._hub.scratch).free < needed:
             message = f"the result needs {needed:,} bytes of free disk, which the hub does not have"

@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, CursorResult, func, update
 from sqlmodel import Session, and_, col, or_, select
 
 from hub.jobs.models import TERMINAL, Job, JobState
+from hub.users.models import User
 
 MAX_ATTEMPTS = 3
 
@@ -130,11 +131,18 @@ def extend(session: Session, claim: Claim, lease_s: float) -> None:
 
 
 def is_cancel_requested(session: Session, claim: Claim) -> bool:
-    """Whether someone asked to stop; LeaseLost when the attempt is no longer ours."""
-    flag = session.exec(select(Job.cancel_requested).where(*_ownership(claim))).first()
-    if flag is None:
+    """Whether someone asked to stop, or whoever wanted the job was disabled; LeaseLost when the
+    attempt is no longer ours.
+    """
+    query = (
+        select(Job.cancel_requested, User.is_disabled)
+        .join(User, col(User.id) == col(Job.requester_id))
+        .where(*_ownership(claim))
+    )
+    found = session.exec(query).first()
+    if found is None:
         raise LeaseLost
-    return flag
+    return any(found)
 
 
 def succeed(session: Session, claim: Claim, result: dict[str, Any]) -> None:
@@ -191,14 +199,14 @@ def put_off(
 
 def cancelled(session: Session, claim: Claim) -> None:
     """The child of a cancelled job is gone; LeaseLost."""
-    _change(
-        session,
-        claim,
-        state=JobState.CANCELLED,
-        lease_until=None,
-        finished_at=now(session),
-        eta_s=None,
-    )
+    job = _owned(session, claim)
+    if not job.cancel_requested:
+        user = session.get_one(User, job.requester_id)
+        message = f"{user.name} was disabled"
+        job.error = {"code": "Forbidden", "message": message, "param": None}
+    job.cancel_requested = True
+    _release(job, now(session), None)
+    session.add(job)
 
 
 def hand_back(session: Session, claim: Claim) -> None:

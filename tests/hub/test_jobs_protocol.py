@@ -27,11 +27,12 @@ from hub.jobs.schemas import JobRequest, Publish
 from hub.repos import service as repos
 from hub.repos.models import Commit, Gate
 from hub.repos.operations import Add
+from hub.users import service as users
 from hub.users.service import Viewer
 from merge.recipe import Recipe
 from tests.fixtures.malformed import entry, frame
 from tests.fixtures.tiny_files import write_lora
-from tests.hub.conftest import both_databases
+from tests.hub.conftest import both_databases, make_user
 
 pytestmark = both_databases
 
@@ -495,6 +496,26 @@ def test_a_cancel_that_comes_before_the_commit_wins(
     settle(hub, claim, Made(manifest), tmp_path, QUICK)
     assert read(hub, job_id).state == "cancelled"
     assert len(commits_of(hub, admin, "result")) == before
+
+
+def test_jobs_of_a_disabled_user_end_whether_they_wait_or_run(
+    hub: Hub, admin: Viewer, enqueue: Callable[[], str]
+) -> None:
+    ada, _ = make_user(hub, "ada")
+    running, waiting, others = enqueue(), enqueue(), enqueue()
+    with hub.db.write() as session:
+        for job_id in (running, waiting):
+            session.get_one(Job, job_id).requester_id = ada.user_id or 0
+    with dispatcher(hub, "work"):
+        wait_for(hub, running, is_working)
+        with hub.db.write() as session:
+            users.change_user(session, admin.require_user(), "ada", is_disabled=True)
+        for job_id in (running, waiting):
+            job = wait_for(hub, job_id, is_over)
+            assert job.state == "cancelled"
+            assert job.error == {"code": "Forbidden", "message": "ada was disabled", "param": None}
+        assert job.attempts == 1
+        wait_for(hub, others, is_working)
 
 
 def test_a_cancelled_job_whose_worker_disappeared_is_cancelled(

@@ -284,6 +284,22 @@ def test_a_webhook_hears_of_its_domains_and_of_what_it_watches(
     assert [t.comment.hidden for t in told if t.comment] == [True, True]
 
 
+def test_a_disabled_user_hears_nothing_any_more(
+    hub: Hub, admin: Viewer, receiver: Receiver
+) -> None:
+    """Neither what waits for them already nor what happens later."""
+    ada, _ = make_user(hub, "ada")
+    make(hub, ada, receiver.url, name="admin")
+    new_repo(hub, admin, "admin/ink")
+    queue.spread(hub)
+    with hub.db.write() as session:
+        users.change_user(session, admin.require_user(), "ada", is_disabled=True)
+    new_repo(hub, admin, "admin/oil")
+    send_due(hub)
+    assert receiver.got == []
+    assert [d.state for d in log_of(hub)] == [DeliveryState.DEAD]
+
+
 @both_databases
 def test_only_who_may_read_a_private_repo_hears_of_it(
     hub: Hub, admin: Viewer, receiver: Receiver
