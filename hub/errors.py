@@ -4,8 +4,10 @@ HubError
 ├── NotFound            RepoNotFound RevisionNotFound EntryNotFound JobNotFound RecipeNotFound
 │                       HashNotFound UserNotFound PageNotFound InvitationNotFound
 │                       AccessRequestNotFound DiscussionNotFound WebhookNotFound
+│                       CollectionNotFound
 ├── Conflict            RepoExists RefExists NameTaken KeyReused LastAdmin
-│   │                   IdentityTaken
+│   │                   IdentityTaken ItemExists
+│   ├── CollectionExists  another one of that title; carries its slug
 │   └── StaleParent     the branch has moved since the caller looked
 ├── Invalid             the request asks for something impossible; `param` says where
 │   ├── BadName BadPath BadField BadUpload DigestMismatch
@@ -105,6 +107,9 @@ class DiscussionNotFound(NotFound): ...
 class WebhookNotFound(NotFound): ...
 
 
+class CollectionNotFound(NotFound): ...
+
+
 class Conflict(HubError): ...
 
 
@@ -124,6 +129,17 @@ class LastAdmin(Conflict): ...
 
 
 class IdentityTaken(Conflict): ...
+
+
+class ItemExists(Conflict): ...
+
+
+class CollectionExists(Conflict):
+    """`slug` is the address of the one that has the title."""
+
+    def __init__(self, message: str, slug: str) -> None:
+        super().__init__(message, "title")
+        self.slug = slug
 
 
 class StaleParent(Conflict): ...

@@ -21,6 +21,7 @@ from hub.repos.models import AccessState, DiscussionStatus, Gate
 
 Oid = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0, le=2**53, strict=True)]
+Place = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Path = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 RepoType = Literal["model", "dataset", "space"]
 
@@ -154,6 +155,37 @@ class Status(_Body):
 
 class Merge(_Body):
     comment: str | None = None
+
+
+class NewCollection(_Body):
+    title: str
+    namespace: str | None = None
+    description: str | None = None
+    private: bool = False
+    resourceGroupId: str | None = None
+
+
+class ChangedCollection(_Body):
+    title: str | None = None
+    description: str | None = None
+    position: Place | None = None
+    private: bool | None = None
+    theme: str | None = None
+
+
+class _Item(_Body):
+    id: str
+    type: Literal["model", "dataset", "collection", "space", "paper", "bucket"]
+
+
+class NewCollectionItem(_Body):
+    item: _Item
+    note: str | None = None
+
+
+class ChangedCollectionItem(_Body):
+    note: str | None = None
+    position: Place | None = None
 
 
 class Card(_Body):

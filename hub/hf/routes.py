@@ -8,6 +8,7 @@ from hub.deps import Open
 from hub.errors import NotImplementedHere, RepoNotFound
 from hub.hf import (
     access,
+    collections,
     commits,
     discussions,
     files,
@@ -20,7 +21,10 @@ from hub.hf import (
 )
 from hub.hf.routing import hf_router
 
-PARTS = (repos, access, social, history, discussions, commits, lfs, lfs_parts, xet, files)
+PARTS = (
+    *(repos, access, social, collections, history, discussions),
+    *(commits, lfs, lfs_parts, xet, files),
+)
 
 router = APIRouter()
 for part in PARTS:

@@ -244,6 +244,54 @@ class DiscussionEvent(SQLModel, table=True):
     created_at: datetime = Field(default_factory=now, sa_type=UTCDateTime)
 
 
+class Collection(SQLModel, table=True):
+    """A list of repos that belong together, kept by a user or organisation.
+
+    `key` is its id outside, 24 hex digits; `position` its place among its owner's.
+    """
+
+    __tablename__ = "collection"
+    __table_args__ = (
+        UniqueConstraint("namespace_key", "title"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: int | None = Field(default=None, primary_key=True)
+    key: str = Field(unique=True)
+    namespace: str
+    namespace_key: str = Field(foreign_key="namespace.key")
+    title: str
+    description: str | None = None
+    theme: str
+    private: bool = False
+    position: int = 0
+    created_at: datetime = Field(default_factory=now, sa_type=UTCDateTime)
+    last_updated: datetime = Field(default_factory=now, sa_type=UTCDateTime, index=True)
+
+
+class CollectionItem(SQLModel, table=True):
+    """A repo or another collection in a collection; the other of the two columns is null.
+
+    Positions rise, but those of what was deleted since are left out.
+    """
+
+    __tablename__ = "collection_item"
+    __table_args__ = (
+        UniqueConstraint("collection_id", "repo_id"),
+        UniqueConstraint("collection_id", "child_id"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: int | None = Field(default=None, primary_key=True)
+    collection_id: int = Field(foreign_key="collection.id", ondelete="CASCADE")
+    repo_id: int | None = Field(default=None, foreign_key="repo.id", ondelete="CASCADE", index=True)
+    child_id: int | None = Field(
+        default=None, foreign_key="collection.id", ondelete="CASCADE", index=True
+    )
+    position: int
+    note: str | None = None
+
+
 class Hold(SQLModel, table=True):
     """A promise to keep a blob until a time: bytes that were sent and not committed yet.
 

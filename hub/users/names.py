@@ -16,6 +16,7 @@ RESERVED = frozenset(
         "api",
         "assets",
         "bench",
+        "collections",
         "datasets",
         "docs",
         "favicon.ico",

@@ -370,11 +370,11 @@ def test_a_card_is_validated_before_anything_is_sent(api: HfApi, repo: str) -> N
 
 def test_what_this_hub_does_not_have_is_501(hub: RunningHub, api: HfApi, repo: str) -> None:
     with pytest.raises(HfHubHTTPError, match="501"):
-        list(api.list_collections())
+        list(api.list_papers(query="lora"))
     assert list(api.list_spaces()) == []
     with pytest.raises(HfHubHTTPError, match="501"):
         api.create_repo("admin/space", repo_type="space", space_sdk="static")
-    answer = httpx2.get(f"{hub.url}/api/collections")
+    answer = httpx2.get(f"{hub.url}/api/papers/2311.12983")
     assert (answer.status_code, answer.headers["X-Error-Code"]) == (501, "NotImplementedHere")
     assert httpx2.get(f"{hub.url}/api/agent-harnesses").json() == {
         "standardEnvVars": [],

@@ -20,6 +20,7 @@ from starlette.testclient import TestClient
 
 from hub.app import create_app
 from hub.context import Hub
+from hub.repos import collections
 from hub.repos.models import RepoType
 from hub.settings import Settings
 from hub.users import organizations
@@ -51,7 +52,7 @@ STRANGER = frozenset({"stranger"})
 
 # What a refusal says; any other answer means that the caller was let in.
 HIDDEN = {"RepoNotFound", "JobNotFound", "RecipeNotFound", "HashNotFound", "UserNotFound"}
-HIDDEN |= {"WebhookNotFound"}
+HIDDEN |= {"WebhookNotFound", "CollectionNotFound"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ LFS = "{namespace}/{name}.git/info/lfs/objects"
 HOOKS = "/api/settings/webhooks"
 HOOK = HOOKS + "/{webhook_id}"
 EVES_HOOK = HOOKS + "/$HOOK"
+PACKS = "/api/collections"
+PACK, PACKED = PACKS + "/{namespace}/{slug}", PACKS + "/{namespace}/{slug}/items/{item_id}"
+ACMES_PACK, PACKED_INK = PACKS + "/acme/$PACK", PACKS + "/acme/$PACK/items/$ITEM"
 OBJECT = {"oid": "$SHA", "size": 3}
 COMMIT = '{"key": "header", "value": {"summary": "x"}}\n'
 COMMIT += '{"key": "file", "value": {"path": "b.txt", "content": "aGk=", "encoding": "base64"}}\n'
@@ -207,6 +211,17 @@ TABLE: dict[str, Row] = {
     f"POST {HOOK}/deliveries/{{delivery_id}}/redeliver": Row(
         STRANGER, f"{EVES_HOOK}/deliveries/$DELIVERY/redeliver"
     ),
+    # Collections: a private one of acme.
+    f"GET {PACKS}": Row(ALL),
+    f"POST {PACKS}": Row(WRITERS, json={"title": "More", "namespace": "acme"}),
+    f"GET {PACK}": Row(MEMBERS, ACMES_PACK),
+    f"PATCH {PACK}": Row(WRITERS, ACMES_PACK, json={"private": False}),
+    f"DELETE {PACK}": Row(WRITERS, ACMES_PACK),
+    f"POST {PACK}/items": Row(
+        WRITERS, f"{ACMES_PACK}/items", json={"item": {"type": "dataset", "id": "acme/ink"}}
+    ),
+    f"PATCH {PACKED}": Row(WRITERS, PACKED_INK, json={"note": "x"}),
+    f"DELETE {PACKED}": Row(WRITERS, PACKED_INK),
     "POST /api/validate-yaml": Row(ALL, json={"content": ""}),
     "GET /api/agent-harnesses": Row(ALL),
     "HEAD /api/telemetry/{path:path}": Row(ALL),
@@ -472,6 +487,11 @@ class World:
                 if "comment" in path:
                     self.values["COMMENT"] = made.json()["newMessage"]["id"]
                     self.values[f"N{kind}"] = str(int(self.values["COMMENT"], 16))
+        with hub.db.write() as session:
+            pack = collections.create(session, ada, "acme", title="Pack", private=True)
+            collections.add_repo(session, ada, pack, RepoType.MODEL, "acme/ink")
+            (shown,) = collections.contents(session, ada, [pack])[pack.id or 0]
+            self.values |= {"PACK": f"pack-{pack.key}", "ITEM": f"{shown.item.id:024x}"}
         with hub.db.write() as session:
             moment = "2026-01-01 00:00:00.000000"
             recipe = "INSERT INTO recipe VALUES ('d1', '{}', :at)"
