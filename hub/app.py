@@ -47,6 +47,7 @@ from hub.users.oidc import Provider, is_safe
 from hub.web import routes as web
 from hub.webhooks import routes as webhooks
 from hub.webhooks import sending
+from hub.zerocopy import ZeroCopySend
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
         at_once=settings.requests_at_once,
     )
     app.add_middleware(EveryResponse, traffic=app.state.traffic, bug_page=web.bug_page)
+    app.add_middleware(ZeroCopySend)
     errors.install(app, renderers={hf.TAG: hf.render, xet.TAG: xet.render, "web": web.refusal})
 
     app.router.routes.extend(_routes(settings.max_body_bytes))

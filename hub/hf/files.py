@@ -3,26 +3,19 @@
 Large files go by an address of the store itself, where it has one that clients can reach.
 """
 
-import errno
 import mimetypes
-import os
-import sys
-from collections.abc import AsyncIterator
-from io import FileIO
-from pathlib import Path
+from functools import partial
 from urllib.parse import quote
 
-from anyio import to_thread
 from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
 
 from hub.blobs.store import BlobStore, Sha256
 from hub.deps import HubDep, ReadSession, ViewerDep
+from hub.hf.content import BlobResponse
 from hub.hf.deps import RepoDep
 from hub.hf.ranges import RangeNotSatisfiable, parse_range
 from hub.hf.routing import hf_router
 from hub.repos import service as repos
-from hub.repos.downloads import Downloads
 from hub.repos.models import Commit, CommitEntry, Repo
 
 # One download of each of these is one download of the repo.
@@ -30,7 +23,6 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".gguf", ".onnx")
 # Safe to show in a page; everything else, SVG and HTML before all, is only bytes to us.
 SHOWN = {"image/png", "image/jpeg", "image/webp", "image/gif"}
 
-PIECE = 2**18
 # Below it another request costs more than it saves.
 REDIRECT_BYTES = 2**20
 # Clients that continue a broken download ask the same address again.
@@ -73,13 +65,18 @@ def resolve(
             hub.downloads.count(repo)
         headers |= {"Location": address, "Cache-Control": "private, no-store"}
         return Response(status_code=302, headers=headers)
-    headers["Content-Length"] = str(end - start)
     if asked is not None:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{entry.size}"
-    content = read_blob(hub.store, Sha256(entry.sha256), start, end)
-    if start == 0 and end == entry.size and path.endswith(WEIGHTS):
-        content = _counted(content, hub.downloads, repo)
-    return StreamingResponse(content, 206 if asked is not None else 200, headers)
+    is_download = start == 0 and end == entry.size and path.endswith(WEIGHTS)
+    return BlobResponse(
+        hub.store,
+        Sha256(entry.sha256),
+        start,
+        end,
+        headers,
+        status=206 if asked is not None else 200,
+        sent=partial(hub.downloads.count, repo) if is_download else None,
+    )
 
 
 def _headers(repo: Repo, commit: Commit, entry: CommitEntry) -> dict[str, str]:
@@ -113,64 +110,3 @@ def _range(request: Request, etag: str) -> str | None:
     if request.headers.get("If-Range", etag) != etag:
         return None
     return request.headers.get("Range")
-
-
-async def _counted(
-    content: AsyncIterator[bytes | memoryview], downloads: Downloads, repo: Repo
-) -> AsyncIterator[bytes | memoryview]:
-    """Counted after the last byte: a download that broke is none."""
-    async for piece in content:
-        yield piece
-    downloads.count(repo)
-
-
-async def read_blob(
-    store: BlobStore, sha256: Sha256, start: int, end: int
-) -> AsyncIterator[bytes | memoryview]:
-    """The bytes [start, end) of a blob, for a response."""
-    path = await to_thread.run_sync(store.path, sha256)
-    if path is not None:
-        async for piece in _read_file(path, start, end):
-            yield piece
-        return
-    chunks = await to_thread.run_sync(store.open, sha256, start, end)
-    while chunk := await to_thread.run_sync(next, chunks, b""):
-        yield chunk
-
-
-async def _read_file(path: Path, start: int, end: int) -> AsyncIterator[memoryview]:
-    """Pieces that fit the processor's cache, read without a thread where the page cache has them.
-
-    A hop to a thread takes longer than reading a piece from memory; reading from the disk here
-    would stop every other request.
-    """
-    file = await to_thread.run_sync(FileIO, path)
-    try:
-        while start < end:
-            piece = memoryview(bytearray(min(PIECE, end - start)))
-            count = _read_cached(file.fileno(), piece, start)
-            if count is None:
-                count = await to_thread.run_sync(_read_at, file, piece, start)
-            if not count:
-                raise OSError(errno.EIO, f"{path.name} is shorter than it was")
-            start += count
-            yield piece[:count]
-    finally:
-        file.close()
-
-
-def _read_at(file: FileIO, piece: memoryview, offset: int) -> int:
-    file.seek(offset)
-    return file.readinto(piece)
-
-
-def _read_cached(descriptor: int, piece: memoryview, offset: int) -> int | None:
-    """How much was read; None if that would have waited for a disk, or nobody can tell."""
-    if sys.platform != "linux":
-        return None
-    try:
-        return os.preadv(descriptor, [piece], offset, os.RWF_NOWAIT)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
-            raise
-        return None

@@ -5,7 +5,7 @@ from typing import Any
 
 from anyio import to_thread
 from fastapi import Request
-from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 
 from hub.blobs.store import Sha256
 from hub.context import Hub
@@ -13,8 +13,8 @@ from hub.deps import HubDep, Open, ReadSession, Signed, ViewerDep, WriterDep, pu
 from hub.errors import BadRequest, EntryNotFound, Forbidden, Unauthorized
 from hub.hf import bodies
 from hub.hf import lfs_parts as parts
+from hub.hf.content import BlobResponse
 from hub.hf.deps import RepoDep
-from hub.hf.files import read_blob
 from hub.hf.lfs_parts import LFS, LFS_OF_TYPE
 from hub.hf.routing import UNLIMITED, hf_router
 from hub.limits import quotas
@@ -146,8 +146,8 @@ def download(
     stored = repos.known(session, viewer, Sha256(oid))
     if stored is None:
         raise EntryNotFound(f"there is no object {oid[:64]}")
-    headers = {"Content-Length": str(stored.size), "Cache-Control": "private, no-store"}
+    headers = {"Cache-Control": "private, no-store"}
     if (address := hub.store.address(stored.sha256, LINK_S, {})) is not None:
-        return RedirectResponse(address, 302, {"Cache-Control": "private, no-store"})
-    content = read_blob(hub.store, stored.sha256, 0, stored.size)
-    return StreamingResponse(content, headers=headers, media_type="application/octet-stream")
+        return RedirectResponse(address, 302, headers)
+    headers["Content-Type"] = "application/octet-stream"
+    return BlobResponse(hub.store, stored.sha256, 0, stored.size, headers)

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from hub.adapters.service import publish
 from hub.blobs.store import Stored
 from hub.context import Hub
-from hub.hf import files
+from hub.hf import content
 from hub.repos import service as repos
 from hub.repos.operations import Add
 from hub.users.service import Viewer
@@ -56,14 +56,14 @@ def test_a_blob_is_sent_in_pieces_from_memory_or_disk(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, is_cached: bool
 ) -> None:
     """Both ways of reading: the one that asks Linux not to wait, and the one that every system has."""
-    monkeypatch.setattr(files, "PIECE", 1000)
+    monkeypatch.setattr(content, "PIECE", 1000)
     if not is_cached:
-        monkeypatch.setattr(files, "_read_cached", lambda *_: None)
+        monkeypatch.setattr(content, "read_cached", lambda *_: None)
     data = os.urandom(2345)
     stored = hub.store.put([data])
 
     async def read(start: int, end: int) -> list[bytes]:
-        found = files.read_blob(hub.store, stored.sha256, start, end)
+        found = content.read_blob(hub.store, stored.sha256, start, end)
         return [bytes(piece) async for piece in found]
 
     assert anyio.run(read, 0, 2345) == [data[:1000], data[1000:2000], data[2000:]]
