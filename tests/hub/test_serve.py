@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx2
 
-from tests.fixtures.server import running_hub, start_hub
+from tests.fixtures.server import GREETING, running_hub, start_hub
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,15 +25,37 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_serve_answers_and_stops_cleanly_and_starts_again_on_the_same_data(tmp_path: Path) -> None:
-    with running_hub(tmp_path) as hub:
-        assert httpx2.get(f"{hub.url}/healthz", timeout=60).json() == {"status": "ok"}
-        assert httpx2.get(f"{hub.url}/readyz", timeout=60).status_code == 200
-        assert httpx2.get(f"{hub.url}/metrics", headers=hub.auth, timeout=60).status_code == 200
-        token = hub.admin_token
-        assert (hub.data_dir / "admin.token").stat().st_mode & 0o777 == 0o600
-        assert (hub.data_dir / "secret.key").stat().st_mode & 0o777 == 0o600
-        assert hub.stop() == 0
-    assert not (tmp_path / "data" / "hub.sqlite3-wal").exists()
+    """The first start as a command; tests that need a hub fork theirs, see `tests.fixtures`."""
+    data = tmp_path / "data"
+    command = [
+        sys.executable,
+        "-m",
+        "cli",
+        "serve",
+        "--port",
+        "0",
+        "--no-demo",
+        "--data",
+        str(data),
+    ]
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        where, shown, file = (process.stdout.readline() for _ in range(3))
+        url, token = where.removeprefix(GREETING).strip(), shown.rpartition(" ")[2].strip()
+        assert file == f"Token file: {data}/admin.token\n"
+        assert (data / "admin.token").read_text().strip() == token
+        assert httpx2.get(f"{url}/healthz", timeout=60).json() == {"status": "ok"}
+        assert httpx2.get(f"{url}/readyz", timeout=60).status_code == 200
+        auth = {"Authorization": f"Bearer {token}"}
+        assert httpx2.get(f"{url}/metrics", headers=auth, timeout=60).status_code == 200
+        assert (data / "admin.token").stat().st_mode & 0o777 == 0o600
+        assert (data / "secret.key").stat().st_mode & 0o777 == 0o600
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, "Stop with Ctrl-C.\n")
+    assert not (data / "hub.sqlite3-wal").exists()
     with running_hub(tmp_path) as hub:
         assert hub.admin_token == token
         assert httpx2.get(f"{hub.url}/metrics", headers=hub.auth, timeout=60).status_code == 200
