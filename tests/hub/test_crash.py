@@ -24,22 +24,51 @@ Ledger = dict[str, dict[str, str]]
 WRITERS = 3
 
 
-def commit_files(hub: RunningHub, acknowledged: dict[str, str], name: str, seed: int) -> None:
-    """Commit one file after the other until the server is gone; note each one it answered for."""
-    rng = random.Random(seed)
+def commit_files(hub: RunningHub, acknowledged: dict[str, str], name: str, writer: int) -> None:
+    """Commit one file after the other until the server is gone; note each one it answered for.
+
+    The first writer sends its files over Git LFS, the others within their commits.
+    """
+    rng = random.Random(f"{name} {writer}")
+    commit = commit_lfs_file if writer == 0 else commit_file
     with httpx2.Client(base_url=hub.url, headers=hub.auth, timeout=60) as client:
         for n in range(10_000):
-            path, content = f"{seed}/{n}.bin", rng.randbytes(rng.randrange(1, 200_000))
-            encoded = base64.b64encode(content).decode()
-            file = {"path": path, "content": encoded, "encoding": "base64"}
-            lines = [{"key": "header", "value": {"summary": path}}, {"key": "file", "value": file}]
-            body = "\n".join(json.dumps(line) for line in lines).encode()
+            path, content = f"{writer}/{n}.bin", rng.randbytes(rng.randrange(1, 200_000))
             try:
-                answer = client.post(f"/api/models/admin/{name}/commit/main", content=body)
+                commit(client, name, path, content)
             except httpx2.TransportError:
                 return
-            assert answer.status_code == 200, answer.text
-            acknowledged[path] = hashlib.sha256(content).hexdigest()
+            acknowledged[path] = sha(content)
+
+
+def commit_file(client: httpx2.Client, name: str, path: str, content: bytes) -> None:
+    encoded = base64.b64encode(content).decode()
+    commit_line(client, name, "file", {"path": path, "content": encoded, "encoding": "base64"})
+
+
+def commit_lfs_file(client: httpx2.Client, name: str, path: str, content: bytes) -> None:
+    lfs = {"oid": sha(content), "size": len(content)}
+    batch = {"operation": "upload", "transfers": ["basic"], "objects": [lfs]}
+    answer = client.post(f"/admin/{name}.git/info/lfs/objects/batch", json=batch)
+    assert answer.status_code == 200, answer.text
+    address = answer.json()["objects"][0]["actions"]["upload"]["href"]
+    answer = client.put(address, content=content)
+    assert answer.status_code == 200, answer.text
+    commit_line(client, name, "lfsFile", {"path": path, "algo": "sha256"} | lfs)
+
+
+def commit_line(client: httpx2.Client, name: str, key: str, file: dict[str, Any]) -> None:
+    lines = [
+        {"key": "header", "value": {"summary": file["path"]}},
+        {"key": key, "value": file},
+    ]
+    body = "\n".join(json.dumps(line) for line in lines)
+    answer = client.post(f"/api/models/admin/{name}/commit/main", content=body)
+    assert answer.status_code == 200, answer.text
+
+
+def sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def check_repo(hub: Hub, name: str, acknowledged: dict[str, str]) -> None:
@@ -113,6 +142,14 @@ def test_every_acknowledged_commit_survives_kill_9_on_postgresql(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(4 * 3600)
+@pytest.mark.timeout(2 * 3600)
 def test_every_acknowledged_commit_survives_kill_9_five_hundred_times(tmp_path: Path) -> None:
     assert kill_rounds(tmp_path, 500, seed=3) >= 750
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_acknowledged_commit_survives_kill_9_a_hundred_times_on_postgresql(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    assert kill_rounds(tmp_path, 100, seed=4, database_url=postgres_url) >= 150
