@@ -20,7 +20,6 @@ from hub.blobs.spool import (
     Spool,
     SpoolFile,
     Uploads,
-    full_disk_is_no_space,
     git_oid_of,
     read_file,
     removed_on_failure,
@@ -64,14 +63,15 @@ class FileBlobStore(Uploads):
             return stored
         taken = self._tmp / uuid.uuid4().hex
         os.rename(path, taken)
-        with full_disk_is_no_space(), removed_on_failure(taken):
+        with self._spool.writing(), removed_on_failure(taken):
             arrival = Arrival(expected, size)
             for chunk in read_file(taken, 0, size):
                 arrival.update(chunk)
             hashes = arrival.check()
             descriptor = os.open(taken, os.O_RDWR | getattr(os, "O_BINARY", 0))
             try:
-                durable.sync_file(descriptor)
+                with self._spool.syncing():
+                    durable.sync_file(descriptor)
             finally:
                 os.close(descriptor)
             self._publish(taken, hashes.sha256)
@@ -153,7 +153,7 @@ class FileBlobStore(Uploads):
     def _upload(self, expected: Sha256 | None, size: int | None) -> Iterator["_Upload"]:
         self._spool.check_space(size or 0)
         path = self._spool.new_path()
-        with full_disk_is_no_space(), removed_on_failure(path):
+        with self._spool.writing(), removed_on_failure(path):
             reach("U1")
             upload = _Upload(self, SpoolFile(self._spool, path, size), Arrival(expected, size))
             try:
@@ -177,7 +177,8 @@ class FileBlobStore(Uploads):
             temporary.chmod(0o600)
             temporary.unlink()
         reach("U7")
-        durable.sync_folder(final.parent)
+        with self._spool.syncing():
+            durable.sync_folder(final.parent)
         reach("U8")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hub.blobs import durable
-from hub.blobs.spool import Spool, full_disk_is_no_space, receive, sweep_folder
+from hub.blobs.spool import Spool, receive, sweep_folder
 from hub.blobs.store import Sha256, Stored
 from hub.errors import BadUpload
 
@@ -39,8 +39,8 @@ class FileParts:
         self, handle: str, number: int, offset: int, size: int, chunks: AsyncIterable[bytes]
     ) -> str:
         self._spool.check_space(size)
-        with full_disk_is_no_space():
-            part = _Part(self._path(handle), offset, size)
+        with self._spool.writing():
+            part = _Part(self._spool, self._path(handle), offset, size)
             try:
                 await receive(chunks, part)
             finally:
@@ -73,7 +73,8 @@ class FileParts:
 class _Part:
     """The bytes from `offset` on of a file that is made by whichever part comes first."""
 
-    def __init__(self, path: Path, offset: int, size: int) -> None:
+    def __init__(self, spool: Spool, path: Path, offset: int, size: int) -> None:
+        self._spool = spool
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         self._descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600)
         self._folder = path.parent
@@ -92,8 +93,9 @@ class _Part:
         if self._left:
             arrived = self._size - self._left
             raise BadUpload(f"{arrived} of the {self._size} bytes of this part arrived")
-        durable.sync_file(self._descriptor)
-        durable.sync_folder(self._folder)
+        with self._spool.syncing():
+            durable.sync_file(self._descriptor)
+            durable.sync_folder(self._folder)
 
     def close(self) -> None:
         os.close(self._descriptor)

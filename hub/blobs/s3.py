@@ -21,7 +21,6 @@ from hub.blobs.spool import (
     Spool,
     SpoolFile,
     Uploads,
-    full_disk_is_no_space,
     git_oid_of,
     read_file,
     removed_on_failure,
@@ -146,7 +145,7 @@ class S3BlobStore(Uploads):
             raise FileNotFoundError(sha256)
         self._spool.check_space(size)
         hashes = Hashes(size)
-        with full_disk_is_no_space(), removed_on_failure(path):
+        with self._spool.writing(), removed_on_failure(path):
             file = SpoolFile(self._spool, path, size)
             try:
                 for chunk in self.open(sha256):
@@ -232,9 +231,9 @@ class _Upload:
                 reach("S2")
             self._parts.send(data)
             return
-        with full_disk_is_no_space():
+        spool = self._store._spool
+        with spool.writing():
             if self._file is None:
-                spool = self._store._spool
                 spool.check_space(self._size or 0)
                 self._file = SpoolFile(spool, spool.new_path(), self._size)
             self._file.write(data)

@@ -1,6 +1,7 @@
 """The folder of bytes on their way in: temporary files, the room for them, and what is left of them."""
 
 import errno
+import logging
 import os
 import shutil
 import time
@@ -15,11 +16,14 @@ from anyio import to_thread
 
 from hub.blobs import durable
 from hub.blobs.store import MAX_GIT_BYTES, Sha256, Stored, git_blob_hash
-from hub.errors import NoSpace
+from hub.errors import NoSpace, StoreFailed
+
+log = logging.getLogger(__name__)
 
 Made_co = TypeVar("Made_co", covariant=True)
 
 CHUNK = 1 << 20
+MOST_FAULTS = 2
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -29,19 +33,51 @@ class Spool:
     def __init__(self, folder: Path, min_free_bytes: int) -> None:
         self.folder = folder
         self._min_free = min_free_bytes
+        self._faults = 0
         folder.mkdir(parents=True, exist_ok=True)
 
     def new_path(self) -> Path:
         return self.folder / uuid.uuid4().hex
 
     def check_space(self, coming: int) -> None:
-        """NoSpace if so many bytes would go into the reserve."""
+        """NoSpace if so many bytes would go into the reserve, StoreFailed on a disk that fails."""
+        if self._is_failing:
+            raise StoreFailed(
+                "the hub's disk does not keep what is written to it; nothing is stored until"
+                " somebody has looked at it and started the hub again"
+            )
         if shutil.disk_usage(self.folder).free - coming < self._min_free:
             raise NoSpace("the hub's disk is full; nothing was stored")
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around whatever writes: a full disk is NoSpace."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise NoSpace("the hub's disk is full; nothing was stored") from error
+
+    @contextmanager
+    def syncing(self) -> Iterator[None]:
+        """Around every fsync: what a failed one has lost stays lost, though the next may succeed."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                self._faults += 1
+                log.critical("the disk of %s fails: %s", self.folder, error)
+            raise
+
     def is_writable(self) -> bool:
         free = shutil.disk_usage(self.folder).free
-        return free > self._min_free and os.access(self.folder, os.W_OK)
+        has_room = free > self._min_free and os.access(self.folder, os.W_OK)
+        return has_room and not self._is_failing
+
+    @property
+    def _is_failing(self) -> bool:
+        return self._faults >= MOST_FAULTS
 
     def sweep(self, older_than_s: float) -> int:
         """Remove files that nobody owns any more; how many there were."""
@@ -75,7 +111,8 @@ class SpoolFile:
         self._unchecked += len(chunk)
 
     def sync(self) -> None:
-        durable.sync_file(self._descriptor)
+        with self._spool.syncing():
+            durable.sync_file(self._descriptor)
 
     def close(self) -> None:
         if self._is_open:
@@ -190,13 +227,3 @@ def removed_at_end(path: Path) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def full_disk_is_no_space() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise NoSpace("the hub's disk is full; nothing was stored") from error

@@ -15,7 +15,7 @@ from anyio import to_thread
 
 from hub.blobs.bucket import Bucket
 from hub.blobs.parts import FORGOTTEN_S
-from hub.blobs.spool import Spool, SpoolFile, full_disk_is_no_space, receive, removed_at_end
+from hub.blobs.spool import Spool, SpoolFile, receive, removed_at_end
 from hub.blobs.store import Arrival, Sha256, Stored
 from hub.db import now
 from hub.errors import BadUpload, DigestMismatch
@@ -65,7 +65,7 @@ class StagedParts:
         key, upload_id = _parse(handle)
         self._spool.check_space(size)
         path = self._spool.new_path()
-        with full_disk_is_no_space(), removed_at_end(path):
+        with self._spool.writing(), removed_at_end(path):
             part = _Part(SpoolFile(self._spool, path, size), size)
             try:
                 md5 = await receive(chunks, part)

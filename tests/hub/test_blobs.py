@@ -498,6 +498,28 @@ def test_a_fault_before_the_rename_leaves_no_blob_and_no_temporary_file(
     assert everything_in(tmp_path) == ["STORE_ID"]
 
 
+def test_a_disk_that_fails_twice_gets_nothing_more_until_a_new_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileBlobStore(tmp_path)
+    store.put([b"before"])
+
+    def fault(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patches:
+        patches.setattr(durable, "sync_file", fault)
+        for _ in range(2):
+            assert store.is_writable()
+            with pytest.raises(OSError, match="Input/output error"):
+                store.put([b"hello"])
+    assert not store.is_writable()
+    with pytest.raises(StoreFailed, match="does not keep what is written"):
+        store.put([b"hello"])
+    assert b"".join(store.open(Sha256(hashlib.sha256(b"before").hexdigest()))) == b"before"
+    assert FileBlobStore(tmp_path).put([b"hello"]).sha256 == HELLO
+
+
 @pytest.mark.parametrize("size", [None, 3_000_000])
 def test_a_full_disk_is_no_space_and_leaves_nothing(tmp_path: Path, size: int | None) -> None:
     store = FileBlobStore(tmp_path)
