@@ -6,7 +6,7 @@ Reading never tells a missing repo from one the viewer may not see.
 Writing checks the right to do so again inside the transaction.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -59,6 +59,9 @@ from hub.users.service import Viewer
 MAIN = "main"
 STORE = "store"  # of `session.info` in a writing session
 HOLD_FOR = timedelta(hours=48)
+# A client that got no answer to a commit sends it again: huggingface_hub for minutes.
+_REPEATED_WITHIN = timedelta(hours=1)
+_REMEMBERED = 20
 _AT_ONCE = 500  # rows of one statement: databases limit its parameters
 # Clients show it to people, and huggingface_hub's own tests compare it.
 _MOVED_ON = "The branch was updated since you opened this page. Please refresh and try again."
@@ -318,6 +321,8 @@ def commit(
     """One new commit with all operations, or the present head if they change nothing.
 
     StaleParent if `parent` is given and the branch has moved; RevisionNotFound without the branch.
+    Where that, or a file that is to be deleted and is not there, comes of the same request having
+    been done before and its answer lost, the answer is the commit that it made.
     """
     user = require_committer(session, viewer, repo, branch)
     if not message or len(message) > 1000:
@@ -325,19 +330,52 @@ def commit(
     repo = locked(session, repo)
     ref = branch_ref(session, repo, branch)
     head = session.get_one(Commit, ref.commit_id)
-    if parent is not None and not (len(parent) >= 5 and head.id.startswith(parent)):
-        raise StaleParent(_MOVED_ON, "parent")
+
+    def result_on(files: ops.Files) -> ops.Files:
+        return ops.apply(
+            files,
+            operations,
+            lambda revision: ops.files_of(entries(session, resolve(session, repo, revision))),
+        )
+
     before = {e.path: e for e in entries(session, head)}
     files = ops.files_of(before.values())
-    after = ops.apply(
-        files,
-        operations,
-        lambda revision: ops.files_of(entries(session, resolve(session, repo, revision))),
-    )
+    try:
+        if parent is not None and not (len(parent) >= 5 and head.id.startswith(parent)):
+            raise StaleParent(_MOVED_ON, "parent")
+        after = result_on(files)
+    except (StaleParent, EntryNotFound):
+        for made, on in _recent(session, head, user.name, message, description):
+            if on.id.startswith(parent or "") and _makes(session, result_on, on, made):
+                return made
+        raise
     if after == files:
         return head
     _keep(session, [o.stored for o in operations if isinstance(o, ops.Add)])
     return advance(session, user, repo, ref, before, after, message, description)
+
+
+def _recent(
+    session: Session, head: Commit, author: str, message: str, description: str
+) -> Iterator[tuple[Commit, Commit]]:
+    """Commits that a request of this author with these words may have made, with their parents."""
+    at = head
+    for _ in range(_REMEMBERED):
+        parent = session.get(Commit, at.parent_id) if at.parent_id is not None else None
+        if parent is None or at.created_at < now() - _REPEATED_WITHIN:
+            return
+        if (at.author, at.message, at.description) == (author, message, description):
+            yield at, parent
+        at = parent
+
+
+def _makes(
+    session: Session, result_on: Callable[[ops.Files], ops.Files], on: Commit, made: Commit
+) -> bool:
+    try:
+        return result_on(ops.files_of(entries(session, on))) == ops.files_of(entries(session, made))
+    except EntryNotFound:
+        return False
 
 
 def advance(

@@ -1,6 +1,7 @@
 """Repos, commits, refs and who may do what with them, through the services."""
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 from sqlmodel import select
@@ -77,6 +78,48 @@ def test_a_commit_on_a_branch_that_has_moved_is_refused_and_changes_nothing(
     with hub.db.read() as session:
         assert repos.get_repo(session, admin, "admin", "ink").head == head.id
         assert len(session.exec(select(Commit)).all()) == 3
+
+
+def test_a_commit_whose_answer_was_lost_is_made_once(hub: Hub, admin: Viewer) -> None:
+    """huggingface_hub's upload_folder sends a commit again after a broken connection or a 5xx; its
+    first one names the parent and what is deleted."""
+    make_repo(hub, admin)
+    base = publish(
+        hub,
+        admin,
+        "admin",
+        "ink",
+        operations=[put(hub, "a", b"1"), put(hub, "b", b"2")],
+        message="1",
+    )
+
+    def upload(**named: str) -> str:
+        operations = [Delete("a"), put(hub, "c", b"3")]
+        return publish(hub, admin, "admin", "ink", operations=operations, **named).id
+
+    def commits() -> int:
+        with hub.db.read() as session:
+            return len(session.exec(select(Commit)).all())
+
+    made = upload(message="2", parent=base.id)
+    assert upload(message="2", parent=base.id) == made
+    assert upload(message="2") == made
+    # Others went on meanwhile.
+    publish(hub, admin, "admin", "ink", operations=[put(hub, "d", b"4")], message="3")
+    assert upload(message="2", parent=base.id) == made
+    assert commits() == 4
+    for other in ({"message": "another", "parent": base.id}, {"message": "2", "parent": made}):
+        with pytest.raises(StaleParent):
+            upload(**other)
+    with pytest.raises(EntryNotFound):
+        upload(message="another")
+    with hub.db.write() as session:
+        session.get_one(Commit, made).created_at -= timedelta(hours=2)
+        head = session.exec(select(Commit).where(Commit.parent_id == made)).one()
+        head.created_at -= timedelta(hours=2)
+    with pytest.raises(StaleParent):
+        upload(message="2", parent=base.id)
+    assert commits() == 4
 
 
 def head_of(hub: Hub, viewer: Viewer, name: str = "ink") -> str | None:
