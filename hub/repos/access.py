@@ -92,12 +92,9 @@ def requests(
     return list(session.exec(query))
 
 
-def state_of(session: Session, viewer: Viewer, repo: Repo) -> AccessState | None:
-    """What became of the viewer's own request; None without one."""
-    if viewer.user is None:
-        return None
-    found = _of(session, repo, viewer.user)
-    return AccessState(found.state) if found is not None else None
+def own(session: Session, viewer: Viewer, repo: Repo) -> AccessRequest | None:
+    """The viewer's own request; None without one."""
+    return _of(session, repo, viewer.user) if viewer.user is not None else None
 
 
 def _of(session: Session, repo: Repo, user: User) -> AccessRequest | None:

@@ -117,18 +117,21 @@ def show_repo(
         origin=_origin(session, viewer, adapter, entries),
         card_html=card_html(card.body, url_of(repo), {p.path: p for p in pictures}),
         card_problem=card.problem,
-        gate=_gate(session, viewer, repo),
+        **_gate(session, viewer, repo),
         **_facts(session, viewer, adapter),
     )
 
 
-def _gate(session: Session, viewer: Viewer, repo: Repo) -> str | None:
-    """What stands between the viewer and the files; None where nothing does."""
+def _gate(session: Session, viewer: Viewer, repo: Repo) -> dict[str, Any]:
+    """What stands between the viewer and the files, and why; None where nothing does."""
     if repos.may_read_files(session, viewer, repo):
-        return None
+        return {"gate": None, "gate_reason": None}
     if viewer.user is None:
-        return "sign in"
-    return access.state_of(session, viewer, repo) or "ask"
+        return {"gate": "sign in", "gate_reason": None}
+    asked = access.own(session, viewer, repo)
+    if asked is None:
+        return {"gate": "ask", "gate_reason": None}
+    return {"gate": asked.state, "gate_reason": asked.reason}
 
 
 @router.get("/{namespace}/{name}/tree/{place:path}")
@@ -145,7 +148,14 @@ def show_tree(
         "tree.html",
         viewer,
         **head_of(session, viewer, repo, commit, None, tab="files", revision=revision),
-        rows=_rows(session, repo, revision, folder, entries),
+        rows=_rows(
+            session,
+            repo,
+            revision,
+            folder,
+            entries,
+            is_closed=not repos.may_read_files(session, viewer, repo),
+        ),
         path_parts=_parts(repo, revision, folder, "tree"),
         total_size=sum(entry.size for entry in entries),
         n_here=len(entries),
@@ -181,7 +191,7 @@ def show_file(
         path_parts=_parts(repo, revision, path, "blob"),
         size=entry.size,
         sha256=entry.sha256,
-        download_url=link,
+        download_url=None if is_closed else link,
         text=text,
         preview=preview,
         why_not=_why_not(adapter, is_closed),
@@ -301,7 +311,13 @@ def _parts(repo: Repo, revision: str, path: str, last: str) -> list[tuple[str, s
 
 
 def _rows(
-    session: Session, repo: Repo, revision: str, folder: str, entries: Sequence[CommitEntry]
+    session: Session,
+    repo: Repo,
+    revision: str,
+    folder: str,
+    entries: Sequence[CommitEntry],
+    *,
+    is_closed: bool,
 ) -> list[Row]:
     """Folders first, each with the sum of what is in it."""
     place, at = url_of(repo), quote(revision)
@@ -322,6 +338,7 @@ def _rows(
     ]
     for name, entry in files:
         path, last = quote(entry.path), changed.get(entry.last_commit_id)
+        link = f"{place}/resolve/{quote(revision, safe='')}/{path}?download=true"
         rows.append(
             Row(
                 name,
@@ -330,7 +347,7 @@ def _rows(
                 entry.size,
                 last.message if last else None,
                 last.created_at if last else None,
-                f"{place}/resolve/{quote(revision, safe='')}/{path}?download=true",
+                None if is_closed else link,
             )
         )
     return rows

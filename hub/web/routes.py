@@ -20,6 +20,7 @@ from hub.web import (
     oidc_pages,
     organization_pages,
     repo_pages,
+    repo_settings_pages,
     settings_pages,
     static_files,
 )
@@ -117,5 +118,6 @@ ROUTERS = (
     bench.router,
     repo_pages.router,
     discussion_pages.router,
+    repo_settings_pages.router,
     catch_all,
 )

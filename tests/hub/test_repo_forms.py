@@ -1,4 +1,4 @@
-"""What people do on the pages of a repo beside reading it: talk, propose, merge, decide."""
+"""What people do on the pages of a repo beside reading it: talk, propose, merge, let in, move."""
 
 import re
 from collections.abc import Iterator
@@ -207,3 +207,58 @@ def test_a_pull_request_whose_branch_is_gone_can_still_be_read(
     page = people.owner.see(f"{INK}/discussions/1")
     assert "The branch <code>side</code> is gone" in page
     assert "Merge into" not in page
+
+
+# Settings and access
+
+
+def test_a_gate_is_set_asked_through_and_opened(people: People) -> None:
+    owner, eve = people.owner, people.eve
+    assert "/access" not in owner.see(INK)
+    owner.see(f"{INK}/access", 400)
+    owner.send(f"{INK}/settings", visibility="public", gate="manual")
+    assert 'value="manual" checked' in owner.see(f"{INK}/settings?saved=1")
+    page = eve.see(INK)
+    assert "Ask for access" in page
+    for place in (INK, f"{INK}/tree/main", f"{INK}/blob/main/a.txt"):
+        assert "download=true" not in eve.see(place)
+        assert "download=true" in owner.see(place)
+    eve.send(f"{INK}/ask-access")
+    assert "have not answered yet" in eve.see(INK)
+    page = owner.see(f"{INK}/access")
+    asked = re.findall(r'name="request_id" value="(\d+)"', page)[0]
+    assert 'Access<span class="n">1</span>' in page
+    eve.see(f"{INK}/access", 403)
+    eve.send(f"{INK}/access", 403, request_id=asked, state="accepted")
+    owner.send(f"{INK}/access", 403, "http://evil.example", request_id=asked, state="accepted")
+    owner.send(f"{INK}/access", request_id=asked, state="rejected", reason="Say who you are.")
+    assert "Say who you are." in eve.see(INK)
+    again = owner.send(f"{INK}/access", 404, request_id=asked, state="rejected")
+    assert "is rejected already" in again
+    owner.send(f"{INK}/access", request_id=asked, state="pending")
+    assert "have not answered yet" in eve.see(INK)
+    owner.send(f"{INK}/access", request_id=asked, state="accepted")
+    assert "download=true" in eve.see(INK)
+    assert "has access to admin/ink already" in owner.send(f"{INK}/access/grant", 400, user="eve")
+    assert "zoe" in owner.send(f"{INK}/access/grant", 404, user="zoe")
+
+
+def test_a_repo_is_hidden_renamed_and_deleted_by_its_name(people: People) -> None:
+    owner, eve = people.owner, people.eve
+    eve.see(f"{INK}/settings", 403)
+    people.nobody.see(f"{INK}/settings", 401)
+    eve.send(f"{INK}/settings/delete", 403, confirm="admin/ink")
+    owner.send(f"{INK}/settings", visibility="private", gate="open")
+    eve.see(INK, 404)
+    owner.send(f"{INK}/settings", visibility="public", gate="open")
+    refused = owner.send(f"{INK}/settings/move", 422, to_namespace="nobody", to_name="ink")
+    assert "There is no user or organisation" in refused
+    place = owner.send(f"{INK}/settings/move", to_namespace="admin", to_name="brush")
+    assert place == "/admin/brush/settings?saved=1"
+    owner.see(place)
+    place = "/admin/brush/settings/delete"
+    assert "Nothing was deleted" in owner.send(place, 422, confirm="admin/ink")
+    owner.send(place, 403, "", confirm="admin/brush")
+    eve.see("/admin/brush")
+    assert owner.send(place, confirm="admin/brush") == "/admin"
+    owner.see("/admin/brush", 404)

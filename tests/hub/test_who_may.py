@@ -338,6 +338,21 @@ for prefix, kind in (("/", "models"), ("/datasets/", "datasets")):
             WRITERS, f"{there}/discussions/1/comments/$N{kind}/hide"
         ),
         f"POST {name}/discussions/{{num}}/merge": Row(WRITERS, f"{there}/discussions/2/merge"),
+        f"GET {name}/settings": Row(WRITERS, f"{there}/settings"),
+        f"POST {name}/settings": Row(
+            WRITERS, f"{there}/settings", form={"visibility": "public", "gate": "open"}
+        ),
+        f"POST {name}/settings/move": Row(
+            WRITERS, f"{there}/settings/move", form={"to_namespace": "acme", "to_name": "oil"}
+        ),
+        f"POST {name}/settings/delete": Row(
+            WRITERS, f"{there}/settings/delete", form={"confirm": "acme/ink"}
+        ),
+        f"GET {name}/access": Row(WRITERS, f"{there}/access"),
+        f"POST {name}/access": Row(
+            WRITERS, f"{there}/access", form={"request_id": "1", "state": "accepted"}
+        ),
+        f"POST {name}/access/grant": Row(WRITERS, f"{there}/access/grant", form={"user": "bob"}),
     }
 # Features and names that the hub does not have: the same answer for everybody.
 ABSENT = (
