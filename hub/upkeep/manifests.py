@@ -1,4 +1,5 @@
-"""Manifests: what the catalogue says of each commit and each repo, kept as blobs beside the files.
+"""Manifests: what the catalogue says of each commit, of each repo and of the names that nobody else
+may have any more, kept as blobs beside the files.
 
 They are written a moment after what they describe, never in its transaction, and signed with the
 hub's key, because anybody may upload bytes that look like one.
@@ -18,8 +19,8 @@ from hub.blobs.store import Stored
 from hub.context import Hub
 from hub.db import now
 from hub.repos import service as repos
-from hub.repos.models import Commit, Ref, Repo
-from hub.users.models import Organization
+from hub.repos.models import Commit, Redirect, Ref, Repo
+from hub.users.models import NameTombstone, Organization, User
 
 MAGIC = b"grafthub-manifest/1 "
 PURPOSE = "manifest"
@@ -27,7 +28,8 @@ RECENTLY = timedelta(minutes=10)
 
 
 class Manifest(SQLModel, table=True):
-    """The manifest of `commit/<id>` or `repo/<id>`; a repo's is written anew when it changes.
+    """The manifest of `commit/<id>`, `repo/<id>` or `names/<namespace>`; the last two are written
+    anew when they change.
 
     `state` is a hash of what it says without its version. The row of a deleted repo stays.
     """
@@ -46,7 +48,7 @@ def write_missing(hub: Hub, since: datetime | None = None) -> int:
     With `since` only of what was made or changed after it.
     """
     n = 0
-    for subject, document in (*_commits(hub, since), *_repos(hub, since)):
+    for subject, document in (*_commits(hub, since), *_repos(hub, since), *_names(hub, since)):
         n += _write(hub, subject, document)
     if since is None:
         n += sum(_write(hub, subject, document) for subject, document in _deleted(hub))
@@ -152,6 +154,47 @@ def _of_repo(session: Session, repo: Repo) -> dict[str, Any]:
         "gated": repo.gated,
         "created_at": repo.created_at.isoformat(),
         "refs": [[ref.kind, ref.name, ref.commit_id] for ref in session.exec(refs)],
+    }
+
+
+def _names(hub: Hub, since: datetime | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of each namespace that has, or had, names of repos that were deleted or moved away."""
+    stones = select(NameTombstone.key)
+    if since is not None:
+        stones = stones.where(col(NameTombstone.created_at) > since)
+    with hub.db.read() as session:
+        keys = {key.partition("/")[0] for key in session.exec(stones)}
+        if since is None:
+            written = session.exec(select(Manifest.subject).where(_is("names/"))).all()
+            keys |= {subject.removeprefix("names/") for subject in written}
+    for key in sorted(keys):
+        with hub.db.read() as session:
+            yield f"names/{key}", _of_names(session, key)
+
+
+def _of_names(session: Session, key: str) -> dict[str, Any]:
+    named = select(Organization).where(Organization.key == key)
+    organization = session.exec(named).first()
+    user = session.exec(select(User).where(User.key == key)).first()
+    stones = (
+        select(NameTombstone, User.name)
+        .join(User, col(User.id) == col(NameTombstone.user_id), isouter=True)
+        .where(col(NameTombstone.key).startswith(f"{key}/", autoescape=True))
+        .order_by(col(NameTombstone.type), col(NameTombstone.key))
+    )
+    moved = (
+        select(Redirect)
+        .where(col(Redirect.key).startswith(f"{key}/", autoescape=True))
+        .order_by(col(Redirect.type), col(Redirect.key))
+    )
+    owner = organization or user
+    assert owner is not None, f"a repo's name without its namespace {key}"
+    return {
+        "kind": "names",
+        "namespace": owner.name,
+        "is_organization": organization is not None,
+        "reserved": [[stone.type, stone.key, name] for stone, name in session.exec(stones)],
+        "moved": [[old.type, old.key, old.repo_id] for old in session.exec(moved)],
     }
 
 

@@ -1,10 +1,12 @@
-"""A catalogue from the blobs alone: repos, names, visibility, commits, branches and tags.
+"""A catalogue from the blobs alone: repos, names, visibility, commits, branches and tags, and which
+names are reserved or lead elsewhere.
 
 What no manifest says is lost: tokens, passwords and members, likes, requests for access, jobs and
 their lineage, the audit log, and what was published in the last minute.
 A commit without all of its bytes is left out, and with it what follows only from it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -18,11 +20,11 @@ from hub.context import Hub
 from hub.errors import Conflict
 from hub.limits import quotas
 from hub.limits.models import Quota
-from hub.repos.models import Blob, Commit, CommitEntry, Ref, RefKind, Repo
+from hub.repos.models import Blob, Commit, CommitEntry, Redirect, Ref, RefKind, Repo
 from hub.upkeep.manifests import MAGIC, Manifest, unpack
 from hub.upkeep.stock import Stock, take_stock
 from hub.users import service as users
-from hub.users.models import Namespace, Organization
+from hub.users.models import Namespace, NameTombstone, Organization, User
 from hub.users.names import key_of
 
 
@@ -56,10 +58,10 @@ def rebuild(hub: Hub) -> Rebuilt:
     lost = sorted(commit["id"] for commit in commits if commit["id"] not in whole)
     lost_repos, n_repos, n_commits = [], 0, 0
     with hub.db.write() as session:
-        for repo in sorted(latest.values(), key=lambda repo: int(repo["repo"])):
-            _remember(session, f"repo/{repo['repo']}", repo, stock)
-            if repo["kind"] == "deleted":
-                continue
+        for subject, document in sorted(latest.items()):
+            _remember(session, subject, document, stock)
+        there = (document for document in latest.values() if document["kind"] == "repo")
+        for repo in sorted(there, key=lambda repo: int(repo["repo"])):
             mine = [commit for commit in whole.values() if commit["repo"] == repo["repo"]]
             name = f"{repo['namespace']}/{repo['name']}"
             if _insert(session, repo, mine):
@@ -68,6 +70,10 @@ def rebuild(hub: Hub) -> Rebuilt:
                 n_repos, n_commits = n_repos + 1, n_commits + len(mine)
             else:
                 lost_repos.append(name)
+        taken = {(repo.type, repo.key): repo.id for repo in session.exec(select(Repo))}
+        for names in latest.values():
+            if names["kind"] == "names":
+                _reserve(session, names, taken)
         for key in session.exec(select(Repo.namespace_key).distinct()).all():
             quota = session.get(Quota, key) or Quota(key=key)
             quota.used_bytes = quotas.count(session, key)
@@ -88,9 +94,9 @@ def _remember(session: Session, subject: str, document: dict[str, Any], stock: S
     session.add(Manifest(subject=subject, sha256=sha256, state="", version=version))
 
 
-def _read(hub: Hub, stock: Stock) -> tuple[dict[int, Any], list[Any], int]:
-    """The latest manifest of each repo, those of all commits, and how many are not ours."""
-    latest: dict[int, dict[str, Any]] = {}
+def _read(hub: Hub, stock: Stock) -> tuple[dict[str, Any], list[Any], int]:
+    """The latest manifest of each repo and namespace, those of all commits, how many are not ours."""
+    latest: dict[str, dict[str, Any]] = {}
     commits, unsigned = [], 0
     for sha256 in sorted(stock):
         if b"".join(hub.store.open(Sha256(sha256), 0, len(MAGIC))) != MAGIC:
@@ -102,9 +108,17 @@ def _read(hub: Hub, stock: Stock) -> tuple[dict[int, Any], list[Any], int]:
         document["manifest"] = sha256
         if document["kind"] == "commit":
             commits.append(document)
-        elif document["version"] > latest.get(document["repo"], {"version": 0})["version"]:
-            latest[document["repo"]] = document
+            continue
+        subject = _subject(document)
+        if document["version"] > latest.get(subject, {"version": 0})["version"]:
+            latest[subject] = document
     return latest, commits, unsigned
+
+
+def _subject(document: dict[str, Any]) -> str:
+    if document["kind"] == "names":
+        return f"names/{key_of(document['namespace'])}"
+    return f"repo/{document['repo']}"
 
 
 def _insert(session: Session, repo: dict[str, Any], commits: list[dict[str, Any]]) -> bool:
@@ -166,6 +180,23 @@ def _insert_commit(session: Session, commit: dict[str, Any]) -> None:
     ]
     if rows:
         session.execute(insert(CommitEntry), rows)
+
+
+def _reserve(
+    session: Session, names: dict[str, Any], taken: Mapping[tuple[str, str], int | None]
+) -> None:
+    """What is a repo's name now is not reserved: the two manifests are not of the same moment."""
+    _namespace(session, names["namespace"], is_organization=names["is_organization"])
+    there = set(taken.values())
+    for type, key, owner in names["reserved"]:
+        if (type, key) not in taken:
+            user = session.exec(select(User).where(User.key == key_of(owner or ""))).first()
+            user_id = user.id if user is not None else None
+            session.add(NameTombstone(type=type, key=key, user_id=user_id))
+    for type, key, repo_id in names["moved"]:
+        if (type, key) not in taken and repo_id in there:
+            session.add(Redirect(type=type, key=key, repo_id=repo_id))
+    session.flush()
 
 
 def _namespace(session: Session, name: str, *, is_organization: bool) -> None:

@@ -14,12 +14,13 @@ from hub.blobs.store import Sha256
 from hub.context import Hub, open_hub
 from hub.limits.models import Quota
 from hub.repos import service as repos
-from hub.repos.models import Blob, Ref
+from hub.repos.models import Blob, Redirect, Ref
 from hub.repos.operations import Add
 from hub.upkeep import gc
 from hub.upkeep.fsck import fsck, is_sound
 from hub.upkeep.manifests import MAGIC, Manifest, pack, write_missing, write_recent
 from hub.upkeep.rebuild import NotEmpty, rebuild
+from hub.users.models import NameTombstone, User
 from hub.users.service import ANONYMOUS, Viewer
 from tests.hub.conftest import both_databases, make_user
 
@@ -47,7 +48,10 @@ def state(hub: Hub, viewer: Viewer) -> object:
         }  # fmt: skip
         names = [(repo.id, repo.full_name, repo.private, repo.head) for repo in there]
         refs = sorted((r.repo_id, r.kind, r.name, r.commit_id) for r in session.exec(select(Ref)))
-        return names, history, refs
+        stones = select(NameTombstone.type, NameTombstone.key, User.name)
+        reserved = sorted(session.exec(stones.join(User)).all())
+        moved = sorted((r.type, r.key, r.repo_id) for r in session.exec(select(Redirect)))
+        return names, history, refs, reserved, moved
 
 
 def lose_catalogue(hub: Hub) -> None:
@@ -105,6 +109,10 @@ def test_everything_a_manifest_says_comes_back(full: Hub, admin: Viewer) -> None
         assert is_sound(fsck(again, full=True))
         with again.db.read() as session:
             assert session.get_one(Quota, "admin").used_bytes == 5002
+            water = repos.moved_to(session, admin_of(again), "ada", "oil")
+            assert water is not None
+            assert water.full_name == "ada/water"
+            assert not repos.is_unused(session, "admin/gone")
             assert [r.full_name for r in repos.list_repos(session, ANONYMOUS)] == ["admin/ink"]
         commit(again, admin_of(again), "admin/new", "f.txt", b"f")
         assert write_missing(again) > 0
@@ -121,10 +129,14 @@ def test_manifests_are_written_once_and_follow_changes(hub: Hub, admin: Viewer) 
     assert write_missing(hub) == 1
     with hub.db.write() as session:
         repos.delete_repo(session, admin, repos.get_repo(session, admin, "admin", "ink"))
-    assert write_missing(hub) == 1
+    assert write_recent(hub) == 1  # that its name is reserved
+    assert write_missing(hub) == 1  # that it is gone
     assert write_missing(hub) == 0
     with hub.db.read() as session:
-        assert len(session.exec(select(Manifest)).all()) == 1
+        subjects = sorted(row.subject for row in session.exec(select(Manifest)))
+        assert subjects == ["names/admin", "repo/1"]
+    commit(hub, admin, "admin/ink", "a.txt", b"a")
+    assert write_missing(hub) == 4  # and that it is not any more
     assert gc.plan(hub).n == 0
 
 
