@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from cli.__main__ import app
 from hub.adapters.service import publish
+from hub.blobs import s3
+from hub.blobs.s3 import S3BlobStore
 from hub.blobs.store import Sha256
 from hub.context import Hub, StoreIdentity, open_hub
 from hub.db import now
@@ -31,7 +33,8 @@ from hub.upkeep.restore import choose, mend, restore
 from hub.users.models import Token
 from hub.users.service import Viewer
 from tests.fixtures.postgres import PostgresServer
-from tests.hub.conftest import both_databases
+from tests.fixtures.s3 import serve_s3
+from tests.hub.conftest import both_databases, sqlite_only
 
 
 def commit(hub: Hub, admin: Viewer, path: str, content: bytes) -> str:
@@ -97,6 +100,38 @@ def test_a_hub_comes_back_as_it_was(
         assert (tmp_path / "again" / "secret.key").read_text() == (
             hub.settings.data_dir / "secret.key"
         ).read_text()
+
+
+@sqlite_only
+def test_a_hub_moves_from_a_folder_to_a_bucket_and_back(
+    hub: Hub, admin: Viewer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By backup and restore; one file is larger than a part of an upload to a bucket."""
+    monkeypatch.setattr(s3, "PART_BYTES", 100_000)
+    commit(hub, admin, "a.txt", b"a")
+    commit(hub, admin, "b.bin", b"b" * 250_000)
+    backup(hub, tmp_path / "of-folder")
+    there = {"data_dir": tmp_path / "with-bucket", "s3_bucket": "hub", "s3_region": "us-east-1"}
+    (tmp_path / "s3").mkdir()
+    with serve_s3(tmp_path / "s3") as server:
+        server.use(monkeypatch)
+        server.make_bucket("hub")
+        in_bucket = hub.settings.model_copy(update=there | {"s3_endpoint": server.endpoint})
+        first = choose(tmp_path / "of-folder", None)
+        assert restore(in_bucket, tmp_path / "of-folder", first) == []
+        with open_hub(in_bucket) as moved:
+            assert isinstance(moved.store, S3BlobStore)
+            assert files(moved, admin) == files(hub, admin)
+            assert is_sound(fsck(moved, full=True))
+            commit(moved, admin, "c.txt", b"c")
+            expected = files(moved, admin)
+            assert backup(moved, tmp_path / "of-bucket").copied == len(expected)
+    back = hub.settings.model_copy(update={"data_dir": tmp_path / "back"})
+    assert restore(back, tmp_path / "of-bucket", choose(tmp_path / "of-bucket", None)) == []
+    with open_hub(back) as again:
+        assert files(again, admin) == expected
+        assert set(expected) == {"a.txt", "b.bin", "c.txt"}
+        assert is_sound(fsck(again, full=True))
 
 
 def test_the_next_backup_copies_only_what_is_new(hub: Hub, admin: Viewer, tmp_path: Path) -> None:
