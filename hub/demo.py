@@ -7,6 +7,7 @@ from sqlmodel import select
 
 from hub.adapters.service import publish
 from hub.context import Hub
+from hub.db import wait_for_others
 from hub.repos import service as repos
 from hub.repos.models import Repo
 from hub.repos.operations import Add
@@ -24,6 +25,7 @@ def seed(
     What was interrupted, or told to stop, is continued by the next start.
     """
     with hub.db.write() as session:
+        wait_for_others(session.connection(), "demo")
         admin = session.exec(select(User).where(User.is_admin).order_by("id")).first()
         viewer = Viewer(admin, Scope.ADMIN)
         unfinished = []

@@ -250,18 +250,33 @@ def _insert(session: Session, repo: Repo, reading: _Reading) -> None:
     session.add_all(_storable(Tag(repo_id=repo.id, name=tag)) for tag in card.tags)
     session.add_all(map(_storable, reading.previews))
     by_path = {entry.path: entry for entry in reading.entries}
-    found = []
-    for entry in reading.entries:
-        if _is_tensors(entry.path):
-            key = _key(entry, by_path)
-            identification = _storable(reading.identified[key])
-            _insert_missing(session, Identification, [identification.model_dump()])
-            found.append((entry, identification, json.loads(identification.document)))
+    tensors = {e.path: _key(e, by_path) for e in reading.entries if _is_tensors(e.path)}
+    # In one order for all repos, or two with the same files would wait for each other's rows.
+    documents = {
+        key: _remember(session, _storable(reading.identified[key]))
+        for key in sorted(set(tensors.values()))
+    }
+    found = [
+        (by_path[path], reading.identified[key], documents[key]) for path, key in tensors.items()
+    ]
     found.sort(key=lambda item: _rank(item[0], item[2]))
     for position, (entry, identification, document) in enumerate(found):
         # The card speaks for the repo: its title is the title of the file that does so too.
         shown = card if position == 0 else replace(card, title=None)
         _insert_adapter(session, repo, position, entry, identification, document, shown)
+
+
+def _remember(session: Session, identification: Identification) -> dict[str, Any]:
+    """What was read of a file, kept with its hashes for every repo that has the file."""
+    _insert_missing(session, Identification, [identification.model_dump()])
+    document: dict[str, Any] = json.loads(identification.document)
+    aliases = [
+        {"kind": kind, "value": value, "sha256": identification.sha256}
+        for kind, value in (document.get("aliases") or {}).items()
+        if value and not _EMPTY.startswith(value[:8])
+    ]
+    _insert_missing(session, HashAlias, aliases)
+    return document
 
 
 _SPEAKS = {kind: n for n, kind in enumerate((Kind.ADAPTER, Kind.CHECKPOINT, Kind.EMBEDDING))}
@@ -319,12 +334,6 @@ def _insert_adapter(
     triggers = _triggers(adapter.id, metadata, card)
     session.add_all(map(_storable, triggers))
     session.add_all(map(_storable, _facts(adapter.id, document, card)))
-    aliases = [
-        {"kind": kind, "value": value, "sha256": entry.sha256}
-        for kind, value in (document.get("aliases") or {}).items()
-        if value and not _EMPTY.startswith(value[:8])
-    ]
-    _insert_missing(session, HashAlias, aliases)
     words = [trigger.word for trigger in triggers]
     text.put(
         session,

@@ -94,6 +94,8 @@ class LocalDispatcher:
             thread.join()
 
     def _recover(self) -> None:
+        # Listed first: a folder that another server makes from now on is none of these.
+        folders = list(self._hub.scratch.glob("*" if self._hub.db.is_sqlite else "job-*"))
         with self._hub.db.write() as session:
             if self._hub.db.is_sqlite:
                 # One process owns this catalogue, so whoever ran these jobs is gone.
@@ -101,7 +103,7 @@ class LocalDispatcher:
             else:
                 queue.sweep(session, queue.now(session))
             running = queue.running(session)
-        for folder in self._hub.scratch.glob("*" if self._hub.db.is_sqlite else "job-*"):
+        for folder in folders:
             if folder.name not in {_folder_name(claim) for claim in running}:
                 shutil.rmtree(folder)
 

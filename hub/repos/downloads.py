@@ -29,7 +29,8 @@ class Downloads:
         if not waiting:
             return
         with database.write() as session:
-            for repo_id, n in waiting.items():
+            # In one order for all servers, or two would wait for each other's rows.
+            for repo_id, n in sorted(waiting.items()):
                 session.execute(
                     update(Repo)
                     .where(col(Repo.id) == repo_id)

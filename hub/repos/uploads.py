@@ -149,7 +149,8 @@ def tags(session: Session, upload: Upload, told: Sequence[tuple[int, str]]) -> l
 
 def take_expired(session: Session) -> list[Upload]:
     """Out of the ledger: whose parts nobody will finish, and what is finished and forgotten."""
-    over = list(session.exec(select(Upload).where(col(Upload.expires_at) <= now())))
+    query = select(Upload).where(col(Upload.expires_at) <= now())
+    over = list(session.exec(query.with_for_update(skip_locked=True)))
     for upload in over:
         session.delete(upload)
     return over

@@ -29,6 +29,7 @@ class Uses:
         if not waiting:
             return
         with database.write() as session:
-            for token_id, moment in waiting.items():
+            # In one order for all servers, or two would wait for each other's rows.
+            for token_id, moment in sorted(waiting.items()):
                 row = update(Token).where(col(Token.id) == token_id)
                 session.execute(row.values(last_used_at=moment))

@@ -19,12 +19,11 @@ from hub.errors import BadRequest, CollectionNotFound, ItemExists
 from hub.repos import collections
 from hub.repos import service as repos
 from hub.repos.models import RepoType
-from hub.settings import Settings
 from hub.users import organizations
 from hub.users import service as users
 from hub.users.models import Role
 from hub.users.service import Viewer
-from tests.fixtures.server import RunningHub, running_hub
+from tests.fixtures.server import RunningHub, running_hub, settings_of
 from tests.hub.conftest import both_databases, make_user
 
 
@@ -36,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokens(folder: Path) -> dict[str, str]:
     """ada writes for the organisation acme, bob reads there, eve is a stranger."""
-    with open_hub(Settings(data_dir=folder / "data", min_free_bytes=0)) as hub:
+    with open_hub(settings_of(folder)) as hub:
         made = {name: make_user(hub, name)[1] for name in ("ada", "bob", "eve", "fay")}
         with hub.db.write() as session:
             boss = users.viewer_of(

@@ -14,10 +14,9 @@ import pytest
 
 from hub.context import Hub, open_hub
 from hub.repos import service as repos
-from hub.settings import Settings
 from hub.upkeep.fsck import fsck, is_sound
 from hub.users import service as users
-from tests.fixtures.server import RunningHub, running_hub, start_hub
+from tests.fixtures.server import RunningHub, running_hub, settings_of, start_hub
 
 # Acknowledged files: repo -> path -> digest.
 Ledger = dict[str, dict[str, str]]
@@ -95,7 +94,7 @@ def kill_rounds(folder: Path, rounds: int, seed: int, **settings: Any) -> int:
     ledger: Ledger = {}
     with running_hub(folder, workers=0, **settings):
         pass
-    opened = Settings(data_dir=folder / "data", **settings)
+    opened = settings_of(folder, **settings)
     for round in range(rounds):
         name = f"r{round}"
         hub = start_hub(folder, workers=0, **settings)

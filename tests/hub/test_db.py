@@ -1,5 +1,6 @@
 """One writer, readers that cannot write, one server per data folder, a schema that matches."""
 
+import os
 import re
 import sqlite3
 import subprocess
@@ -17,6 +18,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session, select
 
 from hub import db as db_module
+from hub.adapters.projection import forget, pending, project
 from hub.adapters.service import publish
 from hub.context import Hub, open_hub
 from hub.db import Database
@@ -118,17 +120,27 @@ def test_those_who_send_the_same_files_at_once_all_succeed(hub: Hub, admin: View
             repos.create_repo(session, admin, "admin", name)
     together = threading.Barrier(len(names))
 
-    def send(n: int) -> str:
+    def send(n: int) -> int:
         # Each in another order, which is where two would wait for each other.
         order = stored[n % 6 :] + stored[: n % 6]
-        adds = [Add(item.sha256, item, lfs=False) for item in order]
+        adds = [Add(f"{i}.safetensors", item, lfs=False) for i, item in enumerate(order)]
         together.wait()
         with hub.db.write() as session:
             repos.hold(session, admin, order[0])
-        return publish(hub, admin, "admin", names[n], operations=adds, message="m").id
+        return publish(hub, admin, "admin", names[n], operations=adds, message="m").repo_id
+
+    def read_anew(repo_id: int) -> None:
+        together.wait()
+        project(hub, repo_id)
 
     with ThreadPoolExecutor(8) as pool:
-        assert len(set(pool.map(send, range(8)))) == 8
+        ids = list(pool.map(send, range(8)))
+        assert len(set(ids)) == 8
+        with hub.db.read() as session:
+            assert pending(session) == []
+        with hub.db.write() as session:
+            forget(session)
+        assert list(pool.map(read_anew, ids)) == [None] * 8
 
 
 @postgresql_only
@@ -245,15 +257,30 @@ def test_the_first_start_makes_an_admin_and_later_ones_do_not(tmp_path: Path) ->
 def test_servers_that_start_together_make_one_schema_and_one_admin(
     tmp_path: Path, postgres_url: str
 ) -> None:
-    settings = Settings(data_dir=tmp_path, database_url=postgres_url)  # type: ignore[arg-type]
-
-    def start(_: int) -> str | None:
-        with open_hub(settings) as hub:
-            return hub.admin_token
-
-    with ThreadPoolExecutor(3) as pool:
-        tokens = [token for token in pool.map(start, range(3)) if token is not None]
-    assert tokens == [(tmp_path / "admin.token").read_text().strip()]
+    code = "from hub.context import open_hub; from hub.settings import Settings; import psycopg\n"
+    code += "print('ready', flush=True); input()\n"
+    code += "with open_hub(Settings()) as hub: print(hub.admin_token)"
+    told = {"GRAFT_DATA_DIR": str(tmp_path), "GRAFT_DATABASE_URL": postgres_url}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | told,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    tokens = [process.communicate(timeout=60)[0].strip() for process in processes]
+    assert sorted(tokens) == ["None", (tmp_path / "admin.token").read_text().strip()]
 
 
 def test_the_missing_migration_of_a_complete_history_is_empty() -> None:

@@ -1,7 +1,6 @@
 """Filling an empty hub, and bringing a backup back."""
 
 import shutil
-import sqlite3
 from pathlib import Path
 
 import httpx2
@@ -64,36 +63,6 @@ def test_seeding_that_was_interrupted_is_continued(hub: Hub, admin: Viewer, tmp_
     seed(hub, folders)
     assert paths(hub, "demo", "wax") == ["README.md"]
     assert paths(hub, "demo", "ink") == ["README.md", "images/a.png"]
-
-
-def test_a_backup_of_a_running_hub_serves_every_acknowledged_file(tmp_path: Path) -> None:
-    with running_hub(tmp_path / "old") as old:
-        body = {"name": "ink"}
-        created = httpx2.post(
-            f"{old.url}/api/repos/create", json=body, headers=old.auth, timeout=60
-        )
-        assert created.status_code == 200
-        lines = (
-            b'{"key": "header", "value": {"summary": "first"}}\n'
-            b'{"key": "file", "value": {"path": "a.txt", "content": "aGVsbG8=",'
-            b' "encoding": "base64"}}\n'
-        )
-        commit = f"{old.url}/api/models/admin/ink/commit/main"
-        assert httpx2.post(commit, content=lines, headers=old.auth, timeout=60).status_code == 200
-
-        backup = tmp_path / "new" / "data"
-        backup.mkdir(parents=True)
-        source = sqlite3.connect(f"file:{old.data_dir / 'hub.sqlite3'}?mode=ro", uri=True)
-        target = sqlite3.connect(backup / "hub.sqlite3")
-        source.backup(target)
-        source.close()
-        target.close()
-        for name in ("secret.key", "admin.token"):
-            shutil.copy2(old.data_dir / name, backup / name)
-        shutil.copytree(old.data_dir / "store", backup / "store")
-    with running_hub(tmp_path / "new") as new:
-        assert new.admin_token == old.admin_token
-        assert httpx2.get(f"{new.url}/admin/ink/resolve/main/a.txt", timeout=60).content == b"hello"
 
 
 def test_a_catalogue_without_its_blobs_is_refused_and_not_repaired(tmp_path: Path) -> None:

@@ -22,8 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from hub.context import open_hub
-from hub.settings import Settings
-from tests.fixtures.server import RunningHub, running_hub
+from tests.fixtures.server import RunningHub, running_hub, settings_of
 from tests.hub.conftest import make_user
 
 
@@ -34,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokens(folder: Path) -> dict[str, str]:
-    with open_hub(Settings(data_dir=folder / "data", min_free_bytes=0)) as hub:
+    with open_hub(settings_of(folder)) as hub:
         return {name: make_user(hub, name)[1] for name in ("ada", "ben")}
 
 

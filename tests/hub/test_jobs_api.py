@@ -21,12 +21,11 @@ from huggingface_hub import HfApi
 from safetensors import safe_open
 
 from hub.context import open_hub
-from hub.settings import Settings
 from hub.users import service as users
 from hub.users.models import Scope
 from merge.formats.writer import write_file
 from tests.fixtures.families import tiny_llama
-from tests.fixtures.server import RunningHub, running_hub
+from tests.fixtures.server import RunningHub, running_hub, settings_of
 from tests.fixtures.tiny_files import deltas_of, modules, write_base, write_lora
 
 WAIT_S = 300.0
@@ -35,7 +34,7 @@ WAIT_S = 300.0
 def make_data(folder: Path) -> dict[str, str]:
     """A data folder with the users ada, bob and eve; gives a token of each, and a reading one."""
     tokens = {}
-    with open_hub(Settings(data_dir=folder / "data")) as hub, hub.db.write() as session:
+    with open_hub(settings_of(folder)) as hub, hub.db.write() as session:
         for name in ("ada", "bob", "eve"):
             user = users.create_user(session, name)
             tokens[name] = users.issue_token(session, user, "test")

@@ -23,7 +23,7 @@ from hub.settings import Settings
 from hub.users import service as users
 from hub.users.models import Scope
 from tests.fixtures.catalogue import lora_bytes, picture, publish_files
-from tests.fixtures.server import RunningHub, running_hub
+from tests.fixtures.server import RunningHub, running_hub, settings_of
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "3"))
 # What the hub does not have is a 501 on purpose, and a 503 says when to come back.
@@ -48,7 +48,7 @@ SAMPLES = {
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningHub, str]]:
     """A hub with one repo, and a token of an administrator who writes there."""
     folder = tmp_path_factory.mktemp("openapi")
-    with open_hub(Settings(data_dir=folder / "data", min_free_bytes=0)) as hub:
+    with open_hub(settings_of(folder)) as hub:
         assert hub.admin_token is not None
         with hub.db.read() as session:
             admin = users.viewer_of(session, hub.admin_token)

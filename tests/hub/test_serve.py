@@ -62,7 +62,7 @@ def test_serve_answers_and_stops_cleanly_and_starts_again_on_the_same_data(tmp_p
 
 
 def test_a_second_server_on_the_same_data_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    with running_hub(tmp_path) as hub:
+    with running_hub(tmp_path, database_url=None) as hub:
         second = serve("--port", "0", "--data", str(hub.data_dir))
     assert second.returncode == 1
     assert second.stdout == ""

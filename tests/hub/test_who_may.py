@@ -29,7 +29,7 @@ from hub.users.models import Role, Scope
 from hub.users.service import Viewer
 from hub.webhooks.models import Delivery, DeliveryState, Webhook
 from tests.fixtures.catalogue import lora_bytes, publish_files
-from tests.hub.conftest import bearer, make_user, new_token
+from tests.hub.conftest import bearer, make_user, new_token, sqlite_only
 from tests.hub.test_app import filled as filled_with_samples
 
 HOST = "http://127.0.0.1:8470"
@@ -538,6 +538,7 @@ def world(hub: Hub, tmp_path: Path) -> Iterator[World]:
         made.close()
 
 
+@sqlite_only
 def test_everybody_may_what_the_table_says_and_nothing_else(world: World) -> None:
     wrong = []
     for name, row in TABLE.items():
@@ -551,6 +552,7 @@ def test_everybody_may_what_the_table_says_and_nothing_else(world: World) -> Non
     assert not wrong, "\n" + "\n".join(wrong)
 
 
+@sqlite_only
 @pytest.mark.parametrize("template", ABSENT)
 def test_what_the_hub_does_not_have_is_nobodys(world: World, template: str) -> None:
     samples = {"cache": "x", "path": "nothing", "name": "ink", "revision": "main", "rest": "main"}

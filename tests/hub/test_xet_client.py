@@ -16,10 +16,9 @@ from sqlmodel import select
 
 from hub.blobs.store import Sha256
 from hub.context import open_hub
-from hub.settings import Settings
 from hub.xet.models import Xorb
 from tests.fixtures.s3 import serve_s3
-from tests.fixtures.server import RunningHub, running_hub, start_hub
+from tests.fixtures.server import RunningHub, running_hub, settings_of, start_hub
 from tests.hub.conftest import make_user
 
 MiB = 2**20
@@ -37,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ada(folder: Path) -> str:
     """A token of a user who is not the administrator; made before the server starts."""
-    with open_hub(Settings(data_dir=folder / "data", min_free_bytes=0)) as hub:
+    with open_hub(settings_of(folder)) as hub:
         return make_user(hub, "ada")[1]
 
 
@@ -288,7 +287,7 @@ def test_after_a_loss_of_xorbs_the_second_try_works(tmp_path: Path) -> None:
 
     with running_hub(tmp_path / "hub", max_regular_bytes=MiB, workers=0) as hub:
         assert upload(hub, first).returncode == 0
-    with open_hub(Settings(data_dir=tmp_path / "hub/data")) as opened, opened.db.read() as session:
+    with open_hub(settings_of(tmp_path / "hub")) as opened, opened.db.read() as session:
         for xorb in session.exec(select(Xorb)):
             opened.store.delete(Sha256(xorb.sha256))
     with running_hub(
