@@ -6,7 +6,9 @@ So one connection in one process writes and checkpoints, every other connection 
 and a file lock keeps a second server away.
 """
 
+import random
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -137,13 +139,15 @@ class Database:
 
     def change(self, steps: Callable[[Session], T]) -> T:
         """`steps` in one `write()`, again where PostgreSQL ended it in favour of another one."""
-        for _ in range(MAX_DEADLOCKS):
+        for n in range(MAX_DEADLOCKS):
             try:
                 with self.write() as session:
                     return steps(session)
             except OperationalError as error:
                 if getattr(error.orig, "sqlstate", None) not in _TRY_AGAIN:
                     raise
+            # The other one has yet to wake up: at once we would take its row again.
+            time.sleep(random.uniform(0.02, 0.05) * 2**n)
         with self.write() as session:
             return steps(session)
 

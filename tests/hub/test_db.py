@@ -162,7 +162,7 @@ def test_of_two_that_wait_for_each_other_one_starts_again(hub: Hub) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lock, ["ab", "ba"])) == [None, None]
-    assert len(started) == 3
+    assert len(started) >= 3
 
 
 def pragma(session: Session, name: str) -> object:
