@@ -17,6 +17,7 @@ from hub.hf.attributes import LFSRule
 from hub.hf.deps import RepoDep, TypeDep, find
 from hub.hf.ndjson import Line, read_lines
 from hub.hf.routing import OUR_COMMAND, UNLIMITED, hf_router
+from hub.limits import quotas
 from hub.repos import discussions
 from hub.repos import service as repos
 from hub.repos.models import Blob, Commit, Repo
@@ -47,6 +48,7 @@ def preupload(
     """How each file is to be sent, and what is at its path now.
 
     Rights are checked here already: a commit that is refused makes clients try it in pieces.
+    So is the quota, because clients show what is said here and not what is said to hf_xet.
     """
     require_writable(session, viewer, repo, revision, create_pr)
     head = repos.resolve(session, repo, revision)
@@ -71,6 +73,12 @@ def preupload(
             # Clients leave a file out if this is its own digest, in the kind of the mode above.
             answer["oid"] = blob.sha256 if is_lfs else blob.git_oid
         answers.append(answer)
+    sizes = [
+        file.size
+        for file, answer in zip(body.files, answers, strict=True)
+        if not answer["shouldIgnore"]
+    ]
+    quotas.require_room_for_sizes(session, repo.namespace_key, sizes, hub.settings.quota_bytes)
     return {"files": answers, "commitOid": head.id}
 
 

@@ -4,7 +4,7 @@ What counts is every blob that some commit of the namespace's repos refers to, o
 of them do: old commits keep their bytes, and deleting a repo gives them back.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from sqlalchemy import func, text
@@ -74,6 +74,29 @@ def require_room(session: Session, key: str, size: int, default: int | None) -> 
         used = count(session, key) + size
         if used > limit:
             raise _exceeded(key, used, limit)
+
+
+def require_room_for_sizes(
+    session: Session, key: str, sizes: Collection[int], default: int | None
+) -> None:
+    """As `require_room`, of files of which only the sizes are known: those that one content of each
+    size would need, and only of sizes that nothing in the namespace has.
+
+    So nobody is refused who sends again what is here, and not everybody who will be refused.
+    """
+    quota = session.get(Quota, key) or Quota(key=key)
+    limit = _limit(quota, default)
+    if limit is None or quota.used_bytes + sum(set(sizes)) <= limit:
+        return
+    query = (
+        select(CommitEntry.size)
+        .join(Commit, col(Commit.id) == col(CommitEntry.commit_id))
+        .join(Repo, col(Repo.id) == col(Commit.repo_id))
+        .where(Repo.namespace_key == key)
+        .distinct()
+    )
+    here: set[int] = set(session.exec(query).all())
+    require_room(session, key, sum(set(sizes) - here), default)
 
 
 def count(session: Session, key: str) -> int:

@@ -140,20 +140,44 @@ def test_administrators_set_quotas_and_members_see_them(hub: Hub, client: TestCl
     assert client.put("/api/quotas/nobody", json={"limit_bytes": 1}, headers=admin).is_error
 
 
+@pytest.mark.parametrize("way", ["lfs", "xet"])
 def test_clients_say_that_the_quota_is_used_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """Over LFS: what a Xet server refuses, hf_xet tells in words of its own."""
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    """Before any byte is sent; what is refused later hf_xet tells in words of its own."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", way == "lfs")
     with running_hub(tmp_path, quota_bytes=1000, max_regular_bytes=100) as hub:
         api = HfApi(endpoint=hub.url, token=hub.admin_token)
         api.create_repo("admin/a")
         api.upload_file(path_or_fileobj=b"x" * 90, path_in_repo="x", repo_id="admin/a")
-        for size in (5000, 950):  # the first over LFS, before any byte is sent
+        for size in (5000, 950):
             with pytest.raises(HfHubHTTPError, match=r"admin may keep 1,000 bytes") as refused:
                 api.upload_file(path_or_fileobj=b"y" * size, path_in_repo="y", repo_id="admin/a")
             assert refused.value.response.status_code == 507
+            assert "/preupload/" in str(refused.value)
         assert api.list_repo_files("admin/a") == ["x"]
+
+
+@both_databases
+def test_a_preupload_refuses_only_what_cannot_be_here(
+    hub: Hub, admin: Viewer, client: TestClient
+) -> None:
+    put(hub, admin, "admin/a", "x", b"x" * 90)
+    put(hub, admin, "admin/a", ".gitignore", b"*.tmp\n")
+    limit(hub, "admin", 200)
+
+    def preupload(*files: tuple[str, int]) -> int:
+        told = [{"path": path, "size": size} for path, size in files]
+        address, headers = "/api/models/admin/a/preupload/main", bearer(hub.admin_token)
+        return client.post(address, json={"files": told}, headers=headers).status_code
+
+    assert preupload(("y", 105)) == 507
+    assert preupload(("y", 104)) == 200
+    # Perhaps they are one content, or the one that is here, under many names.
+    assert preupload(("y", 104), ("z", 104)) == 200
+    assert preupload(*((f"{n}", 90) for n in range(5))) == 200
+    assert preupload(("y.tmp", 500)) == 200
+    assert preupload(("y", 100), ("z", 101)) == 507
 
 
 def test_the_command_shows_and_sets(hub: Hub, admin: Viewer, tmp_path: Path) -> None:
