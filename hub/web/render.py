@@ -142,6 +142,12 @@ def ago(moment: datetime) -> str:
     return "just now"
 
 
+def until(moment: datetime) -> str:
+    """How long to go, in the largest unit that fits."""
+    seconds = (moment - now()).total_seconds()
+    return "now" if seconds < 1 else f"in {duration(seconds)}"
+
+
 def full_time(moment: datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
@@ -204,4 +210,4 @@ _environment.filters |= {
         pretty,
     )
 }
-_environment.globals |= {"static": static_files.address, "version": _version()}
+_environment.globals |= {"static": static_files.address, "version": _version(), "until": until}

@@ -23,6 +23,7 @@ from hub.web import (
     repo_settings_pages,
     settings_pages,
     static_files,
+    webhook_pages,
 )
 from hub.web.render import THEMES, local, page, sentence, viewer_of_page
 
@@ -112,6 +113,7 @@ ROUTERS = (
     login_pages.router,
     oidc_pages.router,
     settings_pages.router,
+    webhook_pages.router,
     organization_pages.router,
     admin_pages.router,
     job_pages.router,

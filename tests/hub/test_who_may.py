@@ -269,6 +269,16 @@ TABLE: dict[str, Row] = {
     "POST /organizations/{name}/remove": Row(
         MANAGERS, "/organizations/acme/remove", form={"user": "ada"}
     ),
+    "GET /settings/webhooks": Row(ACCOUNTS),
+    "POST /settings/webhooks": Row(ACCOUNTS, form={"url": "https://a.example", "watched": "a"}),
+    "GET /settings/webhooks/{key}": Row(STRANGER, "/settings/webhooks/$HOOK"),
+    "POST /settings/webhooks/{key}": Row(
+        STRANGER, "/settings/webhooks/$HOOK", form={"url": "https://a.example", "watched": "a"}
+    ),
+    "POST /settings/webhooks/{key}/{turn}": Row(STRANGER, "/settings/webhooks/$HOOK/disable"),
+    "POST /settings/webhooks/{key}/deliveries/{delivery_id}/redeliver": Row(
+        STRANGER, "/settings/webhooks/$HOOK/deliveries/$DELIVERY/redeliver"
+    ),
     "GET /settings/users": Row(BOSS),
     "POST /settings/users/invite": Row(BOSS),
     "POST /settings/users/{name}/reset": Row(BOSS, "/settings/users/eve/reset"),
