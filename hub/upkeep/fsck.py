@@ -11,6 +11,8 @@ from hub.audit import broken_link, record
 from hub.context import Hub, StoreIdentity
 from hub.db import now
 from hub.jobs.models import TERMINAL, Job, JobState
+from hub.limits import quotas
+from hub.limits.models import Quota
 from hub.repos.models import Blob, BlobState, Commit, CommitEntry, Event, Ref, RefKind, Repo
 from hub.upkeep.findings import Finding, Findings, Severity
 from hub.upkeep.references import referenced
@@ -140,6 +142,16 @@ def _jobs(session: Session) -> Findings:
             yield Finding("I4", "lapsed-lease", what, advice, Severity.NOTE)
 
 
+def _usage(session: Session) -> Findings:
+    """More than there is may be counted, what was deleted since; less would let too much in."""
+    counted = {quota.key: quota.used_bytes for quota in session.exec(select(Quota))}
+    for key in sorted(set(session.exec(select(Repo.namespace_key)))):
+        used = quotas.count(session, key)
+        if counted.get(key, 0) < used:
+            what = f"{key} keeps {used:,} bytes and is counted with {counted.get(key, 0):,}"
+            yield Finding("I5", "usage", what, "its quota lets too much in; please report it")
+
+
 def _condemned(session: Session) -> Findings:
     condemned = select(Blob.sha256).where(col(Blob.state) != BlobState.PRESENT)
     digests = list(session.exec(condemned))
@@ -192,6 +204,7 @@ CHECKS: list[Callable[[Session], Findings]] = [
     _sizes,
     _history,
     _jobs,
+    _usage,
     _condemned,
     _audit,
     _projection,

@@ -98,6 +98,7 @@ BROKEN = {
     " WHERE parent_id IS NOT NULL)",
     "foreign-head": "UPDATE ref SET repo_id = 99",
     "foreign-key": "DELETE FROM blob",
+    "usage": "UPDATE quota SET used_bytes = 2",
     "condemned-in-use": "UPDATE blob SET state = 'condemned'",
     "audit": "INSERT INTO audit (at, action, subject, previous, hash)"
     " SELECT at, action, subject, hash, 'forged' FROM audit WHERE subject = 'admin/ink'",
