@@ -62,6 +62,7 @@ HOLD_FOR = timedelta(hours=48)
 # A client that got no answer to a commit sends it again: huggingface_hub for minutes.
 _REPEATED_WITHIN = timedelta(hours=1)
 _REMEMBERED = 20
+_FOLDERS = {RefKind.BRANCH: "heads", RefKind.TAG: "tags", RefKind.PULL: "pr"}
 _AT_ONCE = 500  # rows of one statement: databases limit its parameters
 # Clients show it to people, and huggingface_hub's own tests compare it.
 _MOVED_ON = "The branch was updated since you opened this page. Please refresh and try again."
@@ -406,9 +407,12 @@ def point(session: Session, repo: Repo, ref: Ref, commit: Commit) -> None:
     if ref.kind == RefKind.BRANCH and ref.name == MAIN:
         repo.head = commit.id
     session.add_all([ref, repo])
-    folder = {RefKind.BRANCH: "heads", RefKind.TAG: "tags", RefKind.PULL: "pr"}[RefKind(ref.kind)]
-    changed = {"ref": f"refs/{folder}/{ref.name}", "oldSha": old, "newSha": commit.id}
-    tell(session, "repo.committed", repo, commit, refs=[changed])
+    tell(session, "repo.committed", repo, commit, refs=[_changed(ref, old, commit.id)])
+
+
+def _changed(ref: Ref, old: str | None, new: str | None) -> dict[str, str | None]:
+    """What webhooks are told of a ref: None before it was made and after it was deleted."""
+    return {"ref": f"refs/{_FOLDERS[RefKind(ref.kind)]}/{ref.name}", "oldSha": old, "newSha": new}
 
 
 def branch_ref(session: Session, repo: Repo, name: str) -> Ref:
@@ -779,11 +783,11 @@ def _create_ref(
     repo = locked(session, repo)
     target = resolve(session, repo, revision)
     check_ref_name(name, kind)
-    folder = {RefKind.BRANCH: "heads", RefKind.TAG: "tags"}[kind]
     if session.get(Ref, (repo.id, kind, name)) is not None:
-        raise RefExists(f"Reference refs/{folder}/{name} already exists", kind)
+        raise RefExists(f"Reference refs/{_FOLDERS[kind]}/{name} already exists", kind)
     ref = Ref(repo_id=_id(repo), kind=kind, name=name, commit_id=target.id)
     session.add(ref)
+    _tell_ref(session, repo, _changed(ref, None, target.id))
     record(session, user.id, f"{kind}.create", f"{repo.full_name}@{name} {target.id}")
     return ref
 
@@ -795,4 +799,10 @@ def _delete_ref(session: Session, viewer: Viewer, repo: Repo, kind: RefKind, nam
     if ref is None:
         raise RevisionNotFound(f"Invalid rev id: {name[:200]}", kind)
     session.delete(ref)
+    _tell_ref(session, repo, _changed(ref, ref.commit_id, None))
     record(session, user.id, f"{kind}.delete", f"{repo.full_name}@{name} {ref.commit_id}")
+
+
+def _tell_ref(session: Session, repo: Repo, changed: dict[str, str | None]) -> None:
+    """The projection is of `main`, which neither begins nor ends so."""
+    tell(session, "repo.ref", repo, refs=[changed]).done_at = now()

@@ -15,6 +15,7 @@ EVENTS = {
     "repo.moved": ("move", "repo"),
     "repo.visibility": ("update", "repo.config"),
     "repo.committed": ("update", "repo.content"),
+    "repo.ref": ("update", "repo.content"),
     "discussion.created": ("create", "discussion"),
     "discussion.updated": ("update", "discussion"),
     "comment.created": ("create", "discussion.comment"),

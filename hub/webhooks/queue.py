@@ -87,6 +87,8 @@ def spread(hub: Hub) -> int:
             for webhook, user in webhooks:
                 if not webhook.disabled and _hears(session, webhook, user, event):
                     _add(session, webhook, event)
+                if event.kind == "repo.moved" and event.document is not None:
+                    _follow(session, webhook, user, event.repo_id, event.document)
             event.heard_at = now()
             session.add(event)
         return len(events)
@@ -175,6 +177,22 @@ def _is_about(item: dict[str, str], said: dict[str, Any]) -> bool:
     if item["type"] in (Watched.USER, Watched.ORG):
         return key_of(item["name"]) in {name.partition("/")[0] for name in names}
     return item["type"] == said["type"] and key_of(item["name"]) in names
+
+
+def _follow(
+    session: Session, webhook: Webhook, user: User, repo_id: int, said: dict[str, Any]
+) -> None:
+    """Go on watching a repo under its new name, if the owner may know it."""
+    old, new = key_of(said["moved_from"]), f"{said['namespace']}/{said['name']}"
+    watched = [
+        item | {"name": new}
+        if item["type"] == said["type"] and key_of(item["name"]) == old
+        else item
+        for item in webhook.watched
+    ]
+    if watched != webhook.watched and may_hear(session, user, repo_id, said):
+        webhook.watched = watched
+        session.add(webhook)
 
 
 def may_hear(session: Session, user: User, repo_id: int, said: dict[str, Any]) -> bool:

@@ -284,6 +284,49 @@ def test_a_webhook_hears_of_its_domains_and_of_what_it_watches(
     assert [t.comment.hidden for t in told if t.comment] == [True, True]
 
 
+@both_databases
+def test_branches_and_tags_are_told_and_a_moved_repo_stays_watched(
+    hub: Hub, admin: Viewer, receiver: Receiver
+) -> None:
+    new_repo(hub, admin, "admin/ink")
+    key = make(hub, admin, receiver.url)
+    with hub.db.write() as session:
+        service.change(
+            session,
+            admin.require_user(),
+            key,
+            url=None,
+            watched=[{"type": "model", "name": "Admin/Ink"}, {"type": "dataset", "name": "a/b"}],
+            domains=None,
+            secret=None,
+            allow_private=True,
+        )
+    with hub.db.write() as session:
+        repo = repos.get_repo(session, admin, "admin", "ink")
+        head = repo.head
+        repos.create_branch(session, admin, repo, "next")
+        repos.create_tag(session, admin, repo, "v1")
+        repos.delete_branch(session, admin, repo, "next")
+        repos.move_repo(session, admin, repo, "admin", "oil")
+        repos.delete_tag(session, admin, repo, "v1")
+    while send_due(hub):
+        pass
+    told = receiver.payloads()
+    assert [(t.event.action, t.event.scope) for t in told] == [
+        *[("update", "repo.content")] * 3,
+        ("move", "repo"),
+        ("update", "repo.content"),
+    ]
+    assert [(r.ref, r.oldSha, r.newSha) for t in told for r in t.updatedRefs or []] == [
+        ("refs/heads/next", None, head),
+        ("refs/tags/v1", None, head),
+        ("refs/heads/next", head, None),
+        ("refs/tags/v1", head, None),
+    ]
+    assert told[4].repo.name == "admin/oil"
+    assert [item["name"] for item in only_webhook(hub).watched] == ["admin/oil", "a/b"]
+
+
 def test_a_disabled_user_hears_nothing_any_more(
     hub: Hub, admin: Viewer, receiver: Receiver
 ) -> None:
