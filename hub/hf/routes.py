@@ -16,6 +16,7 @@ from hub.hf import (
     lfs,
     lfs_parts,
     repos,
+    shards,
     social,
     xet,
 )
@@ -23,7 +24,7 @@ from hub.hf.routing import hf_router
 
 PARTS = (
     *(repos, access, social, collections, history, discussions),
-    *(commits, lfs, lfs_parts, xet, files),
+    *(commits, lfs, lfs_parts, xet, shards, files),
 )
 
 router = APIRouter()

@@ -55,7 +55,7 @@ class _OfRepo(_Words):
 
     regex = (
         "revision|tree|refs|commits|commit|preupload|paths-info|settings|branch|tag|like|likers"
-        "|discussions|auth-check|duplicate"
+        "|discussions|auth-check|duplicate|safetensors-metadata"
     )
 
 

@@ -29,6 +29,7 @@ from hub.users import service as users
 from hub.users.service import Viewer
 from hub.web import facts
 from hub.web import origin as origins
+from hub.web.collection_pages import lines
 from hub.web.markdown import card_html
 from hub.web.render import page
 from hub.web.repo_head import RepoDep, head_of, url_of
@@ -76,7 +77,14 @@ def show_namespace(
         }
         for repo in found
     ]
-    return page(request, "namespace.html", viewer, namespace=canonical, repos=rows)
+    return page(
+        request,
+        "namespace.html",
+        viewer,
+        namespace=canonical,
+        repos=rows,
+        collections=lines(session, viewer, canonical),
+    )
 
 
 @router.get("/{namespace}/{name}")

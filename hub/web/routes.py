@@ -13,6 +13,7 @@ from hub.users.service import ANONYMOUS, Viewer
 from hub.web import (
     admin_pages,
     bench,
+    collection_pages,
     discussion_pages,
     gallery,
     job_pages,
@@ -118,6 +119,7 @@ ROUTERS = (
     admin_pages.router,
     job_pages.router,
     bench.router,
+    collection_pages.router,
     repo_pages.router,
     discussion_pages.router,
     repo_settings_pages.router,

@@ -13,6 +13,7 @@ import httpx2
 import pytest
 from huggingface_hub import Collection, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from starlette.testclient import TestClient
 
 from hub.context import Hub, open_hub
 from hub.errors import BadRequest, CollectionNotFound, ItemExists
@@ -23,8 +24,9 @@ from hub.users import organizations
 from hub.users import service as users
 from hub.users.models import Role
 from hub.users.service import Viewer
+from tests.fixtures.catalogue import lora_bytes, publish_files
 from tests.fixtures.server import RunningHub, running_hub, settings_of
-from tests.hub.conftest import both_databases, make_user
+from tests.hub.conftest import bearer, both_databases, make_user
 
 
 @pytest.fixture(scope="module")
@@ -386,3 +388,44 @@ def test_both_databases_keep_collections(
     assert seen(admin) == ["admin/r1"]
     with hub.db.write() as session, pytest.raises(CollectionNotFound):
         collections.change(session, admin, child, title="Gone")
+
+
+def test_a_collection_has_a_page(
+    hub: Hub, admin: Viewer, client: TestClient, tmp_path: Path
+) -> None:
+    files = {"ink.safetensors": lora_bytes(tmp_path)}
+    publish_files(hub, admin, "admin/ink", files)
+    publish_files(hub, admin, "admin/withheld", files, private=True)
+    publish_files(hub, admin, "admin/words", {}, type=RepoType.DATASET)
+    with hub.db.write() as session:
+        pack = collections.create(session, admin, "admin", title="Old", description="For <b>all")
+        other = collections.create(session, admin, "admin", title="Other")
+        for name in ("ink", "withheld"):
+            note = "use it <i>so"
+            collections.add_repo(session, admin, pack, RepoType.MODEL, f"admin/{name}", note)
+        collections.add_repo(session, admin, pack, RepoType.DATASET, "admin/words")
+        collections.add_collection(session, admin, pack, collections.slug_of(other))
+        old = f"/collections/{collections.slug_of(pack)}"
+        pack = collections.change(session, admin, pack, title="New & bold", theme="pink")
+        collections.create(session, admin, "admin", title="Kept back", private=True)
+        new = f"/collections/{collections.slug_of(pack)}"
+    assert client.get(old).headers["Location"] == new
+    text = client.get(new, headers={"Accept": "text/html"}).text
+    for shown in (
+        "New &amp; bold",
+        "For &lt;b&gt;all",
+        "use it &lt;i&gt;so",
+        "3 items",
+        'href="/admin/ink"',
+        'href="/datasets/admin/words"',
+        f'href="/collections/{collections.slug_of(other)}"',
+    ):
+        assert shown in text
+    assert "withheld" not in text
+    assert "4 items" in client.get(new, headers=bearer(hub.admin_token)).text
+    of_admin = client.get("/admin").text
+    assert (new in of_admin, "Kept back" in of_admin) == (True, False)
+    empty = f"/collections/{collections.slug_of(other)}"
+    assert "Nothing in it" in client.get(empty).text
+    missing = client.get("/collections/admin/x", headers={"Accept": "text/html"})
+    assert (missing.status_code, "Not here" in missing.text) == (404, True)

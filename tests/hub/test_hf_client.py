@@ -381,6 +381,54 @@ def test_what_this_hub_does_not_have_is_501(hub: RunningHub, api: HfApi, repo: s
     }
 
 
+def test_the_headers_of_all_shards_come_in_one_answer(api: HfApi, repo: str) -> None:
+    def shard(name: str) -> bytes:
+        header = {
+            name: {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]},
+            "__metadata__": {"format": "pt"},
+        }
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + bytes(4)
+
+    files = {"a": "m-1.safetensors", "b": "m-2.safetensors"}
+    index = {"metadata": {"total_size": 8}, "weight_map": files}
+    operations = [CommitOperationAdd(f"x/{file}", shard(name)) for name, file in files.items()]
+    broken = {"weight_map": {"a": "../ink.safetensors"}}
+    torn = {"weight_map": {"a": "ink.safetensors"}}
+    odd = {"weight_map": {"a": "odd.safetensors"}}
+    operations.append(CommitOperationAdd("odd.safetensors", b"\x02" + bytes(7) + b"no"))
+    for name, content in (
+        ("odd.json", odd),
+        ("x/m.index.json", index),
+        ("broken.json", broken),
+        ("torn.json", torn),
+    ):
+        operations.append(CommitOperationAdd(name, json.dumps(content).encode()))
+    api.create_commit(repo, operations, commit_message="shards")
+    found = api.get_sharded_safetensors_metadata(repo, filename="x/m.index.json")
+    assert (found.metadata, found.sharded, dict(found.weight_map)) == (
+        {"total_size": 8},
+        True,
+        files,
+    )
+    one = found.files_metadata["m-2.safetensors"]
+    assert (one.metadata, one.tensors["b"].shape, one.tensors["b"].data_offsets) == (
+        {"format": "pt"},
+        [2],
+        (0, 4),
+    )
+    with pytest.raises(EntryNotFoundError):
+        api.get_sharded_safetensors_metadata(repo)
+    for wrong, why in (
+        ("broken.json", "names no files"),
+        ("sub/a b.txt", "is not JSON"),
+        ("odd.json", "odd.safetensors: the header does not begin"),
+        ("torn.json", "ink.safetensors: the header claims"),
+    ):
+        with pytest.raises(HfHubHTTPError, match=why):
+            api.get_sharded_safetensors_metadata(repo, filename=wrong)
+
+
 # Branches and tags
 
 

@@ -178,6 +178,7 @@ TABLE: dict[str, Row] = {
     f"POST {API}/revert/{{revision}}": Row(WRITERS, json={}),
     f"GET {API}/lfs-files": Row(MEMBERS),
     f"POST {API}/lfs-files/batch": Row(WRITERS, json={"deletions": {"sha": []}}),
+    f"GET {API}/safetensors-metadata/{{path:path}}": Row(MEMBERS),
     f"POST {API}/duplicate": Row(WRITERS, json={"repository": "acme/copy"}),
     f"GET {API}/discussions": Row(MEMBERS),
     f"POST {API}/discussions": Row(PARTICIPANTS, json={"title": "x"}),
@@ -293,6 +294,7 @@ TABLE: dict[str, Row] = {
     "GET /bench/adapters": Row(ALL),
     "POST /bench/merge": Row(WRITING),
     "POST /bench/bake": Row(WRITING),
+    "GET /collections/{namespace}/{slug}": Row(MEMBERS, "/collections/acme/$PACK"),
     "GET /{namespace}": Row(ALL),
     "GET /{path:path}": Row(ALL, "/no/such/page"),
 }
