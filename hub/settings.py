@@ -69,6 +69,12 @@ class Settings(BaseSettings):
         description="what each user and organisation may keep unless `graft admin quota` says"
         " otherwise; without it there is no limit",
     )
+    pending_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="what each user may have sent without a commit that refers to it, parts and"
+        " chunks of Xet included; without it there is no limit but free space",
+    )
     requests_per_token: int = Field(
         6000, ge=0, description="requests a minute with one token; 0: any number"
     )

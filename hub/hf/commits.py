@@ -1,6 +1,7 @@
 """Preupload and commit: how regular files arrive, and how all files become visible together."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from anyio import to_thread
@@ -10,14 +11,15 @@ from sqlmodel import Session
 from hub.adapters.service import publish
 from hub.blobs.store import Sha256, Stored
 from hub.context import Hub
+from hub.db import UNREACHABLE
 from hub.deps import HubDep, ReadSession, WriterDep, public_url
-from hub.errors import BadRequest, TooLarge
+from hub.errors import BadRequest, HubError, TooLarge
 from hub.hf import attributes, bodies, info
 from hub.hf.attributes import LFSRule
 from hub.hf.deps import RepoDep, TypeDep, find
 from hub.hf.ndjson import Line, read_lines
 from hub.hf.routing import OUR_COMMAND, UNLIMITED, hf_router
-from hub.limits import quotas
+from hub.limits import pending, quotas
 from hub.repos import discussions
 from hub.repos import service as repos
 from hub.repos.models import Blob, Commit, Repo
@@ -105,29 +107,30 @@ async def commit(
             return repo, attributes.lfs_rule(hub.store, before)
 
     repo, rule = await to_thread.run_sync(writable)
-    header, operations = await _read_commit(hub, viewer, request, rule)
-    url = info.repo_url(public_url(request), repo)
-    pull_url = None
-    if _is_set(create_pr):
-        made, number = await to_thread.run_sync(
-            _propose, hub, viewer, repo, revision, header, operations
-        )
-        pull_url = f"{url}/discussions/{number}"
-    else:
-        made = await to_thread.run_sync(
-            lambda: publish(
-                hub,
-                viewer,
-                namespace,
-                name,
-                branch=revision,
-                operations=operations,
-                message=header.summary,
-                description=header.description,
-                parent=header.parentCommit,
-                type=type,
+    async with _remembered(hub, viewer) as kept:
+        header, operations = await _read_commit(hub, viewer, request, rule, kept)
+        url = info.repo_url(public_url(request), repo)
+        pull_url = None
+        if _is_set(create_pr):
+            made, number = await to_thread.run_sync(
+                _propose, hub, viewer, repo, revision, header, operations
             )
-        )
+            pull_url = f"{url}/discussions/{number}"
+        else:
+            made = await to_thread.run_sync(
+                lambda: publish(
+                    hub,
+                    viewer,
+                    namespace,
+                    name,
+                    branch=revision,
+                    operations=operations,
+                    message=header.summary,
+                    description=header.description,
+                    parent=header.parentCommit,
+                    type=type,
+                )
+            )
     return {
         "success": True,
         "commitOid": made.id,
@@ -135,6 +138,26 @@ async def commit(
         "hookOutput": "",
         "pullRequestUrl": pull_url,
     }
+
+
+@asynccontextmanager
+async def _remembered(hub: Hub, viewer: Viewer) -> AsyncIterator[list[Stored]]:
+    """Takes what a body brings; where it ends without a commit, that counts as sent."""
+    kept: list[Stored] = []
+    is_made = False
+    try:
+        yield kept
+        is_made = True
+    finally:
+        if kept and not is_made and hub.settings.pending_bytes is not None:
+            with suppress(HubError, *UNREACHABLE):  # then it is found by the collection
+                await to_thread.run_sync(_hold, hub, viewer, kept)
+
+
+def _hold(hub: Hub, viewer: Viewer, kept: Sequence[Stored]) -> None:
+    with hub.db.write() as session:
+        for stored in sorted(set(kept), key=lambda stored: stored.sha256):
+            repos.hold(session, viewer, stored)
 
 
 def _propose(
@@ -177,7 +200,7 @@ def require_writable(
 
 
 async def _read_commit(
-    hub: Hub, viewer: Viewer, request: Request, rule: LFSRule
+    hub: Hub, viewer: Viewer, request: Request, rule: LFSRule, kept: list[Stored]
 ) -> tuple[bodies.CommitHeader, list[Operation]]:
     limits = hub.settings
     body = _capped(request.stream(), limits.max_commit_bytes)
@@ -185,7 +208,9 @@ async def _read_commit(
     operations: list[Operation] = []
 
     async def keep(content: AsyncIterator[bytes]) -> Stored:
-        return await hub.store.put_stream(_capped(content, limits.max_upload_bytes))
+        await to_thread.run_sync(pending.require_room, hub, viewer, {})
+        kept.append(await hub.store.put_stream(_capped(content, limits.max_upload_bytes)))
+        return kept[-1]
 
     async for line in read_lines(body, keep):
         if line.key == "header":

@@ -17,7 +17,7 @@ from hub.hf.content import BlobResponse
 from hub.hf.deps import RepoDep
 from hub.hf.lfs_parts import LFS, LFS_OF_TYPE
 from hub.hf.routing import UNLIMITED, hf_router
-from hub.limits import quotas
+from hub.limits import pending, quotas
 from hub.repos import service as repos
 from hub.users import service as users
 from hub.users.service import Viewer
@@ -64,6 +64,8 @@ def batch(
     if upload:
         size = sum(item.size for item in body.objects if item.oid not in here)
         quotas.require_room(session, repo.namespace_key, size, hub.settings.quota_bytes)
+        new = {item.oid: item.size for item in body.objects if item.oid not in here}
+        pending.require_room(hub, viewer, new)
     objects = []
     for item in body.objects:
         has = item.oid in here
@@ -120,6 +122,8 @@ async def upload(request: Request, hub: HubDep, oid: str, signature: str) -> Res
     announced = request.headers.get("Content-Length")
     if announced is not None and announced != str(size):
         raise BadRequest(f"{announced} bytes are announced, the object has {size}")
+    # Again: many addresses may have been given before any of them was used.
+    await to_thread.run_sync(pending.require_room, hub, viewer, {oid: size})
     stored = await hub.store.put_stream(request.stream(), expected=Sha256(oid), size=size)
     await to_thread.run_sync(parts.hold, hub, viewer, stored)
     return Response()

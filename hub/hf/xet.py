@@ -64,7 +64,10 @@ def write_token(
     """Where this user sends what is to be committed to this repo, and with which token."""
     user = require_writable(session, viewer, repo, revision, create_pr)
     token = hub.signer.sign(PURPOSE, [viewer.token_id, repo.id, revision, create_pr])
-    address = f"{public_url(request)}/xet/{service.cache_name(session, hub, user)}"
+    service.let_go(hub, user)
+    with hub.db.read() as now_session:
+        cache = service.cache_name(now_session, hub, user)
+    address = f"{public_url(request)}/xet/{cache}"
     expires = int(time.time()) + TOKEN_S
     # Clients read one or the other, by version.
     response.headers["X-Xet-Access-Token"] = token

@@ -13,7 +13,7 @@ from hashlib import sha256
 from typing import BinaryIO
 
 from anyio import to_thread
-from sqlalchemy import update
+from sqlalchemy import CursorResult, delete, update
 from sqlmodel import Session, col, select
 
 from hub.blobs.store import Sha256, Stored
@@ -21,7 +21,7 @@ from hub.context import Hub
 from hub.db import insert_once, now
 from hub.errors import BadUpload, TooLarge
 from hub.failpoints import reach
-from hub.limits import quotas
+from hub.limits import pending, quotas
 from hub.repos import service as repos
 from hub.repos.models import Blob, Hold
 from hub.users import service as users
@@ -60,6 +60,28 @@ def forget_caches(session: Session, user_id: int) -> None:
     session.execute(first.on_conflict_do_update(index_elements=["user_id"], set_=again))
 
 
+def let_go(hub: Hub, user: User) -> None:
+    """Before an upload: xorbs that this user's clients have not used for a day make room for it,
+    where all that the user sent and nobody committed is more than half of what it may be.
+
+    Clients are told another address then, so that they miss nothing.
+    """
+    limit = hub.settings.pending_bytes
+    if limit is None or user.id is None:
+        return
+    with hub.db.read() as session:
+        if pending.count(session, user.id) <= limit // 2:
+            return
+    unused = col(Hold.expires_at) < now() + KEEP_XORBS - timedelta(days=1)
+    xorbs = col(Hold.sha256).in_(select(Xorb.sha256))
+    with hub.db.write() as session:
+        mine = col(Hold.user_id) == user.id
+        gone = session.execute(delete(Hold).where(mine, unused, xorbs))
+        assert isinstance(gone, CursorResult)
+        if gone.rowcount:
+            forget_caches(session, user.id)
+
+
 async def receive_xorb(
     hub: Hub, viewer: Viewer, name: XetHash, body: AsyncIterator[bytes], size: int | None
 ) -> bool:
@@ -72,6 +94,7 @@ async def receive_xorb(
         async for _ in body:
             pass
     else:
+        await to_thread.run_sync(pending.require_room, hub, viewer, {str(name): size or 0})
         check = XorbCheck()
         pieces = _checked(body, check, name)
         if here is None:
@@ -156,6 +179,7 @@ def register_shard(hub: Hub, viewer: Viewer, shard: BinaryIO, namespace_key: str
     with hub.db.read() as session:
         total = sum(sizes.values())
         quotas.require_room(session, namespace_key, total, hub.settings.quota_bytes)
+    pending.require_room(hub, viewer, {to_text(name): size for name, size in sizes.items()})
     is_new = False
     for file in read_shard(shard):
         known = _known(hub, viewer, file)

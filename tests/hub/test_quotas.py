@@ -1,7 +1,12 @@
 """Quotas: what counts, what is refused, and that two commits at once cannot both pass."""
 
+import hashlib
+import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, constants
@@ -12,6 +17,7 @@ from typer.testing import CliRunner
 
 from cli.__main__ import app as cli
 from hub.adapters.service import publish
+from hub.app import create_app
 from hub.context import Hub
 from hub.errors import QuotaExceeded
 from hub.limits import quotas
@@ -178,6 +184,87 @@ def test_a_preupload_refuses_only_what_cannot_be_here(
     assert preupload(*((f"{n}", 90) for n in range(5))) == 200
     assert preupload(("y.tmp", 500)) == 200
     assert preupload(("y", 100), ("z", 101)) == 507
+
+
+# Bytes without a commit
+
+
+class Impatient:
+    """A user who sends and does not commit, to a hub where that may be 10,000 bytes."""
+
+    def __init__(self, client: TestClient, token: str) -> None:
+        self.client, self.headers = client, bearer(token)
+        made = client.post("/api/repos/create", json={"name": "a"}, headers=self.headers)
+        self.repo = made.json()["name"]
+
+    def batch(self, *contents: bytes, transfers: tuple[str, ...] = ("basic",)) -> Any:
+        named = [{"oid": sha(content), "size": len(content)} for content in contents]
+        body = {"operation": "upload", "transfers": transfers, "objects": named}
+        address = f"/{self.repo}.git/info/lfs/objects/batch"
+        return self.client.post(address, json=body, headers=self.headers)
+
+    def put(self, answer: Any, *contents: bytes) -> list[int]:
+        objects = answer.json()["objects"]
+        links = {o["oid"]: o["actions"]["upload"]["href"] for o in objects if "actions" in o}
+        return [self.client.put(links[sha(c)], content=c).status_code for c in contents]
+
+    def commit(self, *lines: dict[str, Any], parent: str | None = None) -> int:
+        header = {"summary": "m"} | ({"parentCommit": parent} if parent else {})
+        body = "\n".join(map(json.dumps, ({"key": "header", "value": header}, *lines)))
+        address = f"/api/models/{self.repo}/commit/main"
+        return self.client.post(address, content=body, headers=self.headers).status_code
+
+
+def large(content: bytes) -> dict[str, Any]:
+    return {"key": "lfsFile", "value": {"path": sha(content), "oid": sha(content)}}
+
+
+def small(content: bytes) -> dict[str, Any]:
+    value = {"path": "x", "content": content.decode(), "encoding": "utf-8"}
+    return {"key": "file", "value": value}
+
+
+def sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def ada(hub: Hub) -> Iterator[Impatient]:
+    changes = {"pending_bytes": 10_000, "lfs_part_bytes": 3000}
+    bounded = replace(hub, settings=hub.settings.model_copy(update=changes))
+    app = create_app(bounded.settings, hub=bounded)
+    with TestClient(app, base_url="http://127.0.0.1:8470") as client:
+        yield Impatient(client, make_user(hub, "ada")[1])
+
+
+@both_databases
+def test_what_is_sent_and_not_committed_is_bounded_however_it_comes(ada: Impatient) -> None:
+    one, two, three = b"1" * 2500, b"2" * 2500, b"3" * 9000
+    first = ada.batch(one)
+    assert ada.batch(three, two).status_code == 507
+    # Addresses are promises of nothing: what comes counts.
+    others = [ada.batch(content) for content in (two, three)]
+    assert ada.put(first, one) == [200]
+    assert ada.put(others[1], three) == [507]
+    assert ada.put(others[0], two) == [200]
+    assert ada.batch(three).json()["error"].startswith("ada has sent 5,000 bytes that no commit")
+    assert ada.put(first, one) == [200]  # again, which is nothing new
+    # In parts it counts from its beginning, once.
+    parts = b"4" * 4000
+    for _ in range(2):
+        assert ada.batch(parts, transfers=("basic", "multipart")).status_code == 200
+    assert ada.batch(b"5" * 1001).status_code == 507
+    assert ada.commit(large(one), large(two)) == 200
+    assert ada.batch(b"5" * 5000).status_code == 200
+
+
+@both_databases
+def test_small_files_of_commits_that_fail_count_too(ada: Impatient) -> None:
+    nowhere = "0" * 40
+    assert ada.commit(small(b"a" * 6000), parent=nowhere) == 412
+    assert ada.commit(small(b"b" * 6000), large(b"never sent")) == 400
+    assert ada.commit(small(b"c" * 6000)) == 507
+    assert ada.batch(b"d").status_code == 507
 
 
 def test_the_command_shows_and_sets(hub: Hub, admin: Viewer, tmp_path: Path) -> None:

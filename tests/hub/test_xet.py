@@ -15,7 +15,8 @@ import pytest
 from httpx2 import Response
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlmodel import select
+from sqlalchemy import func, update
+from sqlmodel import col, select
 from starlette.testclient import TestClient
 
 from hub.app import create_app
@@ -345,6 +346,33 @@ def test_files_that_the_namespace_may_not_keep_are_not_built(hub: Hub, ada: Send
     answered(ada.commit(bytes(100_000)))
     assert answered(ada.shard(files[0])) == {"result": 0}
     refusal(ada.shard(files[1]), 413)
+
+
+@both_databases
+def test_chunks_without_a_commit_are_bounded_and_old_ones_make_room(
+    hub: Hub, client: TestClient
+) -> None:
+    bounded = hub.settings.model_copy(update={"pending_bytes": 100_000})
+    other = Hub(bounded, hub.db, hub.store, hub.signer, hub.downloads)
+    with TestClient(create_app(bounded, hub=other), base_url=str(client.base_url)) as few:
+        ada = Sender(few, make_user(hub, "ada")[1], "ada/ink")
+        made = [random_xorb(30_000) for _ in range(4)]
+        for xorb in made[:3]:
+            answered(ada.xorb(xorb))
+        answered(ada.xorb(made[0]))  # again, which is nothing new
+        assert "ada has sent 90,0" in refusal(ada.xorb(made[3]), 413)
+        assert "ada has sent 90,0" in refusal(ada.shard(xet.file_block([(made[0], 0, 1)])), 413)
+        before = ada.cas
+        ada.renew()
+        assert ada.cas == before
+        with hub.db.write() as session:
+            unused = update(Hold).values(expires_at=now() + timedelta(days=28))
+            session.execute(unused.where(col(Hold.id).in_(select(func.min(Hold.id)))))
+        ada.renew()
+        # At another address clients send everything again, and nothing is missed.
+        assert ada.cas != before
+        answered(ada.xorb(made[3]))
+        assert "ada has sent" in refusal(ada.xorb(made[0]), 413)
 
 
 def test_a_file_of_crumbs_is_refused_before_it_is_built(ada: Sender) -> None:
