@@ -78,6 +78,8 @@ def viewer(request: Request, hub: HubDep) -> Viewer:
 async def _viewer(request: Request, hub: HubDep) -> Viewer:
     if not request.headers.get("Authorization") and SESSION_COOKIE not in request.cookies:
         return ANONYMOUS
+    if hub.db.is_sqlite:  # One row by its index: going to a thread and back takes longer.
+        return viewer(request, hub)
     return await to_thread.run_sync(viewer, request, hub)
 
 

@@ -164,8 +164,9 @@ def items(session: Session, rows: Sequence[tuple[Adapter, Repo]]) -> list[Adapte
     repo_ids = {adapter.repo_id for adapter, _ in rows}
     words = _words(session, [adapter.id for adapter, _ in rows])
     tags: dict[int, list[str]] = defaultdict(list)
-    for tag in session.exec(select(Tag).where(col(Tag.repo_id).in_(repo_ids)).order_by(Tag.name)):
-        tags[tag.repo_id].append(tag.name)
+    named = select(Tag.repo_id, Tag.name).where(col(Tag.repo_id).in_(repo_ids))
+    for repo_id, name in session.exec(named.order_by(Tag.name)):
+        tags[repo_id].append(name)
     shown: dict[int, list[PreviewItem]] = defaultdict(list)
     for preview in session.exec(_pictures(repo_ids)):
         if len(shown[preview.repo_id]) < 2:
@@ -261,9 +262,9 @@ def _own(adapter: Adapter, repo: Repo) -> dict[str, Any]:
 
 def _words(session: Session, ids: Sequence[int | None]) -> dict[int | None, list[str]]:
     words: dict[int | None, list[str]] = defaultdict(list)
-    query = select(Trigger).where(col(Trigger.adapter_id).in_(ids))
-    for trigger in session.exec(query.order_by(col(Trigger.position))):
-        words[trigger.adapter_id].append(trigger.word)
+    query = select(Trigger.adapter_id, Trigger.word).where(col(Trigger.adapter_id).in_(ids))
+    for adapter_id, word in session.exec(query.order_by(col(Trigger.position))):
+        words[adapter_id].append(word)
     return words
 
 

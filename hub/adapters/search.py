@@ -156,6 +156,13 @@ def is_tool_tag(name: str) -> bool:
     return name in TOOL_TAGS or name.startswith(TOOL_TAG_PREFIXES)
 
 
+# Not the table itself, which the conditions on tags look into.
+_Chosen = aliased(Tag)
+_IS_CHOICE = and_(
+    col(_Chosen.name).not_in(TOOL_TAGS),
+    *(~col(_Chosen.name).startswith(prefix, autoescape=True) for prefix in TOOL_TAG_PREFIXES),
+)
+
 _FACETS = ("kind", "family", "algorithm", "tag", "author")
 Conditions = list[tuple[str, ColumnElement[bool]]]
 
@@ -300,13 +307,9 @@ def _facet(
     column: Any
     statement: Select[Any] = _matching(session, query, others)
     if name == "tag":
-        # Not the table itself, which the conditions on tags look into.
-        tag = aliased(Tag)
-        column = col(tag.name)
-        statement = statement.join(tag, col(tag.repo_id) == col(Adapter.repo_id))
-        statement = statement.where(column.not_in(TOOL_TAGS))
-        for prefix in TOOL_TAG_PREFIXES:
-            statement = statement.where(~column.startswith(prefix, autoescape=True))
+        column = col(_Chosen.name)
+        statement = statement.join(_Chosen, col(_Chosen.repo_id) == col(Adapter.repo_id))
+        statement = statement.where(_IS_CHOICE)
     else:
         column = col(Repo.namespace) if name == "author" else col(getattr(Adapter, name))
     # The columns alone change: every file that matches is still one row.

@@ -2,10 +2,11 @@
 
 from typing import Annotated
 
+from anyio import to_thread
 from fastapi import Depends, Request
 from sqlmodel import Session
 
-from hub.deps import ReadSession, ViewerDep
+from hub.deps import ReadSession, ViewerDep, hub_of
 from hub.errors import NotImplementedHere, RepoNotFound
 from hub.hf.routing import RepoMoved
 from hub.mirror.routes import mirror_of
@@ -35,7 +36,7 @@ def type_named(type: str | None) -> RepoType:
     return TYPES[kind]
 
 
-def repo(
+async def repo(
     request: Request,
     session: ReadSession,
     viewer: ViewerDep,
@@ -44,7 +45,10 @@ def repo(
     name: str,
 ) -> Repo:
     """The repo of an address if the viewer may see it: RepoNotFound, RepoMoved."""
-    return find(request, session, viewer, type, namespace, name)
+    # As in `hub.deps._read`; an upstream is asked over the network.
+    if hub_of(request).db.is_sqlite and mirror_of(request) is None:
+        return find(request, session, viewer, type, namespace, name)
+    return await to_thread.run_sync(find, request, session, viewer, type, namespace, name)
 
 
 def find(

@@ -32,7 +32,7 @@ for part in PARTS:
     router.include_router(part.router)
 
 # Included after every other router: what nobody answers under /api.
-fallback = hf_router()
+fallback = hf_router("/")
 
 
 @router.get("/api/agent-harnesses", include_in_schema=False)

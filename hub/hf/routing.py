@@ -4,7 +4,9 @@ Revisions and tree paths arrive as one segment with `/` written `%2F`; the decod
 frameworks route on cannot tell `refs%2Fpr%2F1/x` from `refs/pr/1/x`.
 """
 
+from collections.abc import Callable
 from http import HTTPStatus
+from typing import Any
 from urllib.parse import unquote
 
 from fastapi import APIRouter, Request, Response
@@ -69,7 +71,10 @@ class HFRoute(APIRoute):
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         if scope["type"] != "http":
             return super().matches(scope)
-        match, child = super().matches({**scope, "path": scope["raw_path"].decode("ascii")})
+        raw_path = scope["raw_path"].decode("ascii")
+        if self.path_regex.match(raw_path) is None:
+            return Match.NONE, {}
+        match, child = super().matches({**scope, "path": raw_path})
         if match is not Match.NONE:
             child["path_params"] = {k: unquote(v) for k, v in child["path_params"].items()}
             if any("\0" in value for value in child["path_params"].values()):
@@ -77,8 +82,25 @@ class HFRoute(APIRoute):
         return match, child
 
 
-def hf_router() -> APIRouter:
-    return APIRouter(route_class=HFRoute, tags=[TAG], include_in_schema=False)
+class HFRouter(APIRouter):
+    """`part` is in every address of this router: without it no route has to be tried."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__(route_class=HFRoute, tags=[TAG], include_in_schema=False)
+        self._part = part
+
+    def add_api_route(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
+        assert self._part in path
+        super().add_api_route(path, endpoint, **kwargs)
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if scope["type"] == "http" and self._part.encode() not in scope["raw_path"]:
+            return Match.NONE, {}
+        return super().matches(scope)
+
+
+def hf_router(part: str = "/api/") -> HFRouter:
+    return HFRouter(part)
 
 
 def render(request: Request, error: HubError, status: HTTPStatus) -> Response:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, and_, case, delete, insert, true
+from sqlalchemy import ColumnElement, and_, bindparam, case, delete, insert, true
 from sqlmodel import Session, col, or_, select
 
 from hub.audit import record
@@ -66,6 +66,26 @@ _FOLDERS = {RefKind.BRANCH: "heads", RefKind.TAG: "tags", RefKind.PULL: "pr"}
 _AT_ONCE = 500  # rows of one statement: databases limit its parameters
 # Clients show it to people, and huggingface_hub's own tests compare it.
 _MOVED_ON = "The branch was updated since you opened this page. Please refresh and try again."
+
+# Of nearly every request, so they are made once: making a statement takes longer than running it.
+_REPO = select(Repo).where(col(Repo.type) == bindparam("type"), col(Repo.key) == bindparam("key"))
+_OF_REF = (
+    select(Commit)
+    .join(Ref, col(Ref.commit_id) == col(Commit.id))
+    .where(col(Ref.repo_id) == bindparam("repo_id"), col(Ref.name) == bindparam("name"))
+    .where(col(Ref.kind).in_(bindparam("kinds", expanding=True)))
+    .order_by(col(Ref.kind))  # "branch" before "tag"
+    .limit(1)
+)
+_ENTRIES = (
+    select(CommitEntry)
+    .where(col(CommitEntry.commit_id) == bindparam("commit_id"))
+    .order_by(col(CommitEntry.path))
+)
+_ENTRIES_OF_FOLDER = _ENTRIES.where(
+    col(CommitEntry.path) >= bindparam("first"), col(CommitEntry.path) < bindparam("end")
+)
+_ENTRY = _ENTRIES.where(col(CommitEntry.path) == bindparam("path"))
 
 
 def create_repo(
@@ -244,11 +264,10 @@ def resolve(session: Session, repo: Repo, revision: str = MAIN) -> Commit:
     ):
         if not revision.startswith(prefix):
             continue
-        for kind in kinds:
-            ref = session.get(Ref, (repo.id, kind, revision.removeprefix(prefix)))
-            commit = session.get(Commit, ref.commit_id) if ref is not None else None
-            if commit is not None:
-                return commit
+        name = {"repo_id": repo.id, "kinds": kinds, "name": revision.removeprefix(prefix)}
+        commit: Commit | None = session.execute(_OF_REF, name).scalars().first()
+        if commit is not None:
+            return commit
     if (commit := _by_prefix(session, repo, revision)) is not None:
         return commit
     raise RevisionNotFound(f"Invalid rev id: {revision[:200]}", "revision")
@@ -256,13 +275,14 @@ def resolve(session: Session, repo: Repo, revision: str = MAIN) -> Commit:
 
 def entries(session: Session, commit: Commit, under: str = "") -> list[CommitEntry]:
     """The files below a folder, by path; EntryNotFound if there is no such folder."""
-    query = select(CommitEntry).where(CommitEntry.commit_id == commit.id)
     folder = under.strip("/")
     if folder:
         # "0" follows "/" in ASCII: the range holds all paths that begin with the folder.
-        path = col(CommitEntry.path)
-        query = query.where(path >= f"{folder}/", path < f"{folder}0")
-    found = list(session.exec(query.order_by(col(CommitEntry.path))))
+        ends = {"first": f"{folder}/", "end": f"{folder}0"}
+        rows = session.execute(_ENTRIES_OF_FOLDER, {"commit_id": commit.id, **ends})
+    else:
+        rows = session.execute(_ENTRIES, {"commit_id": commit.id})
+    found = list(rows.scalars())
     if folder and not found:
         raise EntryNotFound(f"there is no folder {folder}", "path", commit.id)
     return found
@@ -270,7 +290,8 @@ def entries(session: Session, commit: Commit, under: str = "") -> list[CommitEnt
 
 def entry(session: Session, commit: Commit, path: str) -> CommitEntry:
     """EntryNotFound, which carries the commit that was looked in."""
-    found = session.get(CommitEntry, (commit.id, path))
+    here = {"commit_id": commit.id, "path": path}
+    found: CommitEntry | None = session.execute(_ENTRY, here).scalars().first()
     if found is None:
         raise EntryNotFound(f"there is no file {path[:200]}", "path", commit.id)
     return found
@@ -527,7 +548,7 @@ def _id(repo: Repo) -> int:
 
 
 def _find(session: Session, key: str, type: str) -> Repo | None:
-    return session.exec(select(Repo).where(Repo.type == type, Repo.key == key)).first()
+    return session.execute(_REPO, {"type": type, "key": key}).scalars().first()
 
 
 def _wait_for_name(session: Session, type: str, key: str) -> None:

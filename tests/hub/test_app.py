@@ -227,10 +227,10 @@ def probe(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
         yield client
 
 
-def test_who_asks_takes_a_thread_only_where_they_say_it(
+def test_who_asks_takes_a_thread_only_where_the_database_is_waited_for(
     hub: Hub, probe: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To go to one and back takes longer than to say that nobody asks."""
+    """To go to one and back takes longer than to say who asks."""
     called: list[str] = []
     run_sync = to_thread.run_sync
 
@@ -245,7 +245,7 @@ def test_who_asks_takes_a_thread_only_where_they_say_it(
     assert probe.get("/api/probe/whoami").json() is None
     assert called == []
     assert probe.get("/api/probe/whoami", headers=bearer(token)).json() == "ada"
-    assert called == ["viewer"]
+    assert called == ([] if hub.db.is_sqlite else ["viewer"])
 
 
 def test_a_commit_that_fails_is_a_500_and_not_a_201(hub: Hub, probe: TestClient) -> None:
