@@ -92,6 +92,31 @@ def condemned(hub: Hub, unused: Stored) -> Stored:
 
 
 @both_databases
+def test_what_a_squash_hides_goes_once_it_is_deleted_from_the_history(
+    hub: Hub, admin: Viewer, client: TestClient
+) -> None:
+    """The way of docs/operations.md: squash, delete the files that no branch or tag has, collect."""
+    with hub.db.write() as session:
+        repos.create_repo(session, admin, "admin", "ink")
+    for content in (INK, b"newer"):
+        add = Add("ink.safetensors", hub.store.put([content]), lfs=True)
+        publish(hub, admin, "admin", "ink", operations=[add], message="a version")
+    address, headers = "/api/models/admin/ink", bearer(hub.admin_token)
+    made = client.post(f"{address}/super-squash/main", json={}, headers=headers).json()
+    assert collect(hub, days(8)).n == 0
+    files = client.get(f"{address}/lfs-files", headers=headers).json()
+    (old,) = [file["fileOid"] for file in files if file["ref"] is None]
+    body = {"deletions": {"sha": [old], "rewriteHistory": True}}
+    assert client.post(f"{address}/lfs-files/batch", json=body, headers=headers).is_success
+    assert client.get(address).json()["sha"] == made["commitOid"]
+    assert old == DIGEST
+    assert list(collect(hub, days(8)).condemn.sizes) == [old]
+    assert list(collect(hub, days(9.1)).delete.sizes) == [old]
+    assert client.get("/admin/ink/resolve/main/ink.safetensors").content == b"newer"
+    assert is_sound(fsck(hub, full=True))
+
+
+@both_databases
 def test_a_blob_goes_in_two_phases_and_its_row_last(hub: Hub, unused: Stored) -> None:
     assert collect(hub, days(6)).n == 0
     assert list(collect(hub, days(8)).condemn.sizes) == [DIGEST]
