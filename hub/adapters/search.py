@@ -29,8 +29,9 @@ from sqlmodel import Session, col
 from hub.adapters import text
 from hub.adapters.models import Adapter, HashAlias, Tag
 from hub.errors import BadField, HashNotFound
+from hub.repos import collections
 from hub.repos import service as repos
-from hub.repos.models import Repo, RepoType
+from hub.repos.models import CollectionItem, Repo, RepoType
 from hub.users.names import key_of
 from hub.users.service import Viewer
 
@@ -66,6 +67,7 @@ class AdapterQuery(BaseModel):
     tag: Values = Field((), max_length=MAX_VALUES)
     not_tag: Values = Field((), max_length=MAX_VALUES)
     author: str | None = Field(None, max_length=96)
+    collection: str | None = Field(None, max_length=200, description="slug of one to search in")
     rank_min: int | None = Field(None, ge=1, le=2**31 - 1)
     rank_max: int | None = Field(None, ge=1, le=2**31 - 1)
     sort: Sort | None = None
@@ -93,7 +95,10 @@ class Found:
 
 
 def search(session: Session, viewer: Viewer, query: AdapterQuery) -> Found:
-    """Files (or repos, `by_repo`) that match, and what else could be asked; BadField (cursor)."""
+    """Files (or repos, `by_repo`) that match, and what else could be asked.
+
+    BadField (cursor), CollectionNotFound.
+    """
     conditions = _conditions(session, viewer, query)
     matching = _matching(session, query, [c for _, c in conditions]).subquery()
     total = session.execute(
@@ -177,6 +182,13 @@ def _conditions(session: Session, viewer: Viewer, query: AdapterQuery) -> Condit
     found += [("not_tag", ~_has_tag(tag)) for tag in query.not_tag]
     if query.author is not None:
         found.append(("author", col(Repo.namespace_key) == key_of(query.author)))
+    if query.collection is not None:
+        namespace, _, slug = query.collection.partition("/")
+        within = collections.find(session, viewer, namespace, slug)
+        packed = select(col(CollectionItem.repo_id)).where(
+            col(CollectionItem.collection_id) == within.id
+        )
+        found.append(("collection", col(Repo.id).in_(packed)))
     if query.rank_min is not None:
         found.append(("rank", col(Adapter.rank_max) >= query.rank_min))
     if query.rank_max is not None:

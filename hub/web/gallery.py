@@ -125,7 +125,7 @@ def _sorts(query: AdapterQuery) -> Iterator[tuple[str, str, bool]]:
 
 def _parameters(query: AdapterQuery) -> dict[str, Any]:
     """What the address of this search says; a cursor belongs to one page and is left out."""
-    names = ("q", *_MANY, "author", "rank_min", "rank_max", "sort")
+    names = ("q", *_MANY, "author", "collection", "rank_min", "rank_max", "sort")
     return {name: getattr(query, name) for name in names}
 
 
@@ -138,8 +138,9 @@ def _hidden(query: AdapterQuery) -> Iterator[tuple[str, str]]:
     """Fields that the search form sends along, so that typing keeps the filters."""
     for name in _MANY:
         yield from ((name, value) for value in getattr(query, name))
-    if query.author is not None:
-        yield "author", query.author
+    for name in ("author", "collection"):
+        if (value := getattr(query, name)) is not None:
+            yield name, value
 
 
 def _label(name: str, value: str) -> str:
@@ -198,6 +199,10 @@ def _chips(query: AdapterQuery) -> Iterator[Chip]:
             yield Chip(_label(name, value), state, _url(_toggled(now, name, value)))
     if query.author:
         yield Chip(f"by {query.author}", "on", _url(now | {"author": None}))
+    if query.collection:
+        # Its words, without the key at the end.
+        words = query.collection.partition("/")[2].rpartition("-")[0]
+        yield Chip(f"in {words or query.collection}", "on", _url(now | {"collection": None}))
     if query.rank_min is not None:
         yield Chip(f"rank ≥ {query.rank_min}", "on", _url(now | {"rank_min": None}))
     if query.rank_max is not None:

@@ -410,6 +410,7 @@ def test_a_collection_has_a_page(
         collections.create(session, admin, "admin", title="Kept back", private=True)
         new = f"/collections/{collections.slug_of(pack)}"
     assert client.get(old).headers["Location"] == new
+    mine = ["admin/ink", "admin/withheld"]
     text = client.get(new, headers={"Accept": "text/html"}).text
     for shown in (
         "New &amp; bold",
@@ -423,6 +424,16 @@ def test_a_collection_has_a_page(
         assert shown in text
     assert "withheld" not in text
     assert "4 items" in client.get(new, headers=bearer(hub.admin_token)).text
+    slug = collections.slug_of(pack)
+    assert f'href="/?collection={slug}"' in text
+    publish_files(hub, admin, "admin/outside", files)
+    for headers, inside in (({}, ["admin/ink"]), (bearer(hub.admin_token), mine)):
+        answer = client.get(f"/api/adapters?collection={slug}", headers=headers).json()
+        assert sorted(item["repo"] for item in answer["items"]) == inside
+        assert dict(answer["facets"])["author"][0]["count"] == len(inside)
+    assert "outside" not in client.get(f"/?collection={slug}").text
+    unknown = client.get("/api/adapters?collection=admin/x")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "CollectionNotFound")
     of_admin = client.get("/admin").text
     assert (new in of_admin, "Kept back" in of_admin) == (True, False)
     empty = f"/collections/{collections.slug_of(other)}"
