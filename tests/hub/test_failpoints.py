@@ -379,6 +379,21 @@ def test_a_job_that_ends_anywhere_has_one_result(
     assert files["commits"] == "2"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [LOCAL], indirect=True)
+@pytest.mark.parametrize("point", ["U6", "U7", "U8"])
+def test_a_result_that_was_becoming_a_blob_becomes_one(
+    forge: Forge, case: Case, point: str
+) -> None:
+    forge.done("submit", case)
+    faulted(forge.run("work", case, f"{point}:kill"), "kill")
+    sound(forge, case)
+    assert forge.done("work", case) == ["succeeded"]
+    seen = sound(forge, case)
+    assert seen["scratch"] == []
+    assert seen["files"]["admin/result"]["commits"] == "2"
+
+
 def test_an_unknown_failpoint_is_refused() -> None:
     for text in ("U99:kill", "U1:explode"):
         with pytest.raises(ValueError, match="names no point or no action"):
