@@ -89,15 +89,27 @@ def main() -> None:
     api.super_squash_history(repo)
     assert len(api.list_repo_commits(repo)) == 1
     gate()
+    pack = api.create_collection(repo.replace("/", " "), description="What is here").slug
+    api.add_collection_item(pack, repo, "model", note="good")
     api.move_repo(repo, f"{repo}-moved")
     assert api.model_info(repo).id == f"{repo}-moved"
+    assert collected(pack) == [(f"{repo}-moved", "model", "good")]
+    (listed,) = nobody.list_collections(item=f"models/{repo}-moved")
+    assert listed.slug == pack
     api.delete_repo(f"{repo}-moved")
     assert api.repo_exists(f"{repo}-moved") is False
+    assert collected(pack) == []
+    api.delete_collection(pack)
     print("DONE", huggingface_hub.__version__, flush=True)
 
 
 def put(path: str, content: bytes) -> None:
     api.upload_file(path_or_fileobj=content, path_in_repo=path, repo_id=repo)
+
+
+def collected(slug: str) -> list:
+    items = nobody.get_collection(slug).items
+    return [(item.item_id, item.item_type, item.note) for item in items]
 
 
 def gate() -> None:

@@ -124,6 +124,21 @@ def make(
         return made.key
 
 
+def watch(hub: Hub, viewer: Viewer, key: str, model: str) -> None:
+    """Let a webhook hear of this model and of a dataset that is not there, and of nothing else."""
+    with hub.db.write() as session:
+        service.change(
+            session,
+            viewer.require_user(),
+            key,
+            url=None,
+            watched=[{"type": "model", "name": model}, {"type": "dataset", "name": "a/b"}],
+            domains=None,
+            secret=None,
+            allow_private=True,
+        )
+
+
 def new_repo(hub: Hub, viewer: Viewer, name: str, *, private: bool = False) -> None:
     namespace, _, name = name.partition("/")
     with hub.db.write() as session:
@@ -289,18 +304,7 @@ def test_branches_and_tags_are_told_and_a_moved_repo_stays_watched(
     hub: Hub, admin: Viewer, receiver: Receiver
 ) -> None:
     new_repo(hub, admin, "admin/ink")
-    key = make(hub, admin, receiver.url)
-    with hub.db.write() as session:
-        service.change(
-            session,
-            admin.require_user(),
-            key,
-            url=None,
-            watched=[{"type": "model", "name": "Admin/Ink"}, {"type": "dataset", "name": "a/b"}],
-            domains=None,
-            secret=None,
-            allow_private=True,
-        )
+    watch(hub, admin, make(hub, admin, receiver.url), "Admin/Ink")
     with hub.db.write() as session:
         repo = repos.get_repo(session, admin, "admin", "ink")
         head = repo.head
@@ -325,6 +329,19 @@ def test_branches_and_tags_are_told_and_a_moved_repo_stays_watched(
     ]
     assert told[4].repo.name == "admin/oil"
     assert [item["name"] for item in only_webhook(hub).watched] == ["admin/oil", "a/b"]
+    # Whose webhook it is may not know the repo any more: it does not learn of its new name.
+    eve, _ = make_user(hub, "eve")
+    watch(hub, eve, make(hub, eve, receiver.url), "admin/oil")
+    with hub.db.write() as session:
+        repos.update_settings(session, admin, repo, private=True)
+        repos.move_repo(session, admin, repo, "admin", "hidden")
+    queue.spread(hub)
+    with hub.db.read() as session:
+        (eves,) = service.listed(session, eve.require_user())
+        (admins,) = service.listed(session, admin.require_user())
+    assert [item["name"] for item in (*admins.watched, *eves.watched)] == [
+        *("admin/hidden", "a/b", "admin/oil", "a/b"),
+    ]
 
 
 def test_a_disabled_user_hears_nothing_any_more(
