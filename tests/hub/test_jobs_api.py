@@ -31,10 +31,10 @@ from tests.fixtures.tiny_files import deltas_of, modules, write_base, write_lora
 WAIT_S = 300.0
 
 
-def make_data(folder: Path) -> dict[str, str]:
+def make_data(folder: Path, **settings: Any) -> dict[str, str]:
     """A data folder with the users ada, bob and eve; gives a token of each, and a reading one."""
     tokens = {}
-    with open_hub(settings_of(folder)) as hub, hub.db.write() as session:
+    with open_hub(settings_of(folder, **settings)) as hub, hub.db.write() as session:
         for name in ("ada", "bob", "eve"):
             user = users.create_user(session, name)
             tokens[name] = users.issue_token(session, user, "test")
@@ -938,10 +938,11 @@ def test_jobs_are_listed_newest_first_in_pages(ada: Person, deltas: Deltas) -> N
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[Person]:
+def own(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Person]:
     """Ada on a server of her own, with ada/ink and ada/robot."""
-    tokens = make_data(tmp_path)
-    with running_hub(tmp_path) as hub:
+    settings = getattr(request, "param", {})
+    tokens = make_data(tmp_path, **settings)
+    with running_hub(tmp_path, **settings) as hub:
         ada = Person(hub, tokens["ada"])
         for seed, name in enumerate(("ink", "robot")):
             write_lora(tmp_path / name / f"{name}.safetensors", seed)
@@ -987,12 +988,17 @@ def is_empty(folder: Path) -> bool:
     return not list(folder.iterdir())
 
 
+# On PostgreSQL another server may run it, so that its lease has to end first.
+ON_SQLITE: dict[str, Any] = {"database_url": None}
+
+
+@pytest.mark.parametrize("own", [ON_SQLITE], ids=["sqlite"], indirect=True)
 def test_a_job_survives_the_kill_of_its_server(own: Person, tmp_path: Path) -> None:
     job_id = start_job(own)
     children = children_of(own.hub)
     own.hub.kill()
     assert all(is_gone(child) for child in children)
-    with running_hub(tmp_path) as hub:
+    with running_hub(tmp_path, **ON_SQLITE) as hub:
         ada = Person(hub, own.token)
         job = ada.wait(job_id)
         assert (job["state"], job["attempts"]) == ("succeeded", 2), job["error"]
@@ -1048,31 +1054,6 @@ def test_cancel_ends_a_running_job_and_leaves_nothing(own: Person) -> None:
     assert own.delete(f"/api/jobs/{job_id}").json()["state"] == "cancelled"
     assert own.get("/api/models/ada/both").status_code == 404
     assert is_empty(own.hub.data_dir / "scratch")
-
-
-def test_a_worker_of_its_own_runs_the_jobs_of_a_hub_on_postgresql(
-    tmp_path: Path, postgres_url: str
-) -> None:
-    with running_hub(tmp_path, workers=0, database_url=postgres_url) as hub:
-        ada = Person(hub, hub.admin_token)
-        write_lora(tmp_path / "ink" / "ink.safetensors", 0)
-        ada.upload(tmp_path / "ink", "admin/ink")
-        job_id = ada.merge("admin/x", "admin/ink=1").json()["id"]
-        assert ada.job(job_id)["state"] == "queued"
-        settings = {"GRAFT_DATABASE_URL": postgres_url, "GRAFT_DATA_DIR": str(hub.data_dir)}
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "cli", "worker"],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | settings,
-            stdout=subprocess.PIPE,
-        )
-        job = ada.wait(job_id)
-        worker.send_signal(signal.SIGTERM)
-        worker.communicate(timeout=60)
-        assert worker.returncode == 0
-        assert job["state"] == "succeeded", job["error"]
-        # The worker's commit is in the server's catalogue too.
-        assert ada.get("/api/models/admin/x").json()["sha"] == job["result"]["commit"]
 
 
 def test_a_worker_with_sqlite_is_refused_in_one_sentence(tmp_path: Path) -> None:

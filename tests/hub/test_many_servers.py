@@ -285,6 +285,9 @@ def test_jobs_are_done_once_by_a_server_and_a_worker(site: Site, tmp_path: Path)
                 time.sleep(0.02)
     with site.hub.db.read() as session:
         assert [session.get_one(Job, job_id).fence for job_id in jobs] == [1, 1, 1]
+    assert list((tmp_path / "worker" / "store" / "cache" / "kept").iterdir()), (
+        "the worker had no job"
+    )
     for n in range(3):
         # The first commit, and the result's.
         assert len(site.api(n).list_repo_commits(f"admin/merged{n}")) == 2

@@ -1,6 +1,5 @@
 """`graft serve` as a person runs it: a process, a port, a data folder."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -106,44 +105,3 @@ def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
     result = serve("--port", "99999", "--data", str(tmp_path / "data"))
     assert result.returncode == 1
     assert result.stderr.startswith("error: --port: ")
-
-
-def test_on_sqlite_a_worker_says_who_runs_the_jobs() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "cli", "worker"],
-        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert result.returncode == 1
-    assert result.stderr == (
-        "error: with SQLite `graft serve` runs the jobs itself; workers need GRAFT_DATABASE_URL\n"
-    )
-
-
-def test_servers_and_workers_share_a_postgresql_catalogue(
-    tmp_path: Path, postgres_url: str
-) -> None:
-    with running_hub(tmp_path, database_url=postgres_url, workers=0) as hub:
-        repo = httpx2.post(
-            f"{hub.url}/api/repos/create", json={"name": "ink"}, headers=hub.auth, timeout=60
-        )
-        assert repo.status_code == 200
-        with running_hub(tmp_path, database_url=postgres_url, workers=0) as second:
-            answer = httpx2.get(f"{second.url}/api/models/admin/ink", timeout=60)
-            assert answer.json()["id"] == "admin/ink"
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "cli", "worker"],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "GRAFT_DATABASE_URL": postgres_url,
-                "GRAFT_DATA_DIR": str(hub.data_dir),
-            },
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert worker.stdout is not None
-        assert worker.stdout.readline() == "Taking jobs, 1 at a time.\n"
-        worker.terminate()
-        worker.communicate(timeout=60)
-        assert worker.returncode == 0
-        assert hub.stop() == 0
