@@ -135,7 +135,10 @@ def test_previews_come_in_the_cards_order_with_their_prompts(
 def test_malformed_files_are_shown_with_their_reason_and_fail_no_commit(
     hub: Hub, admin: Viewer, client: TestClient
 ) -> None:
-    files = {f"bad/{n}.safetensors": case.make() for n, case in enumerate(MALFORMED)}
+    # The largest are the header reader's own business.
+    made = ((case, case.make()) for case in MALFORMED)
+    bad = [(case, content) for case, content in made if len(content) < 1_000_000]
+    files = {f"bad/{n}.safetensors": content for n, (_, content) in enumerate(bad)}
     files |= {f"odd/{n}.safetensors": make() for n, make in enumerate(ODD.values())}
     publish_files(hub, admin, "admin/bad", files)
     found: dict[str, Any] = {}
@@ -145,7 +148,7 @@ def test_malformed_files_are_shown_with_their_reason_and_fail_no_commit(
         found |= {item["file"]: item for item in page["items"]}
         cursor = page["next_cursor"]
     assert found.keys() == files.keys()
-    for n, case in enumerate(MALFORMED):
+    for n, (case, _) in enumerate(bad):
         item = found[f"bad/{n}.safetensors"]
         assert item["kind"] == "unreadable", case.name
         assert item["problem"].startswith(f"bad/{n}.safetensors: "), case.name

@@ -47,7 +47,15 @@ def bytes_sent(hub: RunningHub) -> int:
 
 
 @pytest.mark.parametrize(
-    ("version", "has_xet"), [("0", False), ("0", True), ("1", False), ("1", True), ("2", False)]
+    ("version", "has_xet"),
+    [
+        ("0", False),
+        ("1", True),
+        ("2", False),
+        # `test_xet_client` has the present version's.
+        pytest.param("0", True, marks=pytest.mark.slow),
+        pytest.param("1", False, marks=pytest.mark.slow),
+    ],
 )
 def test_every_major_client_tells_the_same_story(
     hub: RunningHub, tmp_path: Path, version: str, has_xet: bool
