@@ -4,6 +4,7 @@ import json
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
@@ -80,6 +81,9 @@ def _here(request: Request) -> str:
     """Where to come back to; from the login page that is not the login page."""
     if request.url.path in ("/login", "/signup", "/invite"):
         return "/"
+    if request.method not in ("GET", "HEAD"):
+        # Where the form was; its own address may only be sent to.
+        return local(urlsplit(request.headers.get("Referer", "")).path)
     query = request.url.query
     return request.url.path + (f"?{query}" if query else "")
 

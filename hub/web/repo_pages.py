@@ -26,6 +26,8 @@ from hub.repos import access
 from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry, Repo
 from hub.users import service as users
+from hub.users.models import Organization, User
+from hub.users.names import key_of
 from hub.users.service import Viewer
 from hub.web import facts
 from hub.web import origin as origins
@@ -71,6 +73,7 @@ def show_namespace(
             "name": repo.name,
             "url": url_of(repo),
             "private": repo.private,
+            "gated": repo.gated,
             "title": titles.get(repo.id or 0),
             "downloads": repo.downloads,
             "last_modified": repo.last_modified,
@@ -82,9 +85,25 @@ def show_namespace(
         "namespace.html",
         viewer,
         namespace=canonical,
+        **_owner(session, viewer, canonical),
         repos=rows,
         collections=lines(session, viewer, canonical),
     )
+
+
+def _owner(session: Session, viewer: Viewer, namespace: str) -> dict[str, Any]:
+    """Who a namespace belongs to, and what the viewer may do there."""
+    key = key_of(namespace)
+    organization = session.exec(select(Organization).where(Organization.key == key)).first()
+    user = session.exec(select(User).where(User.key == key)).first()
+    owner = organization or user
+    return {
+        "full_name": owner.full_name if owner is not None else "",
+        "is_organization": organization is not None,
+        "may_see_members": organization is not None
+        and users.may_read_private(session, viewer, namespace),
+        "may_publish": users.may_write(session, viewer, namespace),
+    }
 
 
 @router.get("/{namespace}/{name}")

@@ -41,7 +41,10 @@ ADVICE = {
         "Not yours to do",
         "Ask somebody who may, or sign in as somebody else. Nothing was changed.",
     ),
-    HTTPStatus.UNAUTHORIZED: ("Please sign in", "Then this page is yours, or says whose it is."),
+    HTTPStatus.UNAUTHORIZED: (
+        "Please sign in",
+        "Then you come back here. Nothing was changed.",
+    ),
     HTTPStatus.INTERNAL_SERVER_ERROR: (
         "The hub made a mistake",
         "Its log says more. Your files are safe: nothing is changed by a page that fails.",
@@ -86,11 +89,15 @@ def _is_for_people(request: Request) -> bool:
 
 def _error_page(request: Request, viewer: Viewer, message: str, status: HTTPStatus) -> Response:
     heading, advice = ADVICE.get(status, OTHER_ADVICE)
+    if status == HTTPStatus.UNAUTHORIZED and viewer.user is None:
+        # What is missing is said to programs in words of their own.
+        message = "This is for people who are signed in"
     return page(
         request,
         "error.html",
         viewer,
         status=status,
+        status_code=int(status),
         heading=heading,
         message=sentence(message),
         advice=advice,

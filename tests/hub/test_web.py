@@ -16,6 +16,7 @@ from hub.deps import SESSION_COOKIE
 from hub.repos import service as repos
 from hub.repos.models import Repo, RepoType
 from hub.repos.operations import Delete
+from hub.users import service as users
 from hub.users.names import RESERVED
 from hub.users.service import Viewer
 from hub.web import static_files
@@ -23,7 +24,7 @@ from hub.web.patterns import pattern_svg
 from hub.web.render import count, duration, size
 from hub.web.routes import local
 from tests.fixtures.catalogue import CARD, lora_bytes, picture, publish_files
-from tests.hub.conftest import bearer
+from tests.hub.conftest import bearer, make_user
 
 HTML = {"Accept": "text/html,*/*"}
 HOST = "http://127.0.0.1:8470"
@@ -404,3 +405,34 @@ def test_a_private_repo_is_marked_for_its_owner(
     publish_files(hub, admin, "admin/mine", {"a.txt": b"x"}, private=True)
     answer = client.get("/admin/mine", headers=HTML | bearer(hub.admin_token))
     assert ">private<" in answer.text
+
+
+def test_whoever_has_to_sign_in_comes_back_to_where_the_form_was(
+    client: TestClient, ink: str
+) -> None:
+    answer = client.get("/settings/tokens", headers=HTML)
+    assert answer.status_code == 401
+    assert 'class="button primary" href="/login?next=/settings/tokens"' in answer.text
+    assert "Bearer" not in answer.text
+    referer = {"Referer": f"{HOST}/admin/ink/discussions/new", "Origin": HOST}
+    answer = client.post(f"{ink}/discussions/new", data={"title": "x"}, headers=HTML | referer)
+    assert answer.status_code == 401
+    assert 'href="/login?next=/admin/ink/discussions/new"' in answer.text
+    evil = {"Referer": "http://evil.example//other.example", "Origin": HOST}
+    answer = client.post(f"{ink}/discussions/new", data={"title": "x"}, headers=HTML | evil)
+    assert 'href="/login?next=/"' in answer.text
+
+
+def test_a_namespace_says_whose_it_is_and_how_to_begin(hub: Hub, client: TestClient) -> None:
+    _, token = make_user(hub, "ada")
+    with hub.db.write() as session:
+        user = users.find_user(session, "ada")
+        users.create_organization(session, "acme", user, full_name="Acme Studio")
+    mine = client.get("/acme", headers=HTML | bearer(token)).text
+    assert "Acme Studio" in mine
+    assert "graft push my-style.safetensors acme/my-style" in mine
+    assert 'href="/organizations/acme"' in mine
+    others = visit(client, "/acme")
+    assert "Acme Studio" in others
+    assert "acme has no repo that you may see" in others
+    assert "/organizations/acme" not in others
