@@ -16,6 +16,8 @@ import typer
 from cli.console import CommandError, err, out
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from hub.context import Hub
     from hub.settings import Settings
 
@@ -34,6 +36,7 @@ def serve(
     """Start the hub: the web page, the API, the Hugging Face protocol and the jobs."""
     settings = load_settings(host=host, port=port, data_dir=data, demo=demo)
     _require_public_url(settings)
+    from hub.app import create_app
     from hub.context import open_hub
     from hub.errors import CannotStart
 
@@ -41,9 +44,11 @@ def serve(
         signal.signal(signal.SIGTERM, _stop)
         try:
             with open_hub(settings) as hub:
+                app = create_app(settings, hub=hub)
+                # Not before: whoever reads it asks for the first page.
                 _greet(settings, listener, hub.admin_token)
                 with _seeding(hub) if settings.demo else nullcontext():
-                    _run(settings, hub, listener)
+                    _run(app, listener)
         except CannotStart as error:
             raise CommandError(error.message) from error
 
@@ -164,12 +169,8 @@ def _greet(settings: "Settings", listener: socket.socket, admin_token: str | Non
     err.print("Stop with Ctrl-C.", style="dim")
 
 
-def _run(settings: "Settings", hub: Any, listener: socket.socket) -> None:
+def _run(app: "FastAPI", listener: socket.socket) -> None:
     import uvicorn
-
-    from hub.app import create_app
-
-    app = create_app(settings, hub=hub)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

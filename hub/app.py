@@ -4,18 +4,17 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
-from functools import cache
 from itertools import count
 from threading import Event
 from urllib.parse import urlsplit
 
 from anyio import CapacityLimiter, create_task_group, sleep
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import RouteContext, iter_route_contexts
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.routing import BaseRoute
 
 from hub import errors, health
 from hub.adapters import routes as adapters
@@ -61,7 +60,7 @@ ROUTERS = (
     adapters.thumbs,
     jobs.router,
     reports.router,
-    hf_routes.router,
+    *hf_routes.ROUTERS,
     webhooks.router,
     xet.cas,
     hf_routes.fallback,  # It answers whatever else is asked for under /api.
@@ -111,6 +110,8 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
     app.state.rebuilds = CapacityLimiter(xet.REBUILDS)
     # Set when the process is told to end: event streams and jobs end before their connections.
     app.state.stopping = Event()
+    # A route that takes more says so with its own `max_body_size`.
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body_bytes)
     # Outermost last: the headers belong on the refusal of a wrong host too.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=_hosts(settings), www_redirect=False)
     app.add_middleware(IdleLimit, idle_s=settings.idle_s)
@@ -124,19 +125,10 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
     app.add_middleware(ZeroCopySend)
     errors.install(app, renderers={hf.TAG: hf.render, xet.TAG: xet.render, "web": web.refusal})
 
-    app.router.routes.extend(_routes(settings.max_body_bytes))
+    # As they are, not included once more: that would prepare each again, and try each twice.
+    app.router.routes.extend(route for router in ROUTERS for route in router.routes)
     _require_policies(app)
     return app
-
-
-@cache
-def _routes(max_body_bytes: int) -> list[BaseRoute]:
-    """Those of all parts, once for all hubs of a process: preparing them takes a third of a second."""
-    together = APIRouter()
-    for router in ROUTERS:
-        # A route that takes more says so with its own `max_body_size`.
-        together.include_router(router, max_body_size=max_body_bytes)
-    return together.routes
 
 
 def _mirror(hub: Hub) -> Mirror | None:

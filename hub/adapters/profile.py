@@ -4,8 +4,6 @@ import math
 import re
 from collections.abc import Sequence
 
-import numpy as np
-
 from merge.formats.reader import TensorFile
 
 BINS = 24
@@ -37,6 +35,8 @@ def profile_of(file: TensorFile) -> str:
 
 def _level(file: TensorFile, name: str) -> float | None:
     info = file.header.tensors[name]
+    import numpy as np  # Nobody who starts a hub waits for it.
+
     size = min(_SAMPLE_BYTES, info.size_bytes // 8 * 8)
     if size == 0 or info.dtype not in (*_FLOATS, "BF16"):
         return None

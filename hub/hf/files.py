@@ -28,7 +28,7 @@ REDIRECT_BYTES = 2**20
 # Clients that continue a broken download ask the same address again.
 ADDRESS_S = 6 * 3600
 
-router = hf_router("/resolve/")
+router = hf_router()
 
 
 @router.api_route("/{namespace}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])

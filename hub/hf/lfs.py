@@ -27,7 +27,7 @@ MEDIA_TYPE = "application/vnd.git-lfs+json"
 LINK_S = 6 * 3600
 PURPOSE = "lfs-upload"
 
-router = hf_router(".git/info/lfs/objects")
+router = hf_router()
 
 
 @router.post(LFS + "/batch", dependencies=[Open])

@@ -32,7 +32,7 @@ PURPOSE = "lfs-parts"
 LINK_S = 24 * 3600
 MOST_PARTS = 1000
 
-router = hf_router(".git/info/lfs/objects")
+router = hf_router()
 
 
 def actions(

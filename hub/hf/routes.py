@@ -28,11 +28,10 @@ PARTS = (
 )
 
 router = APIRouter()
-for part in PARTS:
-    router.include_router(part.router)
+ROUTERS = (*(part.router for part in PARTS), router)
 
 # Included after every other router: what nobody answers under /api.
-fallback = hf_router("/")
+fallback = hf_router()
 
 
 @router.get("/api/agent-harnesses", include_in_schema=False)

@@ -4,9 +4,7 @@ Revisions and tree paths arrive as one segment with `/` written `%2F`; the decod
 frameworks route on cannot tell `refs%2Fpr%2F1/x` from `refs/pr/1/x`.
 """
 
-from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
 from urllib.parse import unquote
 
 from fastapi import APIRouter, Request, Response
@@ -82,25 +80,8 @@ class HFRoute(APIRoute):
         return match, child
 
 
-class HFRouter(APIRouter):
-    """`part` is in every address of this router: without it no route has to be tried."""
-
-    def __init__(self, part: str) -> None:
-        super().__init__(route_class=HFRoute, tags=[TAG], include_in_schema=False)
-        self._part = part
-
-    def add_api_route(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
-        assert self._part in path
-        super().add_api_route(path, endpoint, **kwargs)
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        if scope["type"] == "http" and self._part.encode() not in scope["raw_path"]:
-            return Match.NONE, {}
-        return super().matches(scope)
-
-
-def hf_router(part: str = "/api/") -> HFRouter:
-    return HFRouter(part)
+def hf_router() -> APIRouter:
+    return APIRouter(route_class=HFRoute, tags=[TAG], include_in_schema=False)
 
 
 def render(request: Request, error: HubError, status: HTTPStatus) -> Response:

@@ -14,14 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-import numpy as np
-
 from merge.errors import CannotWrite
 from merge.formats.header import DTYPE_BITS, METADATA, PREFIX_BYTES, TensorInfo
 from merge.formats.positioned import reserve, sync_folder, write_at
 from merge.formats.reader import TORCH_DTYPES
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 # The library pads the header so that the data begins at a multiple of this.
@@ -205,6 +204,8 @@ def write_file(
 
 def describe(tensor: "torch.Tensor | np.ndarray[Any, Any]") -> tuple[str, tuple[int, ...]]:
     """The safetensors dtype and the shape of a tensor or array."""
+    import numpy as np  # Planning needs none of it.
+
     if isinstance(tensor, np.ndarray):
         return _NUMPY_NAMES[tensor.dtype.newbyteorder("=").name], tensor.shape
     return _TORCH_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
@@ -212,6 +213,8 @@ def describe(tensor: "torch.Tensor | np.ndarray[Any, Any]") -> tuple[str, tuple[
 
 def raw_bytes(tensor: "torch.Tensor | np.ndarray[Any, Any]") -> Any:
     """The little-endian row-major bytes of a tensor or array, without a copy where possible."""
+    import numpy as np
+
     if isinstance(tensor, np.ndarray):
         little = tensor.astype(tensor.dtype.newbyteorder("<"), copy=False)
         return np.ascontiguousarray(little).reshape(-1).view(np.uint8)

@@ -122,7 +122,6 @@ def test_a_route_without_a_policy_keeps_the_hub_from_starting(
     def careless_route() -> None: ...
 
     monkeypatch.setattr(app_module, "ROUTERS", (careless,))
-    monkeypatch.setattr(app_module, "_routes", app_module._routes.__wrapped__)
     with pytest.raises(AssertionError, match=r"/api/careless names no policy"):
         create_app(Settings())
 
@@ -220,7 +219,6 @@ def probe(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     def write(viewer: WriterDep) -> None: ...
 
     monkeypatch.setattr(app_module, "ROUTERS", (router,))
-    monkeypatch.setattr(app_module, "_routes", app_module._routes.__wrapped__)
     settings = hub.settings.model_copy(update={"max_body_bytes": 1000})
     app = create_app(settings, hub=hub)
     with TestClient(app, base_url=HOST, raise_server_exceptions=False) as client:
