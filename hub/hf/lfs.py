@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from hub.blobs.store import Sha256
 from hub.context import Hub
 from hub.deps import HubDep, Open, ReadSession, Signed, ViewerDep, WriterDep, public_url
-from hub.errors import BadRequest, EntryNotFound, Forbidden, Unauthorized
+from hub.errors import BadRequest, EntryNotFound, Unauthorized
 from hub.hf import bodies
 from hub.hf import lfs_parts as parts
 from hub.hf.content import BlobResponse
@@ -19,7 +19,6 @@ from hub.hf.lfs_parts import LFS, LFS_OF_TYPE
 from hub.hf.routing import UNLIMITED, hf_router
 from hub.limits import pending, quotas
 from hub.repos import service as repos
-from hub.users import service as users
 from hub.users.service import Viewer
 
 MEDIA_TYPE = "application/vnd.git-lfs+json"
@@ -45,9 +44,8 @@ def batch(
         raise BadRequest("LFS objects are named by sha256 here")
     upload = body.operation == "upload"
     if upload:
-        user = viewer.require_write()
-        if not users.may_write(session, viewer, repo.namespace, repo.name):
-            raise Forbidden(f"{user.name} may not write to {repo.full_name}")
+        # Bytes for a pull request too, which whoever sees the repo may open; the commit says which.
+        repos.require_participant(session, viewer, repo)
     base = (
         f"{public_url(request)}{request.scope['raw_path'].decode('ascii').removesuffix('/batch')}"
     )

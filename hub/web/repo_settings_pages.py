@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import Response
-from sqlmodel import Session
+from sqlmodel import Session, select
 
 from hub.deps import HubDep, ReadSession, ViewerDep, WriterDep
 from hub.errors import BadField, HubError
@@ -12,6 +12,7 @@ from hub.repos import access
 from hub.repos import service as repos
 from hub.repos.models import AccessState, Gate, Repo
 from hub.users import service as users
+from hub.users.models import Organization
 from hub.users.service import Viewer
 from hub.web.login_pages import Text
 from hub.web.render import refused_page, see_other
@@ -19,7 +20,6 @@ from hub.web.repo_head import RepoDep, head_of, url_of
 
 router = APIRouter(include_in_schema=False, tags=["web"])
 
-VISIBILITIES = {"public": "everybody who reaches this hub", "private": "the members of {namespace}"}
 GATES = {
     "open": "everybody who sees the repo",
     str(Gate.AUTO): "whoever is signed in and asks; asking is enough",
@@ -46,12 +46,22 @@ def _settings_page(
         viewer,
         error,
         **head_of(session, viewer, repo, repos.resolve(session, repo), None, tab="settings"),
-        visibilities=VISIBILITIES,
+        visibilities={
+            "public": "everybody who reaches this hub",
+            "private": _members(session, repo),
+        },
         gates=GATES,
         namespaces=[(name, name) for name in _namespaces(session, viewer, repo)],
         was_saved="saved" in request.query_params,
         problem=error.message if error is not None else None,
     )
+
+
+def _members(session: Session, repo: Repo) -> str:
+    """Who sees it while it is private, in words."""
+    query = select(Organization.id).where(Organization.key == repo.namespace_key)
+    is_shared = session.exec(query).first() is not None
+    return f"the members of {repo.namespace}" if is_shared else f"{repo.namespace} alone"
 
 
 def _namespaces(session: Session, viewer: Viewer, repo: Repo) -> list[str]:
@@ -148,6 +158,7 @@ def _access_page(
         error,
         **head_of(session, viewer, repo, repos.resolve(session, repo), None, tab="access"),
         lists=lists,
+        members=_members(session, repo),
         gates=GATES,
         problem=error.message if error is not None else None,
     )

@@ -248,6 +248,7 @@ def test_a_repo_is_hidden_renamed_and_deleted_by_its_name(people: People) -> Non
     eve.see(f"{INK}/settings", 403)
     people.nobody.see(f"{INK}/settings", 401)
     eve.send(f"{INK}/settings/delete", 403, confirm="admin/ink")
+    assert "admin alone" in owner.see(f"{INK}/settings")
     owner.send(f"{INK}/settings", visibility="private", gate="open")
     eve.see(INK, 404)
     owner.send(f"{INK}/settings", visibility="public", gate="open")

@@ -304,7 +304,7 @@ for prefix, kind in (("/", "/"), ("/{kind:repos}/", "/datasets/")):
     name = prefix + LFS
     TABLE |= {
         f"POST {name}/batch": Row(
-            WRITERS, f"{there}/batch", json={"operation": "upload", "objects": [OBJECT]}
+            PARTICIPANTS, f"{there}/batch", json={"operation": "upload", "objects": [OBJECT]}
         ),
         f"PUT {name}/{{oid}}": Row(NOBODY, f"{there}/$SHA?signature=x"),
         f"POST {name}/{{oid}}/verify": Row(PARTICIPANTS, f"{there}/$SHA/verify", json=OBJECT),
