@@ -6,6 +6,7 @@ import json
 import random
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hub.context import Hub, open_hub
 from hub.repos import service as repos
 from hub.upkeep.fsck import fsck, is_sound
 from hub.users import service as users
+from tests.fixtures.s3 import serve_s3
 from tests.fixtures.server import RunningHub, running_hub, settings_of, start_hub
 
 # Acknowledged files: repo -> path -> digest.
@@ -148,7 +150,16 @@ def test_every_acknowledged_commit_survives_kill_9_five_hundred_times(tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_acknowledged_commit_survives_kill_9_a_hundred_times_on_postgresql(
-    tmp_path: Path, postgres_url: str
+@pytest.mark.parametrize("blobs", ["in a folder", "in a bucket"])
+def test_every_acknowledged_commit_survives_kill_9_fifty_times_on_postgresql(
+    tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch, blobs: str
 ) -> None:
-    assert kill_rounds(tmp_path, 100, seed=4, database_url=postgres_url) >= 150
+    settings = {"database_url": postgres_url}
+    with ExitStack() as stack:
+        if blobs == "in a bucket":
+            (tmp_path / "s3").mkdir()
+            s3 = stack.enter_context(serve_s3(tmp_path / "s3"))
+            s3.use(monkeypatch)
+            s3.make_bucket("hub")
+            settings |= {"s3_bucket": "hub", "s3_endpoint": s3.endpoint}
+        assert kill_rounds(tmp_path, 50, seed=4, **settings) >= 75
