@@ -4,15 +4,12 @@ and none is ever seen with other bytes."""
 import hashlib
 import random
 import shutil
-import uuid
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 
 import anyio
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from hub.blobs import durable
 from hub.blobs.files import FileBlobStore
@@ -118,17 +115,12 @@ def test_a_power_cut_loses_nothing_that_was_acknowledged(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_ten_thousand_power_cuts_lose_nothing_that_was_acknowledged(
+def test_five_thousand_power_cuts_lose_nothing_that_was_acknowledged(
     recorder: Recorder, tmp_path: Path
 ) -> None:
-    @settings(
-        max_examples=10_000, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
-    @given(rng=st.randoms(use_true_random=False))
-    def try_all(rng: random.Random) -> None:
-        try_cut(recorder, tmp_path / uuid.uuid4().hex, rng)
-
-    try_all()
+    rng = random.Random(2)
+    for _ in range(5000):
+        try_cut(recorder, tmp_path / "image", rng)
 
 
 @pytest.mark.parametrize("forgotten", ["sync_file", "sync_folder"])
