@@ -31,6 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The story takes minutes: begun last, it would keep one worker busy and the others idle."""
+    items.sort(key=lambda item: item.path.name != "test_story.py")
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting, token or endpoint of the developer's shell reaches a test."""

@@ -68,7 +68,7 @@ class Person:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=500,
+            timeout=1500,
             check=False,
         )
         said = f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
@@ -104,6 +104,7 @@ def s3(tmp_path: Path) -> Iterator[S3Server]:
 
 
 # Loading a second adapter beside the first is what the test is about; peft calls it suspicious.
+@pytest.mark.timeout(3000)
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 def test_train_push_browse_merge_bake_download_use(
     tmp_path: Path, hub: RunningHub, s3: S3Server
