@@ -3,6 +3,7 @@
 import os
 import sqlite3
 from contextlib import closing
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -81,8 +82,9 @@ def require_current(database: Database) -> None:
         )
 
 
+@cache
 def history() -> ScriptDirectory:
-    """Every revision there is."""
+    """Every revision there is, read once: it takes as long as all else of opening a hub."""
     return ScriptDirectory.from_config(_config())
 
 
