@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -262,7 +263,7 @@ def test_the_next_start_catches_up(
         publish_files(hub, admin, "admin/ink", ink)
     with TestClient(create_app(hub.settings, hub=hub), base_url="http://127.0.0.1:8470") as client:
         while get(client, "/api/adapters")["total"] < 2:
-            pass
+            time.sleep(0.02)
 
 
 def everything(session: Session) -> list[list[dict[str, Any]]]:

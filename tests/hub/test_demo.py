@@ -1,6 +1,7 @@
 """Filling an empty hub, and bringing a backup back."""
 
 import shutil
+import time
 from pathlib import Path
 
 import httpx2
@@ -85,6 +86,7 @@ def test_a_server_shows_the_shipped_catalogue_even_if_it_was_stopped_meanwhile(
     with running_hub(tmp_path, demo=True) as hub:
         shown: set[str] = set()
         while len(shown) < len(demo_folders()):
+            time.sleep(0.2)  # Asking costs the server what it needs for publishing.
             found = httpx2.get(f"{hub.url}/api/adapters?limit=100", timeout=60).json()
             shown = {item["repo"] for item in found["items"]}
         assert shown == set(demo_folders())

@@ -388,7 +388,7 @@ def test_commits_beside_collections_without_any_grace_lose_nothing(hub: Hub, adm
 
     def write(seed: int) -> None:
         rng = random.Random(seed)
-        for n in range(40):
+        for n in range(20):
             name, content = f"r{seed}-{n}", rng.choice(contents)
             try:
                 commit(hub, admin, name, hub.store.put([content]))
@@ -413,7 +413,7 @@ def test_commits_beside_collections_without_any_grace_lose_nothing(hub: Hub, adm
         finally:
             stop.set()
         sweeper.result()
-    assert len(kept) > 20
+    assert len(kept) > 10
     with hub.db.read() as session:
         for name, content in kept.items():
             try:

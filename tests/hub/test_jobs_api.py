@@ -91,7 +91,7 @@ class Person:
         end = time.monotonic() + WAIT_S
         while (job := self.job(job_id))["state"] not in wanted:
             assert time.monotonic() < end, job
-            time.sleep(0.02)
+            time.sleep(0.05)
         return job
 
 
@@ -970,6 +970,7 @@ def start_job(ada: Person) -> str:
     while not children_of(ada.hub):
         assert time.monotonic() < end
         assert ada.job(job_id)["state"] == "running"
+        time.sleep(0.02)
     return job_id
 
 
