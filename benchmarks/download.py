@@ -64,9 +64,10 @@ def make_file(path: Path, gib: float) -> Path:
 
 
 @contextmanager
-def hub(folder: Path) -> Iterator[tuple[str, str]]:
+def hub(folder: Path, *, demo: bool = False) -> Iterator[tuple[str, str]]:
     """A hub of its own on a free port: its address and the administrator's token."""
-    command = [sys.executable, "-m", "cli", "serve", "--no-demo", "--port", "0", "--data"]
+    what = "--demo" if demo else "--no-demo"
+    command = [sys.executable, "-m", "cli", "serve", what, "--port", "0", "--data"]
     with subprocess.Popen(
         [*command, str(folder / "data")],
         cwd=ROOT,
@@ -78,8 +79,10 @@ def hub(folder: Path) -> Iterator[tuple[str, str]]:
         lines = iter(process.stdout)
         url = next(line for line in lines if line.startswith("Grafthub is at ")).split()[-1]
         next(line for line in lines if line.startswith("Token file: "))
-        yield url, (folder / "data/admin.token").read_text().strip()
-        process.terminate()
+        try:
+            yield url, (folder / "data/admin.token").read_text().strip()
+        finally:
+            process.terminate()
 
 
 @contextmanager
@@ -102,8 +105,10 @@ def peer(file: Path) -> Iterator[tuple[str, str]]:
     )
     with subprocess.Popen(["nginx", "-c", str(config)], stderr=subprocess.DEVNULL) as process:
         time.sleep(1)
-        yield "nginx", f"http://127.0.0.1:{port}/{file.name}"
-        process.terminate()
+        try:
+            yield "nginx", f"http://127.0.0.1:{port}/{file.name}"
+        finally:
+            process.terminate()
 
 
 def _send_forever(listener: socket.socket, file: Path) -> None:

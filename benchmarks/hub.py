@@ -1,10 +1,11 @@
 """How much of the machine's own speed is left when a hub stands in between?
 
-    python benchmarks/hub.py [--mib 1024] [--dir FOLDER] [--seconds 3] [--repeat 3] [--most-s 15]
+    python benchmarks/hub.py [--mib 1024] [--dir FOLDER] [--seconds 1.5] [--repeat 3] [--most-s 10]
+                             [--database postgresql://USER@HOST/AN_EMPTY_DATABASE]
 
-Metadata reads by one client and by 50 at once, next to uvicorn with an application that answers
-the same bytes from memory. Upload over Git LFS with SHA-256 and fsync, next to `sha256sum` and to
-`cp` with fsync: the request with the bytes alone, and all that a client does, its own digest
+Reads of metadata by one client and by 50 at once, next to FastAPI with one row of SQLite: the same
+bytes, found by their name and sent. Upload over Git LFS with SHA-256 and fsync, next to `sha256sum`
+and to `cp` with fsync: the request with the bytes alone, and all that a client does, its own digest
 included. Download next to nginx where it is installed, else next to a loop around sendfile(2), by
 one client and, of a file 16 times smaller, by 50 at once. All over loopback, each pair in turns, at
 least once and again while `--repeat` and `--most-s` seconds a pair allow it.
@@ -14,6 +15,7 @@ import argparse
 import asyncio
 import os
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -22,23 +24,31 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx2
 from download import download, hub, make_file, peer, upload
+
+from cli.serve import demo_folders
 
 CLIENTS = 50
 SMALLER = 16  # what 50 clients have of the large file
 APP = """
-import sys, uvicorn
-body = open(sys.argv[1], "rb").read()
-async def app(scope, receive, send):
-    if scope["type"] != "http":
-        return
-    start = {"type": "http.response.start", "status": 200}
-    await send(start | {"headers": [(b"content-length", str(len(body)).encode())]})
-    await send({"type": "http.response.body", "body": body})
-uvicorn.run(app, port=int(sys.argv[2]), log_level="error", lifespan="off")
+import sqlite3, sys
+import uvicorn
+from fastapi import FastAPI, Request, Response
+
+app = FastAPI()
+found = sqlite3.connect(sys.argv[1], check_same_thread=False)
+
+@app.api_route("/{path:path}", methods=["GET", "HEAD"])
+async def read(request: Request, path: str) -> Response:
+    row = found.execute("SELECT body FROM answer WHERE path = ?", (path,)).fetchone()
+    return Response(row[0], media_type="application/json")
+
+uvicorn.run(app, port=int(sys.argv[2]), log_level="error")
 """
 
 
@@ -46,20 +56,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--dir", type=Path)
-    parser.add_argument("--seconds", type=float, default=3)
+    parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--most-s", type=float, default=15)
+    parser.add_argument("--most-s", type=float, default=10)
+    parser.add_argument("--database")
     options = parser.parse_args()
+    if options.database is not None:
+        os.environ["GRAFT_DATABASE_URL"] = options.database
     os.environ["GRAFT_REQUESTS_PER_ADDRESS"] = "0"  # What is measured is no abuse.
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=options.dir, prefix="hub-") as name:
         folder = Path(name)
         large = make_file(folder / "large", options.mib / 1024)
         small = make_file(folder / "small", max(options.mib / SMALLER, 16) / 1024)
-        with hub(folder) as (url, token):
+        with hub(folder, demo=True) as (url, token):
+            adapters = _seeded(url)
             rows = _uploads(url, token, large, options)
             upload(url, token, small)
-            rows += _metadata(f"{url}/api/models/admin/large", folder, options)
+            rows += _metadata(url, token, adapters, folder, options)
             for file, clients in ((large, 1), (small, CLIENTS)):
                 with peer(file) as (peer_name, theirs):
                     ours = f"{url}/admin/{file.name}/resolve/main/f"
@@ -135,44 +149,86 @@ def _at_once(clients: int, url: str, size: int) -> float:
     return time.perf_counter() - started
 
 
-def _metadata(url: str, folder: Path, options: argparse.Namespace) -> list[Row]:
-    import httpx2
+def _seeded(url: str) -> int:
+    """How many adapters there are once the demo catalogue is complete."""
+    while len(httpx2.get(f"{url}/api/models?limit=1000").json()) < len(demo_folders()):
+        time.sleep(1)
+    time.sleep(1)
+    total: int = httpx2.get(f"{url}/api/adapters").json()["total"]
+    return total
 
-    answer = folder / "answer.json"
-    answer.write_bytes(httpx2.get(url).raise_for_status().content)
+
+@dataclass(frozen=True)
+class Read:
+    """A request that is repeated, and by how many clients at once."""
+
+    what: str
+    path: str
+    method: str = "GET"
+    token: str | None = None
+    clients: int = 1
+
+
+def _metadata(
+    url: str, token: str, adapters: int, folder: Path, options: argparse.Namespace
+) -> list[Row]:
+    info = "/api/models/admin/large"
+    reads = [
+        Read("a repo and its files", info),
+        Read(f"the same, {CLIENTS} at once", info, clients=CLIENTS),
+        Read("the same, with a token", info, token=token),
+        Read("files of a revision", f"{info}/tree/main"),
+        Read("HEAD of a file", "/admin/large/resolve/main/f", method="HEAD"),
+        Read("who has this token", "/api/whoami-v2", token=token),
+        Read(f"search, {adapters} adapters", "/api/adapters"),
+    ]
+    with sqlite3.connect(folder / "answers.sqlite3") as answers:
+        answers.execute("CREATE TABLE answer (path TEXT PRIMARY KEY, body BLOB)")
+        for path, read in {read.path: read for read in reads}.items():
+            headers = _auth(read.token)
+            answer = httpx2.request(read.method, url + path, headers=headers).raise_for_status()
+            answers.execute("INSERT INTO answer VALUES (?, ?)", (path[1:], answer.content))
     rows: list[Row] = []
-    with _bare(answer) as bare:
-        for clients in (1, CLIENTS):
+    with _bare(folder / "answers.sqlite3") as bare:
+        for read in reads:
             here, there = [], []
             for _ in _rounds(options):
-                there.append(asyncio.run(_reads(bare, clients, options.seconds)))
-                here.append(asyncio.run(_reads(url, clients, options.seconds)))
-            what = f"metadata reads, {clients} at once" if clients > 1 else "metadata reads"
-            peer_name = "uvicorn from memory"
-            rows.append((what, statistics.median(here), statistics.median(there), "/s", peer_name))
+                there.append(asyncio.run(_answers(bare, read, options.seconds)))
+                here.append(asyncio.run(_answers(url, read, options.seconds)))
+            peer_name = "FastAPI, one row of SQLite"
+            medians = statistics.median(here), statistics.median(there)
+            rows.append((f"reads: {read.what}", *medians, "/s", peer_name))
     return rows
 
 
+def _auth(token: str | None) -> dict[str, str]:
+    return {} if token is None else {"Authorization": f"Bearer {token}"}
+
+
 @contextmanager
-def _bare(answer: Path) -> Iterator[str]:
-    """uvicorn that answers these bytes to everything."""
+def _bare(answers: Path) -> Iterator[str]:
+    """What FastAPI leaves of a read that needs one row."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    with subprocess.Popen([sys.executable, "-c", APP, str(answer), str(port)]) as process:
+    with subprocess.Popen([sys.executable, "-c", APP, str(answers), str(port)]) as process:
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port)).close()
                 break
             except ConnectionRefusedError:
                 time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/"
-        process.terminate()
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
 
 
-async def _reads(url: str, clients: int, seconds: float) -> float:
+async def _answers(url: str, what: Read, seconds: float) -> float:
     """Answers a second, over connections that stay open."""
     parts = urlsplit(url)
-    request = f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode()
+    headers = {"Host": parts.netloc, **_auth(what.token)}
+    lines = [f"{what.method} {what.path} HTTP/1.1", *(f"{n}: {v}" for n, v in headers.items())]
+    request = "\r\n".join([*lines, "", ""]).encode()
     until = time.perf_counter() + seconds
 
     async def read() -> int:
@@ -182,14 +238,16 @@ async def _reads(url: str, clients: int, seconds: float) -> float:
             writer.write(request)
             head = await reader.readuntil(b"\r\n\r\n")
             if not head.startswith(b"HTTP/1.1 200"):
-                raise SystemExit(f"{url} answers {head.splitlines()[0].decode()}")
+                said = head.splitlines()[0].decode()
+                raise SystemExit(f"{url}{what.path} answers {said}")
             length = next(x for x in head.lower().split(b"\r\n") if x.startswith(b"content-length"))
-            await reader.readexactly(int(length.split(b":")[1]))
+            if what.method == "GET":
+                await reader.readexactly(int(length.split(b":")[1]))
             n += 1
         writer.close()
         return n
 
-    return sum(await asyncio.gather(*(read() for _ in range(clients)))) / seconds
+    return sum(await asyncio.gather(*(read() for _ in range(what.clients)))) / seconds
 
 
 if __name__ == "__main__":
