@@ -8,7 +8,7 @@ from itertools import count
 from threading import Event
 from urllib.parse import urlsplit
 
-from anyio import CapacityLimiter, create_task_group, sleep
+from anyio import CapacityLimiter, Semaphore, create_task_group, sleep
 from fastapi import FastAPI
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import RouteContext, iter_route_contexts
@@ -20,7 +20,7 @@ from hub import errors, health
 from hub.adapters import routes as adapters
 from hub.adapters.service import catch_up
 from hub.context import Hub, open_hub
-from hub.db import UNREACHABLE
+from hub.db import READERS, UNREACHABLE
 from hub.deps import POLICIES
 from hub.errors import CannotStart
 from hub.hf import routes as hf_routes
@@ -107,6 +107,7 @@ def create_app(settings: Settings, *, hub: Hub | None = None) -> FastAPI:
     )
     app.state.traffic = Traffic()
     app.state.oidc = _provider(settings)
+    app.state.readers = Semaphore(READERS)
     app.state.rebuilds = CapacityLimiter(xet.REBUILDS)
     # Set when the process is told to end: event streams and jobs end before their connections.
     app.state.stopping = Event()

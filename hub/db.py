@@ -6,6 +6,7 @@ So one connection in one process writes and checkpoints, every other connection 
 and a file lock keeps a second server away.
 """
 
+import os
 import random
 import sqlite3
 import time
@@ -49,6 +50,8 @@ SQLModel.metadata.naming_convention = {
 # What a database that is away, or busy for too long, is known by.
 UNREACHABLE = (OperationalError, PoolTimeout, OutcomeUnknown)
 WRITER_WAIT_S = 30
+# Of one process, on SQLite; more reading threads than this only take turns at the interpreter.
+READERS = max(8, os.cpu_count() or 1)
 MAX_DEADLOCKS = 4
 # serialization_failure, deadlock_detected: the other transaction went on, this one left nothing.
 _TRY_AGAIN = ("40001", "40P01")
@@ -203,7 +206,7 @@ def _sqlite(path: Path, *, writer: bool) -> Engine:
     engine = create_engine(
         f"sqlite:///{path}",
         poolclass=QueuePool,
-        pool_size=1 if writer else 8,
+        pool_size=1 if writer else READERS,
         # A reader is a file handle: more of them never wait for each other.
         max_overflow=0 if writer else -1,
         pool_timeout=WRITER_WAIT_S,

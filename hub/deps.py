@@ -8,6 +8,7 @@ takes longer than most of them.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import nullcontext
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -38,11 +39,15 @@ async def _hub(request: Request) -> Hub:
 HubDep = Annotated[Hub, Depends(_hub)]
 
 
-async def _read(hub: HubDep) -> AsyncIterator[Session]:
+async def _read(request: Request, hub: HubDep) -> AsyncIterator[Session]:
     if hub.db.is_sqlite:
+        # With a thread and a connection for each of many readers all become several times slower.
+        # Who may wait for the writer, or for another hub, would keep the readers waiting.
+        may_wait = request.method not in _SAFE or request.app.state.mirror is not None
         # Nothing begins before the first statement, and the end of a snapshot waits for nobody.
-        with hub.db.read() as session:
-            yield session
+        async with nullcontext() if may_wait else request.app.state.readers:
+            with hub.db.read() as session:
+                yield session
     else:
         async with contextmanager_in_threadpool(hub.db.read()) as session:
             yield session

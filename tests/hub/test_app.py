@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from hub import app as app_module
 from hub.app import create_app, mutating_routes, policies_of
 from hub.blobs.files import FileBlobStore
 from hub.context import Hub
+from hub.db import READERS
 from hub.deps import (
     SESSION_COOKIE,
     Open,
@@ -244,6 +246,28 @@ def test_who_asks_takes_a_thread_only_where_the_database_is_waited_for(
     assert called == []
     assert probe.get("/api/probe/whoami", headers=bearer(token)).json() == "ada"
     assert called == ([] if hub.db.is_sqlite else ["viewer"])
+
+
+@sqlite_only
+def test_readers_take_turns_and_whoever_may_wait_for_the_writer_passes_them(
+    probe: TestClient,
+) -> None:
+    app: Any = probe.app
+    reading, release = threading.Semaphore(0), threading.Event()
+
+    @app.api_route("/api/probe/hold", methods=["GET", "POST"])
+    def hold(request: Request, session: ReadSession) -> None:
+        if request.method == "GET":
+            reading.release()
+            assert release.wait(30)
+
+    with ThreadPoolExecutor(READERS + 1) as threads:
+        answers = [threads.submit(probe.get, "/api/probe/hold") for _ in range(READERS + 1)]
+        assert all(reading.acquire(timeout=30) for _ in range(READERS))
+        assert probe.post("/api/probe/hold").status_code == 200
+        assert not reading.acquire(blocking=False)
+        release.set()
+        assert {answer.result().status_code for answer in answers} == {200}
 
 
 def test_a_commit_that_fails_is_a_500_and_not_a_201(hub: Hub, probe: TestClient) -> None:
