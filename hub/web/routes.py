@@ -8,7 +8,7 @@ from fastapi.responses import RedirectResponse, Response
 
 from hub.context import DAY_S
 from hub.deps import Open
-from hub.errors import HubError, PageNotFound, render
+from hub.errors import HubError, PageNotFound, SignInFailed, render
 from hub.users.service import ANONYMOUS, Viewer
 from hub.web import (
     admin_pages,
@@ -71,7 +71,12 @@ def refusal(request: Request, error: HubError, status: HTTPStatus) -> Response:
     """A page for people; programs that ask at the same addresses get the API's body."""
     if not _is_for_people(request):
         return render(request, error, status)
-    return _error_page(request, viewer_of_page(request), error.message, status)
+    viewer, message = viewer_of_page(request), error.message
+    is_sign_in = isinstance(error, SignInFailed)
+    if status == HTTPStatus.UNAUTHORIZED and viewer.user is None and not is_sign_in:
+        # What is missing is said to programs in words of their own.
+        message = "This is for people who are signed in"
+    return _error_page(request, viewer, message, status)
 
 
 def bug_page(request: Request) -> Response | None:
@@ -89,9 +94,6 @@ def _is_for_people(request: Request) -> bool:
 
 def _error_page(request: Request, viewer: Viewer, message: str, status: HTTPStatus) -> Response:
     heading, advice = ADVICE.get(status, OTHER_ADVICE)
-    if status == HTTPStatus.UNAUTHORIZED and viewer.user is None:
-        # What is missing is said to programs in words of their own.
-        message = "This is for people who are signed in"
     return page(
         request,
         "error.html",
