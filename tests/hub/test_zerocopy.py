@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import uvicorn
+from anyio import to_thread
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hub import zerocopy
@@ -136,6 +137,47 @@ def test_a_file_comes_after_what_was_sent_before(way: tuple[str, str], tmp_path:
         answers = opened.read().split(b"HTTP/1.1 200 OK\r\n")
     got = [answer.partition(b"\r\n\r\n")[2] for answer in answers]
     assert got[1:] == [DATA + DATA[::-1] * 2] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sends bytes")
+@pytest.mark.parametrize("way", WAYS[:2])
+@pytest.mark.parametrize("paths", [("/a",), ("/a", "/b")])
+def test_a_client_that_has_gone_is_let_go(
+    way: tuple[str, str], paths: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before anything was sent, and with another request of its own behind this one, of which
+    alone uvicorn says that nobody waits for it."""
+    path = tmp_path / "file"
+    path.write_bytes(DATA)
+    came, left, ended = threading.Event(), threading.Event(), threading.Event()
+    told: list[type[Exception]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        came.set()
+        await to_thread.run_sync(left.wait)
+        if len(paths) == 1:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        start = {"status": 200, "headers": [(b"content-length", str(len(DATA)).encode())]}
+        try:
+            await send({"type": "http.response.start", **start})
+            with FileIO(path) as file:
+                part = {"file": file, "offset": 0, "count": len(DATA)}
+                await send({"type": zerocopy.ZERO_COPY, **part})
+        except OSError as error:
+            told.append(type(error))
+        finally:
+            ended.set()
+
+    with served(zerocopy.ZeroCopySend(app), way) as url:
+        with _ask(url, *paths):
+            assert came.wait(30)
+        left.set()
+        assert ended.wait(30)
+    assert len(told) == 1
+    assert issubclass(told[0], ConnectionError)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sends bytes")
