@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -41,14 +42,15 @@ def serve(
     from hub.errors import CannotStart
 
     with _listen(settings.host, settings.port) as listener:
-        signal.signal(signal.SIGTERM, _stop)
+        told = threading.Event()
+        signal.signal(signal.SIGTERM, partial(_stop, told))
         try:
             with open_hub(settings) as hub:
                 app = create_app(settings, hub=hub)
                 # Not before: whoever reads it asks for the first page.
                 _greet(settings, listener, hub.admin_token)
                 with _seeding(hub) if settings.demo else nullcontext():
-                    _run(app, listener)
+                    _run(app, listener, told)
         except CannotStart as error:
             raise CommandError(error.message) from error
 
@@ -169,7 +171,7 @@ def _greet(settings: "Settings", listener: socket.socket, admin_token: str | Non
     err.print("Stop with Ctrl-C.", style="dim")
 
 
-def _run(app: "FastAPI", listener: socket.socket) -> None:
+def _run(app: "FastAPI", listener: socket.socket, told: threading.Event) -> None:
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -177,6 +179,12 @@ def _run(app: "FastAPI", listener: socket.socket) -> None:
             # Before uvicorn waits for open connections: event streams end, jobs are handed back.
             app.state.stopping.set()
             super().handle_exit(sig, frame)
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if told.is_set():
+                # Before this server heard of signals, and what `_stop` raised was lost.
+                self.handle_exit(signal.SIGTERM, None)
 
     config = uvicorn.Config(
         app,
@@ -189,6 +197,7 @@ def _run(app: "FastAPI", listener: socket.socket) -> None:
     Server(config).run(sockets=[listener])
 
 
-def _stop(*_: Any) -> NoReturn:
+def _stop(told: threading.Event, *_: Any) -> NoReturn:
+    told.set()  # Python swallows what is raised while it happens to be in a destructor.
     # uvicorn raises the signal again once it has shut down; this unwinds to the open hub.
     raise SystemExit(0)

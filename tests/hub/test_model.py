@@ -230,7 +230,8 @@ class Machine(RuleBasedStateMachine):
         )
         if stored is not None and self._refusal(by, key.split("/")[0]) is None:
             repo = self.repos[key]
-            add = Add("a", stored, lfs=False)
+            # As an LFS file: of bytes that a collection had found, nobody knows the hash git has.
+            add = Add("a", stored, lfs=True)
             viewer = self.viewers[by]
             publish(self.hub, viewer, *repo.name.split("/"), operations=[add], message="m")
             repo.branches["main"]["a"] = content

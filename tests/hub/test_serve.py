@@ -1,12 +1,18 @@
 """`graft serve` as a person runs it: a process, a port, a data folder."""
 
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import httpx2
+import pytest
 
+import cli.serve
+from hub.app import create_app
+from hub.settings import Settings
 from tests.fixtures.server import GREETING, running_hub, start_hub
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +79,21 @@ def test_a_killed_server_leaves_the_data_folder_usable(tmp_path: Path) -> None:
     hub.kill()
     with running_hub(tmp_path) as hub:
         assert httpx2.get(f"{hub.url}/readyz", timeout=60).status_code == 200
+
+
+@pytest.mark.timeout(60)
+def test_a_signal_that_python_swallowed_ends_the_server_at_its_start(tmp_path: Path) -> None:
+    told = threading.Event()
+    told.set()
+    app = create_app(Settings(data_dir=tmp_path / "data", workers=0))
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            cli.serve._run(app, listener, told)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
 
 
 def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
