@@ -71,13 +71,16 @@ def payload(session: Session, webhook: Webhook, delivery: Delivery, base: str) -
             changes = {"base": f"refs/heads/{talk['base']}", "mergeCommitId": talk["merged_as"]}
             found["discussion"]["changes"] = {k: v for k, v in changes.items() if v is not None}
     if "comment" in said:
-        found["comment"] = _comment(session, said["comment"], f"{web}/discussions/{num}")
+        found["comment"] = _comment(session, delivery, f"{web}/discussions/{num}")
     return found
 
 
-def _comment(session: Session, said: dict[str, Any], address: str) -> dict[str, Any]:
+def _comment(session: Session, delivery: Delivery, address: str) -> dict[str, Any]:
     """As it is now: a text that was hidden is told to nobody any more."""
+    said = delivery.document["comment"]
     row = session.get(DiscussionEvent, said["id"])
+    if row is not None and row.repo_id != delivery.repo_id:
+        row = None  # SQLite gives the number of one that is gone to the next.
     hidden = row is None or row.is_hidden
     found = {**_id(said["id"]), "author": _id(said["author"]), "hidden": hidden}
     if row is not None and not row.is_hidden:

@@ -300,6 +300,41 @@ def test_a_webhook_hears_of_its_domains_and_of_what_it_watches(
 
 
 @both_databases
+def test_a_delivery_of_a_deleted_repo_tells_nothing_of_what_was_said_since(
+    hub: Hub, admin: Viewer, receiver: Receiver
+) -> None:
+    """SQLite gives the number of a comment that is gone to the next one."""
+    eve = make_user(hub, "eve", Scope.ADMIN)[0]
+    key = make(hub, eve, receiver.url, name="eve")
+    texts = {"eve/bait": (eve, "bait"), "admin/closed": (admin, "a secret")}
+    for name, (viewer, text) in texts.items():
+        with hub.db.write() as session:
+            namespace, _, short = name.partition("/")
+            private = viewer is admin
+            repo = repos.create_repo(session, viewer, namespace, short, private=private)
+            talk = discussions.start(session, viewer, repo, "About")
+            discussions.comment(session, viewer, repo, talk, text)
+        if viewer is eve:
+            while send_due(hub):
+                pass
+            with hub.db.write() as session:
+                repos.delete_repo(session, eve, repo)
+    with hub.db.read() as session:
+        sent = service.deliveries(session, eve.require_user(), key)[1]
+    told = next(delivery.id for delivery in sent if delivery.kind == "comment.created")
+    assert told is not None
+    with hub.db.write() as session:
+        service.redeliver(session, eve.require_user(), key, told)
+    while send_due(hub):
+        pass
+    said = [t.comment for t in receiver.payloads() if t.comment]
+    assert [(comment.content, comment.hidden) for comment in said] == [
+        ("bait", False),
+        (None, True),
+    ]
+
+
+@both_databases
 def test_branches_and_tags_are_told_and_a_moved_repo_stays_watched(
     hub: Hub, admin: Viewer, receiver: Receiver
 ) -> None:
