@@ -178,6 +178,8 @@ def _print_blobs(what: str, blobs: "Blobs") -> None:
 @contextmanager
 def hub_of(data: Path | None, *, to_write: bool) -> Iterator["Hub"]:
     """The hub of a folder; one that is only read may be running. Refusals are one sentence."""
+    from sqlalchemy.exc import DatabaseError, OperationalError
+
     from hub.context import look_into_hub, open_hub
     from hub.errors import HubError
 
@@ -189,3 +191,8 @@ def hub_of(data: Path | None, *, to_write: bool) -> Iterator["Hub"]:
             yield hub
     except HubError as error:
         raise CommandError(error.message) from error
+    except DatabaseError as error:
+        # Those of these two are the database's fault: damaged or away. The others would be ours.
+        if type(error) not in (DatabaseError, OperationalError):
+            raise
+        raise CommandError(f"the catalogue failed: {error.orig}") from error

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sqlalchemy.exc import DatabaseError
 from sqlmodel import Field, Session, SQLModel, select
 
 from hub.blobs import durable
@@ -70,7 +71,7 @@ def open_hub(settings: Settings) -> Iterator[Hub]:
 
     data = settings.data_dir
     try:
-        data.mkdir(parents=True, exist_ok=True)
+        data.mkdir(parents=True, exist_ok=True, mode=0o700)
         (data / "scratch").mkdir(exist_ok=True)
         durable.sync_folder(data.absolute().parent)
     except OSError as error:
@@ -78,7 +79,8 @@ def open_hub(settings: Settings) -> Iterator[Hub]:
     url = settings.database_url
     database = Database(data, url.get_secret_value() if url is not None else None)
     try:
-        migrate(database, data / "backups")
+        with _readable(settings):
+            migrate(database, data / "backups")
         with database.write() as session:
             wait_for_others(session.connection(), "start")
             store = database.info[STORE] = _store(session, settings)
@@ -115,12 +117,23 @@ def look_into_hub(settings: Settings) -> Iterator[Hub]:
     secret = url.get_secret_value() if url is not None else None
     database = Database(data, secret, read_only=True)
     try:
-        require_current(database)
+        with _readable(settings):
+            require_current(database)
         with database.read() as session:
             store = _store(session, settings)
         yield Hub(settings, database, store, _signer(settings), Downloads())
     finally:
         database.close()
+
+
+@contextmanager
+def _readable(settings: Settings) -> Iterator[None]:
+    """CannotStart for a file that is no database, or one that this user may not open."""
+    try:
+        yield
+    except DatabaseError as error:
+        where = "" if settings.database_url is not None else f" {settings.data_dir / 'hub.sqlite3'}"
+        raise CannotStart(f"cannot open the catalogue{where}: {error.orig}") from error
 
 
 def _signer(settings: Settings) -> Signer:

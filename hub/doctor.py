@@ -71,10 +71,18 @@ def _program() -> Iterator[Finding]:
 def _data_folder(settings: Settings) -> Iterator[Finding]:
     folder = settings.data_dir
     if not folder.is_dir():
+        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        if not there.is_dir():
+            yield Finding("data folder", Level.FAILED, f"{there} is a file")
+            return
+        if not os.access(there, os.W_OK | os.X_OK):
+            said = f"{folder} is not there, and this user cannot make it in {there}"
+            yield Finding("data folder", Level.FAILED, said)
+            return
         yield Finding(
             "data folder", Level.NOTE, f"{folder} is not there yet; the first start makes it"
         )
-        folder = next(p for p in folder.absolute().parents if p.is_dir())
+        folder = there
     elif not os.access(folder, os.W_OK | os.X_OK):
         yield Finding("data folder", Level.FAILED, f"this user cannot write to {folder}")
         return
@@ -88,6 +96,10 @@ def _data_folder(settings: Settings) -> Iterator[Finding]:
         path = settings.data_dir / name
         if os.name == "posix" and path.is_file() and path.stat().st_mode & 0o077:
             yield Finding("secrets", Level.FAILED, f"others can read {path}: chmod 600 {path}")
+    folder = settings.data_dir
+    if os.name == "posix" and folder.is_dir() and folder.stat().st_mode & 0o007:
+        said = f"every user of this machine can read private repos in {folder}: chmod 750 {folder}"
+        yield Finding("secrets", Level.WARNING, said)
 
 
 def _file_system(folder: Path) -> Finding:

@@ -76,7 +76,7 @@ def backup(hub: Hub, folder: Path, report: Report = lambda done, total: None) ->
     at = now()
     name = f"{at:%Y%m%dT%H%M%S}{at.microsecond // 1000:03d}Z"
     snapshots = folder / "snapshots"
-    snapshots.mkdir(parents=True, exist_ok=True)
+    snapshots.mkdir(parents=True, exist_ok=True, mode=0o700)
     store = FileBlobStore(folder / "store")
     if store.id == hub.store.id:
         raise BackupFailed(f"{folder} is the hub's own folder")

@@ -61,7 +61,7 @@ def restore(
     working = data / "restoring"
     mark = working / "snapshot"
     is_begun = _is_begun(settings, snapshot, catalogue, mark)
-    data.mkdir(parents=True, exist_ok=True)
+    data.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not is_begun:
         shutil.rmtree(working, ignore_errors=True)
         working.mkdir()

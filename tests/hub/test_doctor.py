@@ -17,6 +17,7 @@ from hub import doctor
 from hub.context import open_hub
 from hub.db import now
 from hub.doctor import SKEW, Level, can_corrupt, examine, file_system_of
+from hub.errors import CannotStart
 from hub.repos import service as repos
 from hub.repos.models import Event
 from hub.settings import Settings
@@ -63,6 +64,33 @@ def test_a_folder_without_a_hub_is_no_failure(tmp_path: Path) -> None:
     checks = found(Settings(data_dir=tmp_path / "new" / "data", min_free_bytes=0))
     assert checks["catalogue"] == [(Level.NOTE, "there is none yet; the first start makes it")]
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_found(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "data"):
+        refused = failed(Settings(data_dir=path, min_free_bytes=0))
+        assert refused == [f"{tmp_path / 'file'} is a file"]
+
+
+def test_a_catalogue_that_is_no_database_is_one_sentence(settings: Settings) -> None:
+    path = settings.data_dir / "hub.sqlite3"
+    path.write_bytes(b"not a database, of which nothing can be read")
+    said = f"cannot open the catalogue {path}: file is not a database"
+    assert failed(settings) == [said]
+    with pytest.raises(CannotStart, match="file is not a database"), open_hub(settings):
+        pass
+    result = CliRunner().invoke(app, ["admin", "fsck", "--data", str(settings.data_dir)])
+    assert isinstance(result.exception, CommandError)
+    assert str(result.exception) == said
+
+
+def test_a_folder_that_everybody_can_read_is_found(settings: Settings) -> None:
+    assert "secrets" not in found(settings)  # The first start made it for one user.
+    settings.data_dir.chmod(0o755)
+    ((level, said),) = found(settings)["secrets"]
+    assert level == Level.WARNING
+    assert said.endswith(f"chmod 750 {settings.data_dir}")
 
 
 def test_another_store_than_the_catalogues_is_found(settings: Settings) -> None:
