@@ -100,13 +100,12 @@ def _name_all_parts(path: str, parameters: list[dict[str, Any]]) -> None:
 
 
 def about_ink(document: dict[str, Any]) -> dict[str, Any]:
-    """The same document, where addresses may name the repo that is there."""
+    """The same document, where addresses name the repo that is there."""
     for operations in document["paths"].values():
         for operation in operations.values():
             for parameter in operation["parameters"]:
                 if parameter["in"] == "path" and parameter["name"] in SAMPLES:
-                    there = {"enum": [SAMPLES[parameter["name"]], "x"]}
-                    parameter["schema"] = {"anyOf": [there, parameter["schema"]]}
+                    parameter["schema"] = {"enum": [SAMPLES[parameter["name"]], "x"]}
     return document
 
 
