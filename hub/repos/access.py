@@ -20,6 +20,7 @@ def ask(session: Session, viewer: Viewer, repo: Repo) -> AccessRequest:
     Asking again changes nothing: who was rejected stays so.
     """
     user = repos.require_participant(session, viewer, repo)
+    repo = repos.locked(session, repo)
     _require_gated(repo)
     present = _of(session, repo, user)
     if present is not None:
@@ -31,6 +32,7 @@ def ask(session: Session, viewer: Viewer, repo: Repo) -> AccessRequest:
 def grant(session: Session, viewer: Viewer, repo: Repo, name: str) -> AccessRequest:
     """Let a user in who did not ask. BadRequest if they are in already; UserNotFound."""
     by = _require_manager(session, viewer, repo)
+    repo = repos.locked(session, repo)
     _require_gated(repo)
     user = users.find_user(session, name)
     present = _of(session, repo, user)
@@ -60,6 +62,7 @@ def decide(
     in that state already.
     """
     by = _require_manager(session, viewer, repo)
+    repo = repos.locked(session, repo)
     _require_gated(repo)
     if request_id is not None:
         found = session.get(AccessRequest, request_id)

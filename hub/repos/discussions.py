@@ -166,6 +166,7 @@ def comment(
     session: Session, viewer: Viewer, repo: Repo, discussion: Discussion, text: str
 ) -> DiscussionEvent:
     user = repos.require_participant(session, viewer, repo)
+    _lock(session, discussion)
     made = _tell(session, discussion, user, EventKind.COMMENT, _text(text))
     _announce(session, "comment.created", repo, discussion, made)
     return made
@@ -209,6 +210,7 @@ def rename(
     """For its author and who may write to the repo."""
     user = repos.require_participant(session, viewer, repo)
     _require_owner(session, viewer, repo, discussion.author_id, user)
+    _lock(session, discussion)
     old, discussion.title = discussion.title, _title(title)
     session.add(discussion)
     _announce(session, "discussion.updated", repo, discussion)
@@ -228,6 +230,7 @@ def set_status(
     _require_owner(session, viewer, repo, discussion.author_id, user)
     if status not in (DiscussionStatus.OPEN, DiscussionStatus.CLOSED):
         raise BadField("a discussion is opened or closed", "status")
+    _lock(session, discussion)
     if discussion.status == DiscussionStatus.MERGED:
         raise Conflict(f"discussion {discussion.num} was merged")
     if text:
@@ -320,6 +323,7 @@ def merge(
     """One new commit on the target with what the pull request changes; Conflict names a file."""
     user = repos.require_writer(session, viewer, repo.namespace, repo.name)
     repo = repos.locked(session, repo)
+    _lock(session, discussion)
     if not discussion.is_pull_request:
         raise BadRequest(f"discussion {discussion.num} is no pull request")
     if discussion.status not in _OPEN:
@@ -401,6 +405,13 @@ def _insert(
     return made
 
 
+def _lock(session: Session, discussion: Discussion) -> None:
+    """Read the row as it is now; others who would change it wait from here on."""
+    key = (discussion.repo_id, discussion.num)
+    if session.get(Discussion, key, with_for_update=True, populate_existing=True) is None:
+        raise DiscussionNotFound(f"there is no discussion {discussion.num} any more", "num")
+
+
 def _tell(
     session: Session,
     discussion: Discussion,
@@ -454,7 +465,7 @@ def _announce(
 
 
 def _comment(session: Session, discussion: Discussion, event_id: int) -> DiscussionEvent:
-    event = session.get(DiscussionEvent, event_id)
+    event = session.get(DiscussionEvent, event_id, with_for_update=True)
     is_here = event is not None and (event.repo_id, event.num, event.kind) == (
         discussion.repo_id,
         discussion.num,

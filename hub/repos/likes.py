@@ -12,6 +12,7 @@ from hub.users.service import Viewer
 def like(session: Session, viewer: Viewer, repo: Repo) -> None:
     """Liking twice is liking once."""
     user = repos.require_participant(session, viewer, repo)
+    repo = repos.locked(session, repo)
     assert repo.id is not None
     assert user.id is not None
     if session.get(Like, (repo.id, user.id)) is None:
@@ -21,6 +22,7 @@ def like(session: Session, viewer: Viewer, repo: Repo) -> None:
 
 def unlike(session: Session, viewer: Viewer, repo: Repo) -> None:
     user = repos.require_participant(session, viewer, repo)
+    repo = repos.locked(session, repo)
     present = session.get(Like, (repo.id, user.id))
     if present is not None:
         session.delete(present)
@@ -51,7 +53,5 @@ def of_repo(session: Session, repo: Repo) -> list[User]:
 
 def _count(session: Session, repo: Repo) -> None:
     session.flush()
-    row = session.get_one(Repo, repo.id, with_for_update=True)
-    n = session.exec(select(func.count()).where(Like.repo_id == repo.id)).one()
-    row.likes = n
-    session.add(row)
+    repo.likes = session.exec(select(func.count()).where(Like.repo_id == repo.id)).one()
+    session.add(repo)

@@ -19,18 +19,19 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from sqlalchemy import delete, text, update
-from sqlmodel import col, select
+from sqlmodel import Session, col, select
 
 from hub.blobs.store import Sha256
 from hub.context import Hub, open_hub
 from hub.db import now
 from hub.demo import seed
+from hub.errors import Conflict
 from hub.hf.lfs_parts import drop_expired
 from hub.jobs.models import Job
+from hub.repos import access, discussions, likes, uploads
 from hub.repos import service as repos
-from hub.repos import uploads
 from hub.repos.downloads import Downloads
-from hub.repos.models import Hold, Repo
+from hub.repos.models import Discussion, DiscussionStatus, Gate, Hold, Repo
 from hub.settings import Settings
 from hub.upkeep import gc
 from hub.upkeep.fsck import fsck, is_sound
@@ -44,6 +45,7 @@ from tests.hub.conftest import postgresql_only
 from tests.hub.test_webhooks import WATCHED, receiving
 
 T = TypeVar("T")
+Step = Callable[[Session, Repo], object]
 N = 8
 WAIT_S = 300
 
@@ -92,6 +94,54 @@ def somebody_waits(hub: Hub) -> bool:
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
     with hub.db.read() as session:
         return bool(session.scalar(text(f"{waiting} AND wait_event_type = 'Lock'")))
+
+
+@postgresql_only
+def test_the_second_of_two_who_do_the_same_thing_sees_what_the_first_has_done(
+    hub: Hub, admin: Viewer
+) -> None:
+    new_repo(hub, admin, "a")
+    pulls = []
+    with hub.db.write() as session:
+        repo = repos.get_repo(session, admin, "admin", "a")
+        repos.update_settings(session, admin, repo, gated=Gate.AUTO)
+        pulls = [discussions.propose(session, admin, repo, f"Pull {n}").num for n in range(3)]
+
+    def on(number: int, step: Callable[[Session, Discussion], object]) -> Step:
+        return lambda session, repo: step(session, discussions.get(session, repo, number))
+
+    def after(first: Step, second: Step) -> BaseException | None:
+        def begin_second() -> None:
+            with hub.db.write() as another:
+                second(another, repo)
+
+        with ThreadPoolExecutor(1) as pool:
+            with hub.db.write() as session:
+                first(session, repo)
+                late = pool.submit(begin_second)
+                while not somebody_waits(hub) and not late.done():
+                    time.sleep(0.01)
+            return late.exception()
+
+    def merge(session: Session, found: Discussion) -> object:
+        return discussions.merge(session, admin, repo, found)
+
+    def close(session: Session, found: Discussion) -> object:
+        return discussions.set_status(session, admin, repo, found, DiscussionStatus.CLOSED)
+
+    for number, (first, second) in zip(
+        pulls, ((merge, merge), (merge, close), (close, merge)), strict=True
+    ):
+        assert isinstance(after(on(number, first), on(number, second)), Conflict)
+    for step in (likes.like, likes.unlike, access.ask):
+
+        def do(session: Session, repo: Repo, step: Callable[..., object] = step) -> object:
+            return step(session, admin, repo)
+
+        assert after(do, do) is None
+    with hub.db.read() as session:
+        talks = discussions.listed(session, repo).discussions
+        assert [found.status for found, _ in talks] == ["closed", "merged", "merged"]
 
 
 @postgresql_only
