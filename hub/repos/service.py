@@ -556,10 +556,14 @@ def _wait_for_name(session: Session, type: str, key: str) -> None:
 
 
 def locked(session: Session, repo: Repo) -> Repo:
-    """The row as it is now; on PostgreSQL other writers of this repo wait from here on."""
+    """The row as it is now; on PostgreSQL other writers of this repo wait from here on.
+
+    RepoNotFound too if it was moved: who may write to it was asked of its old name.
+    """
+    seen = repo.key
     query = select(Repo).where(Repo.id == repo.id).with_for_update()
     found = session.exec(query.execution_options(populate_existing=True)).first()
-    if found is None:
+    if found is None or found.key != seen:
         raise RepoNotFound("Repository not found")
     return found
 

@@ -374,6 +374,21 @@ def test_two_repos_with_the_same_files_share_bytes_and_no_commit(hub: Hub, admin
         assert len(session.exec(select(Blob)).all()) == 1
 
 
+def test_who_had_a_repo_does_not_change_it_where_it_was_moved_to(hub: Hub, admin: Viewer) -> None:
+    eve = make_user(hub, "eve")[0]
+    with hub.db.write() as session:
+        seen = repos.create_repo(session, eve, "eve", "ink")
+    with hub.db.write() as session:
+        repos.move_repo(session, admin, seen, "admin", "ink")
+    for change in (
+        lambda session: repos.delete_repo(session, eve, seen),
+        lambda session: repos.update_settings(session, eve, seen, private=True),
+        lambda session: repos.create_tag(session, eve, seen, "v1"),
+    ):
+        with pytest.raises(RepoNotFound), hub.db.write() as session:
+            change(session)
+
+
 def test_many_writers_at_once_lose_no_commit(hub: Hub, admin: Viewer) -> None:
     make_repo(hub, admin)
 
