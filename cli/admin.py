@@ -41,25 +41,25 @@ def reindex(
     Nothing that was published is changed. With SQLite the hub must be stopped.
     """
     settings = load_settings(data_dir=data)
-    needed = settings.data_dir / ("store" if from_blobs else "hub.sqlite3")
-    if settings.database_url is None and not needed.exists():
+    store = settings.data_dir / "store"
+    if from_blobs and settings.database_url is None and not store.exists():
         raise CommandError(f"there is no hub in {settings.data_dir}")
     from hub.adapters import service
     from hub.context import open_hub
-    from hub.errors import CannotStart
 
-    try:
-        with open_hub(settings) as hub, count_progress("Reading", None, "repos") as progress:
-            bar = progress.task_ids[0]
+    with (
+        upkeep.refusals(),
+        open_hub(settings) if from_blobs else upkeep.hub_of(data, to_write=True) as hub,
+        count_progress("Reading", None, "repos") as progress,
+    ):
+        bar = progress.task_ids[0]
 
-            def report(done: int, total: int) -> None:
-                progress.update(bar, completed=done, total=total)
+        def report(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
 
-            if from_blobs:
-                _rebuild(hub)
-            n = service.reindex(hub, report)
-    except CannotStart as error:
-        raise CommandError(error.message) from error
+        if from_blobs:
+            _rebuild(hub)
+        n = service.reindex(hub, report)
     out.print(f"{n} {'repo' if n == 1 else 'repos'} read anew")
 
 

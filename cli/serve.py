@@ -162,12 +162,14 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _greet(settings: "Settings", listener: socket.socket, admin_token: str | None) -> None:
     host, port = listener.getsockname()[:2]
-    where = f"[{host}]" if ":" in host else host
-    out.print(f"Grafthub is at {settings.public_url or f'http://{where}:{port}'}")
+    shown = f"[{host}]" if ":" in host else host
+    out.print(f"Grafthub is at {settings.public_url or f'http://{shown}:{port}'}")
     file = settings.data_dir.resolve() / "admin.token"
     if admin_token is not None:
         out.print(f"Token of the user admin, shown this once: {admin_token}")
-    out.print(f"Token file: {file}", markup=False)
+    # Another server on the same catalogue may have been first, or somebody deleted it.
+    where = str(file) if file.exists() else "not here; the server that was started first made it"
+    out.print(f"Token file: {where}", markup=False)
     err.print("Stop with Ctrl-C.", style="dim")
 
 

@@ -178,21 +178,33 @@ def _print_blobs(what: str, blobs: "Blobs") -> None:
 @contextmanager
 def hub_of(data: Path | None, *, to_write: bool) -> Iterator["Hub"]:
     """The hub of a folder; one that is only read may be running. Refusals are one sentence."""
-    from sqlalchemy.exc import DatabaseError, OperationalError
-
     from hub.context import look_into_hub, open_hub
-    from hub.errors import HubError
 
     settings = load_settings(data_dir=data)
     if settings.database_url is None and not (settings.data_dir / "hub.sqlite3").exists():
         raise CommandError(f"there is no hub in {settings.data_dir}")
-    try:
+    with refusals():
+        if to_write and settings.database_url is not None:
+            # To open an empty database would make a hub in it.
+            with look_into_hub(settings):
+                pass
         with open_hub(settings) if to_write else look_into_hub(settings) as hub:
             yield hub
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What the hub, its database or its store refuses becomes one sentence."""
+    from sqlalchemy.exc import DatabaseError, OperationalError
+
+    from hub.errors import HubError
+
+    try:
+        yield
     except HubError as error:
         raise CommandError(error.message) from error
     except DatabaseError as error:
-        # Those of these two are the database's fault: damaged or away. The others would be ours.
+        # These two are the database's fault: it is damaged or away. Others would be ours.
         if type(error) not in (DatabaseError, OperationalError):
             raise
         raise CommandError(f"the catalogue failed: {error.orig}") from error

@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Session, SQLModel
@@ -230,7 +230,13 @@ def _sqlite(path: Path, *, writer: bool) -> Engine:
 
 
 def _postgresql(url: str) -> Engine:
-    parsed = make_url(url)
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        # Not its text, which may hold a password; and without the cause, which quotes it.
+        raise CannotStart(
+            "GRAFT_DATABASE_URL is no address such as postgresql://user:password@host/name"
+        ) from None
     if not parsed.drivername.startswith("postgresql"):
         raise CannotStart(f"GRAFT_DATABASE_URL names {parsed.drivername}; use postgresql://…")
     engine = create_engine(

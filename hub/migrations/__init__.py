@@ -74,6 +74,8 @@ def require_current(database: Database) -> None:
     """CannotStart unless the schema is this version's; changes nothing."""
     with database.read() as session:
         present = _present(session.connection())
+    if present is None:
+        raise CannotStart("the database is empty: there is no hub in it")
     head = history().get_current_head()
     if present != head:
         raise CannotStart(

@@ -233,6 +233,16 @@ def test_a_database_we_do_not_know_is_refused(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("url", ["postgres", "postgresql://ada:secret@:::/hub"])
+def test_an_address_of_a_database_that_is_none_is_refused_without_its_text(
+    tmp_path: Path, url: str
+) -> None:
+    settings = Settings(data_dir=tmp_path, database_url=url)  # type: ignore[arg-type]
+    with pytest.raises(CannotStart) as refused, open_hub(settings):
+        pass
+    assert refused.value.message.startswith("GRAFT_DATABASE_URL is no address such as postgresql:")
+
+
 def test_an_unreachable_database_is_one_sentence_without_its_password(tmp_path: Path) -> None:
     url = "postgresql://hub:s3cret@127.0.0.1:1/hub"
     settings = Settings(data_dir=tmp_path, database_url=url)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from typer.testing import CliRunner
 
 from cli.__main__ import app
+from cli.console import CommandError
 from hub.adapters.service import publish
 from hub.context import Hub
 from hub.repos import service as repos
@@ -20,6 +21,7 @@ from hub.repos.operations import Add
 from hub.upkeep.findings import Finding, Severity
 from hub.upkeep.fsck import fsck, is_sound
 from hub.users.service import Viewer
+from tests.fixtures.postgres import PostgresServer
 from tests.hub.conftest import both_databases, postgresql_only
 
 
@@ -171,3 +173,24 @@ def test_a_folder_without_a_hub_is_refused(tmp_path: Path) -> None:
     failed = CliRunner().invoke(app, ["admin", "fsck", "--data", str(tmp_path)])
     assert failed.exit_code == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("fsck", "--full", "--accept"), ("gc", "--delete"), ("token", "ada"), ("reindex",)],
+    ids=" ".join,
+)
+def test_upkeep_of_an_empty_database_makes_no_hub_in_it(
+    tmp_path: Path,
+    postgres_server: PostgresServer,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+) -> None:
+    with postgres_server.fresh() as url:
+        monkeypatch.setenv("GRAFT_DATABASE_URL", url)
+        result = CliRunner().invoke(app, ["admin", *command, "--data", str(tmp_path / "data")])
+        assert isinstance(result.exception, CommandError)
+        assert str(result.exception) == "the database is empty: there is no hub in it"
+        query = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
+        assert postgres_server.execute(query, url) == [(0,)]
+    assert not (tmp_path / "data").exists()

@@ -66,6 +66,15 @@ def test_serve_answers_and_stops_cleanly_and_starts_again_on_the_same_data(tmp_p
         assert httpx2.get(f"{hub.url}/metrics", headers=hub.auth, timeout=60).status_code == 200
 
 
+def test_a_token_file_that_is_not_there_is_not_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        cli.serve._greet(Settings(data_dir=tmp_path), listener, None)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "Token file: not here; the server that was started first made it"
+
+
 def test_a_second_server_on_the_same_data_is_refused_in_one_sentence(tmp_path: Path) -> None:
     with running_hub(tmp_path, database_url=None) as hub:
         second = serve("--port", "0", "--data", str(hub.data_dir))
