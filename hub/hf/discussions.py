@@ -1,5 +1,6 @@
 """Discussions and pull requests as Hugging Face clients see them."""
 
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import Body, Query
@@ -7,7 +8,7 @@ from sqlmodel import Session
 
 from hub.adapters.service import try_to_project
 from hub.deps import HubDep, ReadSession, WriterDep, WriteSession
-from hub.errors import BadRequest, NotImplementedHere
+from hub.errors import BadRequest, NotImplementedHere, RevisionNotFound
 from hub.hf import bodies, info
 from hub.hf.deps import RepoDep
 from hub.hf.routing import hf_router
@@ -80,8 +81,10 @@ def read(session: ReadSession, repo: RepoDep, num: int) -> dict[str, Any]:
     answer = _item(repo, found, author) | {"events": sorted(events, key=lambda e: e["createdAt"])}
     if not found.is_pull_request:
         return answer
-    is_open = found.status in (DiscussionStatus.OPEN, DiscussionStatus.DRAFT)
-    conflicts = discussions.proposal(session, repo, found).conflicts if is_open else []
+    conflicts: list[str] = []
+    if found.status in (DiscussionStatus.OPEN, DiscussionStatus.DRAFT):
+        with suppress(RevisionNotFound):  # of a target that was deleted
+            conflicts = discussions.proposal(session, repo, found).conflicts
     changes: dict[str, Any] = {"base": f"refs/heads/{found.target}"}
     if found.merged_as is not None:
         changes["mergeCommitId"] = found.merged_as

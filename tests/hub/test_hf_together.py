@@ -217,6 +217,19 @@ def test_a_pull_request_that_conflicts_names_the_file(ada: HfApi, ben: HfApi, re
     assert ada.model_info(repo).sha == head
 
 
+def test_a_pull_request_whose_branch_is_gone_can_still_be_read(
+    ada: HfApi, ben: HfApi, repo: str
+) -> None:
+    ada.create_branch(repo, branch="side")
+    ben.upload_file(
+        repo_id=repo, path_in_repo="a.txt", path_or_fileobj=b"a", revision="side", create_pr=True
+    )
+    ada.delete_branch(repo, branch="side")
+    details = ben.get_discussion_details(repo, 1)
+    assert (details.status, details.target_branch) == ("open", "refs/heads/side")
+    assert details.conflicting_files == []
+
+
 def test_a_folder_becomes_a_pull_request(ada: HfApi, ben: HfApi, repo: str, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for n in range(3):
