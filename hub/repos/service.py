@@ -626,9 +626,15 @@ def require_writer(session: Session, viewer: Viewer, namespace: str, name: str) 
 
 
 def require_participant(session: Session, viewer: Viewer, repo: Repo) -> User:
-    """Who may speak in a repo they see without writing to it; Unauthorized, Forbidden."""
+    """Who may speak in a repo they see without writing to it.
+
+    Unauthorized, Forbidden; RepoNotFound if they do not see it any more.
+    """
     viewer = users.recheck(session, viewer)
     user = viewer.require_write()
+    present = session.get(Repo, repo.id)
+    if present is None or not may_read(session, viewer, present):
+        raise RepoNotFound("Repository not found")
     if not viewer.covers(repo.namespace, repo.name):
         raise Forbidden(f"this token may not be used in {repo.full_name}")
     return user

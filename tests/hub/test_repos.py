@@ -25,6 +25,7 @@ from hub.errors import (
     StaleParent,
     Unauthorized,
 )
+from hub.repos import discussions
 from hub.repos import service as repos
 from hub.repos.models import Blob, Commit, CommitEntry, Event, Hold, Ref, Repo
 from hub.repos.operations import Add, Copy, Delete, DeleteFolder, Operation
@@ -387,6 +388,22 @@ def test_who_had_a_repo_does_not_change_it_where_it_was_moved_to(hub: Hub, admin
     ):
         with pytest.raises(RepoNotFound), hub.db.write() as session:
             change(session)
+
+
+def test_nobody_takes_part_in_a_repo_that_was_closed_meanwhile(hub: Hub, admin: Viewer) -> None:
+    eve = make_user(hub, "eve")[0]
+    with hub.db.write() as session:
+        seen = repos.create_repo(session, admin, "admin", "ink")
+    with hub.db.write() as session:
+        number = discussions.propose(session, eve, seen, "mine").num
+        repos.update_settings(session, admin, seen, private=True)
+    with pytest.raises(RepoNotFound), hub.db.write() as session:
+        discussions.propose(session, eve, seen, "another")
+    branch, added = f"refs/pr/{number}", [put(hub, "a", b"1")]
+    with pytest.raises(RepoNotFound), hub.db.write() as session:
+        repos.commit(session, eve, seen, branch=branch, operations=added, message="m")
+    with hub.db.write() as session:
+        assert discussions.start(session, admin, seen, "ours").num == 2
 
 
 def test_many_writers_at_once_lose_no_commit(hub: Hub, admin: Viewer) -> None:
