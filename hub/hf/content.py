@@ -33,14 +33,18 @@ class BlobResponse(StreamingResponse):
         self._path = store.path(sha256)
         self._range = start, end
         self._sent = sent
+        self._pieces = read_blob(store, sha256, start, end)
+        self._first: bytes | memoryview = b""
         super().__init__(
-            self._content(read_blob(store, sha256, start, end)),
+            self._content(),
             status,
             {**headers, "Content-Length": str(end - start)},
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._path is None or ZERO_COPY not in scope.get("extensions", {}):
+            # Before the status is sent: a store that is away is an error and no broken download.
+            self._first = await anext(self._pieces, b"")
             await super().__call__(scope, receive, send)
             return
         start, end = self._range
@@ -56,14 +60,13 @@ class BlobResponse(StreamingResponse):
         if self._sent is not None:
             self._sent()
 
-    async def _content(
-        self, pieces: AsyncIterator[bytes | memoryview]
-    ) -> AsyncIterator[bytes | memoryview]:
-        async for piece in pieces:
+    async def _content(self) -> AsyncIterator[bytes | memoryview]:
+        piece = self._first
+        while piece:
             yield piece
-            await (
-                anyio.lowlevel.checkpoint()
-            )  # What was sent to a client that has gone takes no time: let it be known.
+            # What was sent to a client that has gone takes no time: let it be known.
+            await anyio.lowlevel.checkpoint()
+            piece = await anext(self._pieces, b"")
         if self._sent is not None:
             self._sent()
 

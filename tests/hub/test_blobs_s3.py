@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from anyio import run
+from fastapi import FastAPI
 from sqlmodel import select
+from starlette.testclient import TestClient
 
 from hub.blobs import s3
 from hub.blobs.bucket import Bucket, make_client
@@ -16,7 +18,8 @@ from hub.blobs.probe import Probe
 from hub.blobs.s3 import S3BlobStore, key_of
 from hub.blobs.store import Sha256
 from hub.context import StoreIdentity, open_hub
-from hub.errors import CannotStart, StoreFailed
+from hub.errors import CannotStart, StoreFailed, install
+from hub.hf.content import BlobResponse
 from hub.settings import Settings
 from tests.fixtures.proxy import CUT_BODY, LOSE_ANSWER, Request, proxy_to
 from tests.fixtures.s3 import S3Server, serve_s3
@@ -140,6 +143,24 @@ def test_a_read_that_stays_broken_is_an_error(open_store: Open) -> None:
     read.close()
     with pytest.raises(StoreFailed, match="the store answers 503"):
         store.open(SHA256)
+
+
+def test_a_download_from_a_store_that_is_away_is_a_503(open_store: Open) -> None:
+    store = open_store()
+    put(store)
+    app = FastAPI()
+    install(app, {})
+
+    @app.get("/file")
+    def file() -> BlobResponse:
+        return BlobResponse(store, SHA256, 0, len(CONTENT), {})
+
+    with TestClient(app) as client:
+        assert client.get("/file").content == CONTENT
+        open_store({"GET": [503, 503, 503]})
+        refused = client.get("/file")
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "2")
+    assert "the store answers 503" in refused.json()["error"]["message"]
 
 
 def test_a_listing_that_fails_is_an_error_and_not_a_part(open_store: Open) -> None:
