@@ -117,9 +117,12 @@ def load_settings(**options: Any) -> "Settings":
         first = error.errors()[0]
         name = str(first["loc"][0])
         where = f"--{name.removesuffix('_dir')}" if name in given else f"GRAFT_{name.upper()}"
-        raise CommandError(f"{where}: {first['msg']}") from error
+        said = first["msg"].removeprefix("Value error, ")
+        raise CommandError(f"{where}: {said}") from error
     except SettingsError as error:
-        raise CommandError(str(error)) from error
+        # Only lists are parsed before they are validated, and this is the only one.
+        wanted = 'a JSON list such as ["hub.lan", "hub.example"] is needed'
+        raise CommandError(f"GRAFT_ALLOWED_HOSTS: {wanted}") from error
 
 
 def demo_folders() -> Mapping[str, Path]:

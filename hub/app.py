@@ -143,6 +143,8 @@ def _provider(settings: Settings) -> Provider | None:
     """CannotStart if what is set of it does not suffice."""
     issuer, secret = settings.oidc_issuer, settings.oidc_client_secret
     if issuer is None:
+        if settings.oidc_client_id is not None:
+            raise CannotStart("GRAFT_OIDC_CLIENT_ID needs GRAFT_OIDC_ISSUER")
         return None
     if not is_safe(issuer):
         raise CannotStart(f"GRAFT_OIDC_ISSUER is {issuer}: an address that begins with https://")

@@ -173,6 +173,9 @@ def open_store(settings: Settings, *, must_exist: bool, probed: str | None = Non
     """The store that the settings name; `probed` spares a probe if it is about that store."""
     root = settings.data_dir / "store"
     if settings.s3_bucket is None:
+        for name in ("s3_prefix", "s3_endpoint", "s3_public_endpoint"):
+            if getattr(settings, name):
+                raise CannotStart(f"GRAFT_{name.upper()} needs GRAFT_S3_BUCKET")
         if must_exist and not FileBlobStore.is_at(root):
             raise CannotStart(f"the blobs of this catalogue are not at {root}; nothing was changed")
         return Opened(FileBlobStore(root, min_free_bytes=settings.min_free_bytes), str(root))

@@ -1,11 +1,13 @@
 """Environment of the hub: every field is `GRAFT_<NAME>` and a row in docs/settings.md."""
 
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
+MIN_KEY = 32
 
 
 class Settings(BaseSettings):
@@ -30,7 +32,8 @@ class Settings(BaseSettings):
     )
     demo: bool = Field(True, description="fill an empty hub with the demo catalogue")
     secret_key: SecretStr | None = Field(
-        None, description="signs sessions and upload links; without it `secret.key` is made"
+        None,
+        description="signs sessions and upload links, 32 characters or more; without it `secret.key` is made",
     )
     signup: bool = Field(False, description="anybody may make an account on the page `/signup`")
     oidc_issuer: str | None = Field(
@@ -138,3 +141,21 @@ class Settings(BaseSettings):
     mirror_hours: float = Field(
         24, gt=0, description="mirrored repos are compared with that hub this often when used"
     )
+
+    @field_validator("secret_key")
+    @classmethod
+    def _hard_to_guess(cls, key: SecretStr | None) -> SecretStr | None:
+        """Whoever guesses it signs in as anybody."""
+        if key is not None and len(key.get_secret_value()) < MIN_KEY:
+            raise ValueError(f"at least {MIN_KEY} random characters are needed")
+        return key
+
+    @field_validator("public_url", "mirror_url")
+    @classmethod
+    def _an_address(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url} is no address such as https://hub.example")
+        return url

@@ -316,10 +316,11 @@ def test_what_cannot_be_copied_is_sent_again(open_store: Open) -> None:
         ({"s3_bucket": "no-such-bucket"}, "there is no such bucket"),
         ({"s3_endpoint": "http://127.0.0.1:9"}, "Could not connect"),
         ({"s3_endpoint": "nonsense"}, "Invalid endpoint"),
+        ({"s3_bucket": None, "s3_prefix": "hub"}, "GRAFT_S3_PREFIX needs GRAFT_S3_BUCKET"),
     ],
 )
 def test_a_bucket_that_cannot_be_used_is_said_in_one_sentence(
-    bucket: str, tmp_path: Path, change: dict[str, str], reason: str
+    bucket: str, tmp_path: Path, change: dict[str, str | None], reason: str
 ) -> None:
     settings = Settings(data_dir=tmp_path / "data", s3_bucket=bucket, min_free_bytes=0)
     with pytest.raises(CannotStart, match=reason), open_hub(settings.model_copy(update=change)):

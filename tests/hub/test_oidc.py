@@ -408,6 +408,7 @@ def test_a_link_for_a_new_password_makes_no_account(hub: Hub, provider: StrictPr
     [
         ({"oidc_issuer": "http://id.example", "oidc_client_id": "x"}, "begins with https://"),
         ({"oidc_issuer": "https://id.example"}, "needs GRAFT_OIDC_CLIENT_ID"),
+        ({"oidc_client_id": "x"}, "needs GRAFT_OIDC_ISSUER"),
     ],
 )
 def test_a_provider_that_is_half_set_keeps_the_hub_from_starting(

@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 import cli.serve
+from cli.console import CommandError
 from hub.app import create_app
 from hub.settings import Settings
 from tests.fixtures.server import GREETING, running_hub, start_hub
@@ -129,6 +130,24 @@ def test_a_public_address_needs_to_be_told_how_it_is_reached(tmp_path: Path) -> 
     assert result.returncode == 1
     assert "GRAFT_PUBLIC_URL" in result.stderr
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("SECRET_KEY", "short", "at least 32 random characters are needed"),
+        ("PUBLIC_URL", "hub.example", "hub.example is no address such as https://hub.example"),
+        ("MIRROR_URL", "ftp://x", "ftp://x is no address such as https://hub.example"),
+        ("ALLOWED_HOSTS", "a,b", 'a JSON list such as ["hub.lan", "hub.example"] is needed'),
+    ],
+)
+def test_a_setting_that_cannot_be_meant_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(f"GRAFT_{name}", value)
+    with pytest.raises(CommandError) as refused:
+        cli.serve.load_settings()
+    assert str(refused.value) == f"GRAFT_{name}: {said}"
 
 
 def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
