@@ -163,14 +163,14 @@ def _of_cookie(request: Request, hub: Hub) -> Viewer:
     cookie = request.cookies.get(SESSION_COOKIE)
     if cookie is None:
         return ANONYMOUS
-    token_id = hub.signer.unsign("session", cookie, hub.settings.session_days * DAY_S)
-    if token_id is None:
+    signed = hub.signer.unsign_dated("session", cookie, hub.settings.session_days * DAY_S)
+    if signed is None:
         return ANONYMOUS
     if request.method not in _SAFE:
         _require_same_origin(request)
     with hub.db.read() as session:
         try:
-            return users.viewer_of_token_id(session, token_id)
+            return users.viewer_of_signed(session, *signed)
         except Unauthorized:
             return ANONYMOUS
 

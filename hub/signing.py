@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import secrets
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,18 @@ class Signer:
 
     def unsign(self, purpose: str, text: str, max_age_s: int) -> Any | None:
         """The value, or None if the text was changed, is too old or has another purpose."""
+        found = self.unsign_dated(purpose, text, max_age_s)
+        return found[0] if found is not None else None
+
+    def unsign_dated(self, purpose: str, text: str, max_age_s: int) -> tuple[Any, datetime] | None:
+        """As `unsign`, with the second in which it was signed."""
+        serializer = self._serializer(purpose)
         try:
-            return self._serializer(purpose).loads(text, max_age=max_age_s)
+            value, signed_at = serializer.loads(text, max_age=max_age_s, return_timestamp=True)
         except BadSignature:
             return None
+        assert isinstance(signed_at, datetime)
+        return value, signed_at
 
     def seal(self, purpose: str, content: bytes) -> str:
         """Hexadecimal digits that only this hub can make for these bytes, for ever."""

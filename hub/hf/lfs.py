@@ -112,11 +112,11 @@ def _download(base: str, item: bodies.LFSObject, has: bool) -> dict[str, Any]:
 @router.put(LFS_OF_TYPE + "/{oid}", dependencies=[Signed], max_body_size=UNLIMITED)
 async def upload(request: Request, hub: HubDep, oid: str, signature: str) -> Response:
     """The bytes of one object; they are kept for the user the address was made for."""
-    link = hub.signer.unsign(PURPOSE, signature, LINK_S)
-    if link is None or link[1] != oid:
+    signed = hub.signer.unsign_dated(PURPOSE, signature, LINK_S)
+    if signed is None or signed[0][1] != oid:
         raise Unauthorized("this upload address is not valid any more")
-    token_id, _, size = link
-    viewer = await to_thread.run_sync(parts.viewer_of, hub, token_id)
+    (token_id, _, size), signed_at = signed
+    viewer = await to_thread.run_sync(parts.viewer_of, hub, token_id, signed_at)
     announced = request.headers.get("Content-Length")
     if announced is not None and announced != str(size):
         raise BadRequest(f"{announced} bytes are announced, the object has {size}")

@@ -5,6 +5,7 @@ because clients send no Authorization there. Parts that are here stay for two da
 restarts; asking for the same object again gives addresses of the same upload.
 """
 
+from datetime import datetime
 from typing import Any
 
 from anyio import to_thread
@@ -118,9 +119,9 @@ def finish(hub: HubDep, oid: str, signature: str, body: bodies.LFSParts) -> dict
     return {}
 
 
-def viewer_of(hub: Hub, token_id: int) -> Viewer:
+def viewer_of(hub: Hub, token_id: int, signed_at: datetime) -> Viewer:
     with hub.db.read() as session:
-        return users.viewer_of_token_id(session, token_id)
+        return users.viewer_of_signed(session, token_id, signed_at)
 
 
 def hold(hub: Hub, viewer: Viewer, stored: Stored) -> None:
@@ -172,12 +173,12 @@ def _begin(hub: Hub, viewer: Viewer, repo: Repo, item: bodies.LFSObject) -> Uplo
 
 def _open(hub: Hub, oid: str, signature: str) -> tuple[Viewer, Upload]:
     """Who sends, and what: both from the signature, and as they are now."""
-    link = hub.signer.unsign(PURPOSE, signature, LINK_S)
-    if link is None:
+    signed = hub.signer.unsign_dated(PURPOSE, signature, LINK_S)
+    if signed is None:
         raise Unauthorized("this upload address is not valid any more")
-    token_id, upload_id = link
+    (token_id, upload_id), signed_at = signed
     with hub.db.read() as session:
-        viewer = users.viewer_of_token_id(session, token_id)
+        viewer = users.viewer_of_signed(session, token_id, signed_at)
         upload = uploads.get(session, viewer, upload_id)
     if upload.sha256 != oid:
         raise Unauthorized("this upload address is not valid any more")

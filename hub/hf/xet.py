@@ -87,12 +87,12 @@ class Sender:
 def sender(request: Request, hub: HubDep) -> Sender:
     """Whose token it is, if it may still be used. Unauthorized, Forbidden, RepoNotFound."""
     token = request.headers.get("Authorization", "").removeprefix("Bearer ")
-    signed = hub.signer.unsign(PURPOSE, token, TOKEN_S)
+    signed = hub.signer.unsign_dated(PURPOSE, token, TOKEN_S)
     if signed is None:
         raise Unauthorized("this upload token is not valid any more")
-    token_id, repo_id, revision, create_pr = signed
+    (token_id, repo_id, revision, create_pr), signed_at = signed
     with hub.db.read() as session:
-        viewer = users.viewer_of_token_id(session, token_id)
+        viewer = users.viewer_of_signed(session, token_id, signed_at)
         repo = session.get(Repo, repo_id)
         if repo is None or not repos.may_read(session, viewer, repo):
             raise RepoNotFound("Repository not found")

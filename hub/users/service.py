@@ -5,7 +5,7 @@ import hmac
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sqlalchemy import bindparam
 from sqlalchemy.orm import aliased
@@ -35,6 +35,8 @@ from hub.users.models import (
 from hub.users.names import check_name, check_namespace, check_shown, key_of
 
 PREFIX = "graft_"
+# By how much the clocks of two servers may differ.
+_CLOCKS = timedelta(seconds=10)
 MAX_PLACES = 100
 _NOUN = {TokenKind.ACCESS: "token", TokenKind.SESSION: "session"}
 
@@ -344,6 +346,18 @@ def viewer_of_token_id(session: Session, token_id: int) -> Viewer:
     if found is None:
         raise _invalid_token()
     return _viewer(*found)
+
+
+def viewer_of_signed(session: Session, token_id: int, signed_at: datetime) -> Viewer:
+    """As `viewer_of_token_id`, for an id in something that was signed at that time.
+
+    A catalogue that came back from a backup, or from its blobs, gives out some ids again: what is
+    older than its token was signed for another one.
+    """
+    viewer = viewer_of_token_id(session, token_id)
+    if session.get_one(Token, token_id).created_at > signed_at + _CLOCKS:
+        raise _invalid_token()
+    return viewer
 
 
 def recheck(session: Session, viewer: Viewer) -> Viewer:

@@ -6,20 +6,24 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
 from sqlmodel import select
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from cli.__main__ import app
 from hub.adapters.service import publish
+from hub.app import create_app
 from hub.blobs import s3
 from hub.blobs.s3 import S3BlobStore
 from hub.blobs.store import Sha256
 from hub.context import Hub, StoreIdentity, open_hub
 from hub.db import now
+from hub.deps import SESSION_COOKIE, session_cookie
 from hub.errors import CannotStart
 from hub.jobs.models import Job, JobState, Recipe
 from hub.repos import service as repos
@@ -30,11 +34,15 @@ from hub.upkeep.backup import BackupFailed, backup, snapshots
 from hub.upkeep.fsck import accept, fsck, is_sound
 from hub.upkeep.last_backup import last_backup
 from hub.upkeep.restore import choose, mend, restore
+from hub.users import service as users
+from hub.users import sessions
 from hub.users.models import Token
 from hub.users.service import Viewer
 from tests.fixtures.postgres import PostgresServer
 from tests.fixtures.s3 import serve_s3
-from tests.hub.conftest import both_databases, sqlite_only
+from tests.hub.conftest import both_databases, make_user, sqlite_only
+
+HOST = "http://127.0.0.1:8470"
 
 
 def commit(hub: Hub, admin: Viewer, path: str, content: bytes) -> str:
@@ -184,6 +192,32 @@ def test_a_restored_hub_collects_only_after_it_was_checked(
         assert reason.startswith(f"this hub was restored from {made.name}")
         accept(again)
         assert gc.brake(again, gc.plan(again), without_backup=True) is None
+
+
+def test_what_was_signed_after_the_backup_is_nobodys_in_the_restored_hub(
+    hub: Hub, tmp_path: Path, elsewhere: Callable[..., Settings]
+) -> None:
+    """It names a number that somebody else's login has got since."""
+    eve = make_user(hub, "eve")[0]
+    made = backup(hub, tmp_path / "backup")
+    with hub.db.write() as session:
+        lost = sessions.start(session, eve.require_user(), how="test", days=1)
+    cookie, link = session_cookie(hub, lost), hub.signer.sign("lfs-upload", [lost.token_id, "0", 1])
+    settings = elsewhere()
+    restore(settings, tmp_path / "backup", made)
+    with open_hub(settings) as again:
+        with again.db.write() as session:
+            admins = sessions.start(session, users.find_user(session, "admin"), how="test", days=1)
+            assert admins.token_id == lost.token_id
+        with TestClient(create_app(settings, hub=again), base_url=HOST) as client:
+            client.cookies.set(SESSION_COOKIE, cookie)
+            assert client.get("/settings", headers={"Accept": "text/html"}).status_code == 200
+            with again.db.write() as session:
+                # As if a minute had passed before the administrator came back.
+                session.get_one(Token, admins.token_id).created_at += timedelta(minutes=1)
+            assert client.get("/settings", headers={"Accept": "text/html"}).status_code == 401
+            place = f"/admin/a.git/info/lfs/objects/0?signature={link}"
+            assert client.put(place, content=b"x").status_code == 401
 
 
 def test_jobs_that_ran_wait_again_and_tokens_may_be_revoked(
