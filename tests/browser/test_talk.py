@@ -33,7 +33,8 @@ def talk(site: RunningHub) -> None:
         commit(api, "A longer card", "README.md", b"# Talk\n\nMore.\n", "?create_pr=1")
         commit(api, "A licence", "LICENSE", b"MIT", "?create_pr=1")
         commit(api, "Another card", "README.md", b"# Talk about it\n")
-        text = {"title": "Too dark?", "description": "> quoted\n\n`code` and [a link](x.md)"}
+        said = "> quoted\n\n`code` and [a link](x.md)\n\n    " + "a long line of code " * 9
+        text = {"title": "Too dark?", "description": said}
         api.post(f"/api/models{TALK}/discussions", json=text).raise_for_status()
         api.put(f"/api/models{TALK}/settings", json={"gated": "manual"}).raise_for_status()
         hook = {"url": "https://a.example/hook", "watched": [{"type": "user", "name": "admin"}]}
