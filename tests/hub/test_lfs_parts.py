@@ -346,7 +346,8 @@ def test_knowing_a_digest_and_finishing_without_bytes_proves_nothing(
     assert answer.status_code == 422
     with hub.db.read() as session:
         assert session.exec(select(Hold)).all() == []
-        assert session.exec(select(Blob)).all() == []
+        # Not all blobs: the hub writes manifests of the repo meanwhile.
+        assert session.get(Blob, OID) is None
 
 
 def test_other_bytes_than_the_digest_says_are_refused_and_forgotten(
