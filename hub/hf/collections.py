@@ -12,7 +12,7 @@ from hub.deps import ReadSession, ViewerDep, WriterDep, WriteSession, public_url
 from hub.errors import CollectionExists, CollectionNotFound, NotImplementedHere
 from hub.hf import bodies, info
 from hub.hf.routing import hf_router, next_page
-from hub.repos import collections
+from hub.repos import collections, curation
 from hub.repos.collections import Shown, slug_of
 from hub.repos.models import Collection, RepoType
 from hub.users.models import Organization, User
@@ -69,7 +69,7 @@ def create(
     if body.resourceGroupId is not None:
         raise NotImplementedHere("this hub has no resource groups")
     try:
-        made = collections.create(
+        made = curation.create(
             session,
             viewer,
             body.namespace or viewer.require_user().name,
@@ -106,7 +106,7 @@ def change(
     body: bodies.ChangedCollection,
 ) -> dict[str, Any]:
     """Only what is named; a new title changes the slug, and the old one leads here too."""
-    changed = collections.change(
+    changed = curation.change(
         session,
         viewer,
         collection,
@@ -121,7 +121,7 @@ def change(
 
 @router.delete(ONE)
 def delete(session: WriteSession, viewer: WriterDep, collection: CollectionDep) -> dict[str, Any]:
-    collections.remove(session, viewer, collection)
+    curation.remove(session, viewer, collection)
     return {"success": True}
 
 
@@ -136,14 +136,10 @@ def add(
     """A repo or a collection that the caller sees, as the last item."""
     match body.item.type:
         case "collection":
-            changed = collections.add_collection(
-                session, viewer, collection, body.item.id, body.note
-            )
+            changed = curation.add_collection(session, viewer, collection, body.item.id, body.note)
         case "model" | "dataset":
             type = RepoType(body.item.type)
-            changed = collections.add_repo(
-                session, viewer, collection, type, body.item.id, body.note
-            )
+            changed = curation.add_repo(session, viewer, collection, type, body.item.id, body.note)
         case other:
             raise NotImplementedHere(
                 f"this hub has no {other}s: a collection holds models, datasets and collections"
@@ -169,7 +165,7 @@ def change_item(
     item: ItemDep,
     body: bodies.ChangedCollectionItem,
 ) -> dict[str, Any]:
-    changed = collections.change_item(
+    changed = curation.change_item(
         session, viewer, collection, item, note=body.note, position=body.position
     )
     return {"success": True, "data": _answer(request, session, viewer, changed)}
@@ -179,7 +175,7 @@ def change_item(
 def delete_item(
     session: WriteSession, viewer: WriterDep, collection: CollectionDep, item: ItemDep
 ) -> dict[str, Any]:
-    collections.remove_item(session, viewer, collection, item)
+    curation.remove_item(session, viewer, collection, item)
     return {"success": True}
 
 

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from hub.context import Hub, open_hub
 from hub.errors import BadRequest, CollectionNotFound, ItemExists
-from hub.repos import collections
+from hub.repos import collections, curation
 from hub.repos import service as repos
 from hub.repos.models import RepoType
 from hub.users import organizations
@@ -337,12 +337,12 @@ def test_both_databases_keep_collections(
     hub: Hub, admin: Viewer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eve, _ = make_user(hub, "eve")
-    monkeypatch.setattr(collections, "MAX_ITEMS", 3)
-    monkeypatch.setattr(collections, "MAX_OF_NAMESPACE", 2)
+    monkeypatch.setattr(curation, "MAX_ITEMS", 3)
+    monkeypatch.setattr(curation, "MAX_OF_NAMESPACE", 2)
 
     def add(name: str) -> list[str]:
         with hub.db.write() as session:
-            collections.add_repo(session, admin, kept, RepoType.MODEL, f"admin/{name}")
+            curation.add_repo(session, admin, kept, RepoType.MODEL, f"admin/{name}")
         return seen(admin)
 
     def seen(viewer: Viewer) -> list[str]:
@@ -354,10 +354,10 @@ def test_both_databases_keep_collections(
         made = [
             repos.create_repo(session, admin, "admin", f"r{n}", private=n == 1) for n in range(4)
         ]
-        kept = collections.create(session, admin, "admin", title="Kept")
-        child = collections.create(session, admin, "admin", title="Child", private=True)
+        kept = curation.create(session, admin, "admin", title="Kept")
+        child = curation.create(session, admin, "admin", title="Child", private=True)
     with hub.db.write() as session, pytest.raises(BadRequest, match="the most"):
-        collections.create(session, admin, "admin", title="One more")
+        curation.create(session, admin, "admin", title="One more")
     with ThreadPoolExecutor() as pool:
         list(pool.map(add, ("r0", "r1")))
     assert sorted(seen(admin)) == ["admin/r0", "admin/r1"]
@@ -365,17 +365,17 @@ def test_both_databases_keep_collections(
     with pytest.raises(ItemExists):
         add("r0")
     with hub.db.write() as session:
-        collections.add_collection(session, admin, kept, collections.slug_of(child))
+        curation.add_collection(session, admin, kept, collections.slug_of(child))
     with pytest.raises(BadRequest, match="at most 3 items"):
         add("r2")
     with hub.db.write() as session:
         (last,) = collections.contents(session, admin, [kept])[kept.id or 0][2:]
-        collections.change_item(session, admin, kept, last.item.id or 0, position=0, note="x")
+        curation.change_item(session, admin, kept, last.item.id or 0, position=0, note="x")
     assert seen(admin)[0] == collections.slug_of(child)
     assert seen(eve) == ["admin/r0"]
     with hub.db.write() as session:
         repos.delete_repo(session, admin, made[0])
-        collections.change(session, admin, child, position=0)
+        curation.change(session, admin, child, position=0)
     with hub.db.read() as session:
         listed = collections.listed(session, admin, owners=["admin"], search="k", limit=9)
         assert [each.title for each in listed] == ["Kept"]
@@ -384,10 +384,10 @@ def test_both_databases_keep_collections(
         listed = collections.listed(session, admin, owners=["admin"], limit=9)
         assert [(each.title, each.position) for each in listed] == [("Child", 0), ("Kept", 1)]
     with hub.db.write() as session:
-        collections.remove(session, admin, child)
+        curation.remove(session, admin, child)
     assert seen(admin) == ["admin/r1"]
     with hub.db.write() as session, pytest.raises(CollectionNotFound):
-        collections.change(session, admin, child, title="Gone")
+        curation.change(session, admin, child, title="Gone")
 
 
 def test_a_collection_has_a_page(
@@ -398,16 +398,16 @@ def test_a_collection_has_a_page(
     publish_files(hub, admin, "admin/withheld", files, private=True)
     publish_files(hub, admin, "admin/words", {}, type=RepoType.DATASET)
     with hub.db.write() as session:
-        pack = collections.create(session, admin, "admin", title="Old", description="For <b>all")
-        other = collections.create(session, admin, "admin", title="Other")
+        pack = curation.create(session, admin, "admin", title="Old", description="For <b>all")
+        other = curation.create(session, admin, "admin", title="Other")
         for name in ("ink", "withheld"):
             note = "use it <i>so"
-            collections.add_repo(session, admin, pack, RepoType.MODEL, f"admin/{name}", note)
-        collections.add_repo(session, admin, pack, RepoType.DATASET, "admin/words")
-        collections.add_collection(session, admin, pack, collections.slug_of(other))
+            curation.add_repo(session, admin, pack, RepoType.MODEL, f"admin/{name}", note)
+        curation.add_repo(session, admin, pack, RepoType.DATASET, "admin/words")
+        curation.add_collection(session, admin, pack, collections.slug_of(other))
         old = f"/collections/{collections.slug_of(pack)}"
-        pack = collections.change(session, admin, pack, title="New & bold", theme="pink")
-        collections.create(session, admin, "admin", title="Kept back", private=True)
+        pack = curation.change(session, admin, pack, title="New & bold", theme="pink")
+        curation.create(session, admin, "admin", title="Kept back", private=True)
         new = f"/collections/{collections.slug_of(pack)}"
     assert client.get(old).headers["Location"] == new
     mine = ["admin/ink", "admin/withheld"]

@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 
 from hub.app import create_app
 from hub.context import Hub
-from hub.repos import collections
+from hub.repos import collections, curation
 from hub.repos.models import RepoType
 from hub.settings import Settings
 from hub.users import organizations
@@ -515,8 +515,8 @@ class World:
                     self.values["COMMENT"] = made.json()["newMessage"]["id"]
                     self.values[f"N{kind}"] = str(int(self.values["COMMENT"], 16))
         with hub.db.write() as session:
-            pack = collections.create(session, ada, "acme", title="Pack", private=True)
-            collections.add_repo(session, ada, pack, RepoType.MODEL, "acme/ink")
+            pack = curation.create(session, ada, "acme", title="Pack", private=True)
+            curation.add_repo(session, ada, pack, RepoType.MODEL, "acme/ink")
             (shown,) = collections.contents(session, ada, [pack])[pack.id or 0]
             self.values |= {"PACK": f"pack-{pack.key}", "ITEM": f"{shown.item.id:024x}"}
         with hub.db.write() as session:
