@@ -1,7 +1,6 @@
 """What every blob store can do, and the value it answers with."""
 
 import hashlib
-import re
 from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,22 +8,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import NewType, Protocol
 
-from hub.errors import BadField, BadUpload, DigestMismatch
+from hub.errors import BadUpload, DigestMismatch
 
 # 64 lower-case hexadecimal digits.
 Sha256 = NewType("Sha256", str)
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # A git object id is kept beside the digest up to this size; larger files are Git LFS objects,
 # whose git object is the small pointer file.
 MAX_GIT_BYTES = 256 * 2**20
-
-
-def parse_sha256(text: str, param: str | None = None) -> Sha256:
-    """The one way from a string of a client to a digest; BadField otherwise."""
-    if not _SHA256.fullmatch(text):
-        raise BadField(f"{text!r} is not a SHA-256 in 64 lower-case hexadecimal digits", param)
-    return Sha256(text)
 
 
 @dataclass(frozen=True, slots=True)

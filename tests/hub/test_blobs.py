@@ -25,9 +25,9 @@ from hub.blobs.bucket import Bucket, make_client
 from hub.blobs.files import TRASH_S, FileBlobStore
 from hub.blobs.probe import Probe, probe
 from hub.blobs.s3 import S3BlobStore, key_of
-from hub.blobs.store import BlobStore, Sha256, lfs_pointer_oid, parse_sha256
+from hub.blobs.store import BlobStore, Sha256, lfs_pointer_oid
 from hub.context import open_hub
-from hub.errors import BadField, BadUpload, DigestMismatch, NoSpace, StoreFailed
+from hub.errors import BadUpload, DigestMismatch, NoSpace, StoreFailed
 from hub.repos import service as repos
 from hub.repos.operations import Add
 from hub.settings import Settings
@@ -567,12 +567,6 @@ def test_without_fallocate_the_same_bytes_are_stored(
 
 
 # Digests
-
-
-@pytest.mark.parametrize("text", ["", HELLO[:-1], HELLO.upper(), HELLO + "0", "../" + HELLO[3:]])
-def test_what_is_not_a_digest_never_becomes_a_path(text: str) -> None:
-    with pytest.raises(BadField, match="not a SHA-256"):
-        parse_sha256(text, "oid")
 
 
 def test_an_lfs_file_has_the_git_object_id_of_its_pointer() -> None:
