@@ -99,6 +99,8 @@ def gc(
     _print_blobs(f"left by an interrupted run {said[1]}", planned.unfinished)
     if not delete:
         out.print("Nothing was changed; --delete does it." if brake is None else plain(brake))
+    elif not (planned.condemn or planned.orphans or planned.delete or planned.unfinished):
+        out.print("There is nothing to collect.")
 
 
 def backup(

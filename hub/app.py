@@ -20,7 +20,7 @@ from hub import errors, health
 from hub.adapters import routes as adapters
 from hub.adapters.service import catch_up
 from hub.context import Hub, open_hub
-from hub.db import READERS, UNREACHABLE
+from hub.db import READERS, UNREACHABLE, why
 from hub.deps import POLICIES
 from hub.errors import CannotStart
 from hub.hf import routes as hf_routes
@@ -167,9 +167,9 @@ async def _count(hub: Hub) -> None:
         for counted in (hub.downloads, hub.uses):
             try:
                 await run_in_threadpool(counted.flush, hub.db)
-            except UNREACHABLE:
+            except UNREACHABLE as error:
                 # The counts of these seconds are lost; the server is not to go with them.
-                log.exception("the database does not take counts")
+                log.warning("the database does not take counts: %s", why(error))
 
 
 async def _keep_up(hub: Hub) -> None:

@@ -81,6 +81,11 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def why(error: Exception) -> str:
+    """What one of `UNREACHABLE` says, in a line: loops that go on meanwhile would fill a log."""
+    return str(getattr(error, "orig", None) or error).partition("\n")[0]
+
+
 class Database:
     """Opened once per process; `read()` and `write()` are the only ways in.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hub.db import UNREACHABLE, Database
+from hub.db import UNREACHABLE, Database, why
 from hub.errors import Busy, HubError, StoreFailed
 from hub.failpoints import reach
 from hub.jobs import queue
@@ -170,10 +170,10 @@ class _Watch:
         """
         try:
             return self._exchange()
-        except UNREACHABLE:
+        except UNREACHABLE as error:
             if time.monotonic() - self._leased > self._patience.silence_s:
                 raise
-            log.exception("job %s: the database does not answer", self._claim.job_id)
+            log.warning("job %s: the database does not answer: %s", self._claim.job_id, why(error))
             return False
 
     def _exchange(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from hub.blobs.store import Sha256
 from hub.context import Hub
-from hub.db import UNREACHABLE
+from hub.db import UNREACHABLE, why
 from hub.errors import EntryNotFound, HubError
 from hub.failpoints import reach
 from hub.jobs import process, queue, results
@@ -114,9 +114,9 @@ class LocalDispatcher:
                 if claim is not None:
                     self._run(claim)
                     continue
-            except UNREACHABLE:
+            except UNREACHABLE as error:
                 # The database may come back, and this thread has to be there when it does.
-                log.exception("a job worker cannot reach the database")
+                log.warning("a job worker cannot reach the database: %s", why(error))
             with self._offered:
                 if not self._stopping.is_set():
                     self._offered.wait(_LOOK_EVERY_S)

@@ -10,7 +10,7 @@ from anyio import CapacityLimiter, create_task_group, fail_after, move_on_after
 from starlette.concurrency import run_in_threadpool
 
 from hub.context import Hub
-from hub.db import UNREACHABLE
+from hub.db import UNREACHABLE, why
 from hub.errors import UpstreamFailed
 from hub.mirror.upstream import Pinned, pinned
 from hub.webhooks import queue
@@ -91,8 +91,8 @@ async def post(sending: Sending, allow_private: bool, resolvers: CapacityLimiter
 async def _tried(step: "partial[T]") -> T | None:
     try:
         return await run_in_threadpool(step)
-    except UNREACHABLE:
-        log.exception("webhooks wait for the database")
+    except UNREACHABLE as error:
+        log.warning("webhooks wait for the database: %s", why(error))
     except Exception:  # one event that cannot be told must not end the server
         log.exception("webhooks failed")
     return None

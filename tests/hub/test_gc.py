@@ -372,6 +372,8 @@ def test_the_command_is_a_dry_run_unless_told_otherwise(
     assert done.stdout == "1 blobs of 3,000 bytes condemned\n"
     again = CliRunner().invoke(app, [*command, "--json"])
     assert json.loads(again.stdout)["n"] == 0
+    idle = CliRunner().invoke(app, [*command, "--delete", "--without-backup"])
+    assert idle.stdout == "There is nothing to collect.\n"
 
 
 # Together with writers

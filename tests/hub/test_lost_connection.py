@@ -68,7 +68,10 @@ def client(hub: Hub) -> Iterator[TestClient]:
 
 
 def test_a_server_outlives_a_database_that_is_away_while_it_counts(
-    hub: Hub, proxy: CuttingProxy, monkeypatch: pytest.MonkeyPatch
+    hub: Hub,
+    proxy: CuttingProxy,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     rounds = threading.Semaphore(0)
     monkeypatch.setattr(app_module, "COUNTS_EVERY_S", 0.05)
@@ -81,6 +84,10 @@ def test_a_server_outlives_a_database_that_is_away_while_it_counts(
         for _ in range(3):  # The third begins after one that could not write.
             assert rounds.acquire(timeout=60)
         assert client.get("/healthz").status_code == 200
+    # A line each time, as there are many while it is away.
+    (counts, *_) = (r for r in caplog.records if "does not take counts" in r.getMessage())
+    assert counts.exc_info is None
+    assert "\n" not in counts.getMessage()
 
 
 MARK = "the one whose COMMIT is cut"
