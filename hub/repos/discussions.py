@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, func
+from sqlalchemy import ColumnElement, func, literal
 from sqlmodel import Session, col, select
 
 from hub.db import now
@@ -375,12 +375,12 @@ def _common(session: Session, one: str, other: str) -> str | None:
 
 
 def _history(session: Session, commit_id: str) -> list[str]:
-    found: list[str] = []
-    at: str | None = commit_id
-    while at is not None:
-        found.append(at)
-        at = session.exec(select(Commit.parent_id).where(Commit.id == at)).first()
-    return found
+    """The commit and all before it, newest first."""
+    newest = select(Commit.id, Commit.parent_id, literal(0).label("depth"))
+    line = newest.where(Commit.id == commit_id).cte(recursive=True)
+    older = select(Commit.id, Commit.parent_id, line.c.depth + 1)
+    line = line.union_all(older.join(line, col(Commit.id) == line.c.parent_id))
+    return list(session.exec(select(line.c.id).order_by(line.c.depth)))
 
 
 def _insert(
