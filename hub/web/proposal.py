@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -15,12 +17,14 @@ from hub.repos.discussions import Change
 from hub.repos.operations import File
 from hub.web import facts
 from merge.errors import MergeError
+from merge.formats.header import PREFIX_BYTES, header_length
 from merge.formats.reader import TensorFile
 from merge.identify import identify_file
 
 MAX_FILES = 500
-# Reading a header takes milliseconds, those of a pipeline of many files a page's whole patience.
-MAX_HEADERS = 12
+# Of the headers that are read for a page: what a mebibyte of small tensors means takes a second or
+# two to say, and anybody may ask.
+MAX_HEADER_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +52,14 @@ def changed_files(
 ) -> list[ChangedFile]:
     """`revision_url` is the address of the pull request's files, which removed ones lack."""
     found = []
-    n_headers = 0
+    headers = _Headers(hub, session)
     for change in changes[:MAX_FILES]:
         stated: list[tuple[str, str, str]] = []
-        if change.path.lower().endswith(".safetensors") and n_headers < MAX_HEADERS:
-            n_headers += (change.before is not None) + (change.after is not None)
-            before = _known(hub, session, change.path, change.before)
-            after = _known(hub, session, change.path, change.after)
-            stated = list(_differences(before, after))
+        if change.path.lower().endswith(".safetensors"):
+            before = headers.said(change.path, change.before)
+            after = headers.said(change.path, change.after)
+            if before is not None and after is not None:
+                stated = list(_differences(before, after))
         found.append(
             ChangedFile(
                 path=change.path,
@@ -84,22 +88,38 @@ def _differences(
             yield name, before.get(name, ""), after.get(name, "")
 
 
-def _known(hub: Hub, session: Session, path: str, file: File | None) -> Mapping[str, str]:
-    """From the catalogue, or from the header where the bytes are on this machine."""
-    if file is None:
-        return {}
-    query = select(Identification).where(Identification.sha256 == file.sha256)
-    known = session.exec(query.order_by(Identification.config_sha256)).first()
-    if known is not None:
-        return {"Problem": known.problem} if known.problem else facts.brief(_parsed(known))
-    local = hub.store.path(Sha256(file.sha256))
-    if local is None:
-        return {}
-    try:
-        with TensorFile(local, name=path) as opened:
-            return facts.brief(identify_file(opened).to_json())
-    except MergeError as error:
-        return {"Problem": str(error).removeprefix(f"{path}: ")}
+class _Headers:
+    """What tensor files say: from the catalogue, or from headers of files on this machine."""
+
+    def __init__(self, hub: Hub, session: Session) -> None:
+        self._hub = hub
+        self._session = session
+        self._left = MAX_HEADER_BYTES
+
+    def said(self, path: str, file: File | None) -> Mapping[str, str] | None:
+        """Nothing where there is no file; None where its header is elsewhere, or too much."""
+        if file is None:
+            return {}
+        query = select(Identification).where(Identification.sha256 == file.sha256)
+        known = self._session.exec(query.order_by(Identification.config_sha256)).first()
+        if known is not None:
+            return {"Problem": known.problem} if known.problem else facts.brief(_parsed(known))
+        local = self._hub.store.path(Sha256(file.sha256))
+        if local is None:
+            return None
+        try:
+            with local.open("rb") as opened:
+                self._left -= header_length(opened.read(PREFIX_BYTES), file.size, path)
+            return _read(local, path) if self._left >= 0 else None
+        except MergeError as error:
+            return {"Problem": str(error).removeprefix(f"{path}: ")}
+
+
+@lru_cache(maxsize=256)
+def _read(blob: Path, path: str) -> Mapping[str, str]:
+    """A blob never changes, so what it says is kept for the next who looks."""
+    with TensorFile(blob, name=path) as opened:
+        return facts.brief(identify_file(opened).to_json())
 
 
 def _parsed(known: Identification) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from hub.repos import discussions
 from hub.repos import service as repos
 from hub.repos.operations import Add, Delete
 from hub.users.service import Viewer
+from hub.web import proposal
 from tests.fixtures.catalogue import lora_bytes, publish_files
 from tests.hub.conftest import make_user, new_token
 
@@ -194,6 +195,21 @@ def test_a_conflict_names_the_file_and_merges_nothing(
     refused = people.owner.send(f"{place}/merge", 409)
     assert "a.txt was changed in main too." in refused
     assert "three" in people.nobody.see(f"{INK}/blob/main/a.txt")
+
+
+def test_headers_are_read_once_and_only_so_many(
+    hub: Hub, people: People, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eve, _ = new_token(hub, "eve")
+    propose(hub, eve, ink_safetensors=lora_bytes(tmp_path, rank=8))
+    said = re.compile(r"Rank</span> <del>4</del> → 8")
+    assert said.search(people.nobody.see(f"{INK}/discussions/1"))
+    monkeypatch.delattr(proposal, "identify_file")
+    assert said.search(people.nobody.see(f"{INK}/discussions/1"))
+    monkeypatch.setattr(proposal, "MAX_HEADER_BYTES", 0)
+    page = people.nobody.see(f"{INK}/discussions/1")
+    assert "ink.safetensors</a>" in page
+    assert "<del>" not in page
 
 
 def test_a_pull_request_whose_branch_is_gone_can_still_be_read(
