@@ -56,10 +56,7 @@ def migrate(database: Database, backups: Path | None = None, *, to: str = "head"
     with database.writer.connect() as connection:
         with connection.begin():
             present = _present(connection)
-        if present is not None and present not in {r.revision for r in script.walk_revisions()}:
-            raise CannotStart(
-                f"the catalogue was changed by a newer version of Grafthub (schema {present})"
-            )
+        _refuse_newer(present)
         if present == script.get_current_head():
             return
         if database.is_sqlite:
@@ -76,11 +73,19 @@ def require_current(database: Database) -> None:
         present = _present(session.connection())
     if present is None:
         raise CannotStart("the database is empty: there is no hub in it")
+    _refuse_newer(present)
     head = history().get_current_head()
     if present != head:
         raise CannotStart(
             f"the catalogue has schema {present}, this version {head};"
             " start the hub once to bring it up to date"
+        )
+
+
+def _refuse_newer(present: str | None) -> None:
+    if present is not None and present not in {r.revision for r in history().walk_revisions()}:
+        raise CannotStart(
+            f"the catalogue was changed by a newer version of Grafthub (schema {present})"
         )
 
 

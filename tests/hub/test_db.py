@@ -20,7 +20,7 @@ from sqlmodel import Session, select
 from hub import db as db_module
 from hub.adapters.projection import forget, pending, project
 from hub.adapters.service import publish
-from hub.context import Hub, open_hub
+from hub.context import Hub, look_into_hub, open_hub
 from hub.db import Database
 from hub.errors import CannotStart, NameTaken
 from hub.migrations import is_declared, metadata
@@ -46,9 +46,10 @@ def test_a_start_on_a_newer_schema_is_refused_and_changes_nothing(hub: Hub) -> N
     with hub.db.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     hub.db.close()
-    newer = pytest.raises(CannotStart, match=r"newer version of Grafthub \(schema 9999\)")
-    with newer, open_hub(hub.settings):
-        pass
+    for look in (open_hub, look_into_hub):
+        newer = pytest.raises(CannotStart, match=r"newer version of Grafthub \(schema 9999\)")
+        with newer, look(hub.settings):
+            pass
 
 
 @both_databases
