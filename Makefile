@@ -29,7 +29,7 @@ setup-browser: ## install Chromium for the browser tests where this user may
 	  || { echo "The browser tests need Debian's package 'chromium' (apt-get install chromium)." >&2; exit 1; }
 
 test: setup setup-browser lint types layers ## lint, types, layers and the whole test suite
-	$(BIN)/pytest -n $(TEST_WORKERS) -m 'not slow'
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal -m 'not slow'
 
 test-slow: setup setup-browser ## what takes minutes: retraining, full-size models
 	$(BIN)/pytest -m slow
