@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Form, Query, Request
+from fastapi import APIRouter, Depends, Form, Query, Request
 from fastapi.responses import Response
 from markupsafe import Markup
 from sqlmodel import Session
@@ -131,109 +131,82 @@ def show(
     return _page(request, hub, session, viewer, repo, num)
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What every form about one discussion comes with."""
+
+    request: Request
+    viewer: WriterDep
+    repo: RepoDep
+    num: int
+    hub: HubDep
+    session: ReadSession
+
+
+SentDep = Annotated[Sent, Depends()]
+
+
 @router.post("/{namespace}/{name}/discussions/{num}/comment")
 @router.post("/datasets/{namespace}/{name}/discussions/{num}/comment")
-def comment(
-    request: Request,
-    viewer: WriterDep,
-    repo: RepoDep,
-    num: int,
-    hub: HubDep,
-    session: ReadSession,
-    text: Words = "",
-) -> Response:
+def comment(sent: SentDep, text: Words = "") -> Response:
     def say(writing: Session, found: Discussion) -> DiscussionEvent:
-        return discussions.comment(writing, viewer, repo, found, _lines(text))
+        return discussions.comment(writing, sent.viewer, sent.repo, found, _lines(text))
 
-    return _change(request, hub, session, viewer, repo, num, say, text)
+    return _change(sent, say, text)
 
 
 @router.post("/{namespace}/{name}/discussions/{num}/status")
 @router.post("/datasets/{namespace}/{name}/discussions/{num}/status")
 def set_status(
-    request: Request,
-    viewer: WriterDep,
-    repo: RepoDep,
-    num: int,
-    hub: HubDep,
-    session: ReadSession,
-    status: Annotated[Literal["open", "closed"], Form()],
-    text: Words = "",
+    sent: SentDep, status: Annotated[Literal["open", "closed"], Form()], text: Words = ""
 ) -> Response:
     """Open or close it, with what was typed as the last word."""
 
     def turn(writing: Session, found: Discussion) -> DiscussionEvent:
         wanted = DiscussionStatus(status)
-        return discussions.set_status(writing, viewer, repo, found, wanted, _lines(text))
+        return discussions.set_status(writing, sent.viewer, sent.repo, found, wanted, _lines(text))
 
-    return _change(request, hub, session, viewer, repo, num, turn, text)
+    return _change(sent, turn, text)
 
 
 @router.post("/{namespace}/{name}/discussions/{num}/title")
 @router.post("/datasets/{namespace}/{name}/discussions/{num}/title")
-def rename(
-    request: Request,
-    viewer: WriterDep,
-    repo: RepoDep,
-    num: int,
-    hub: HubDep,
-    session: ReadSession,
-    title: Title = "",
-) -> Response:
+def rename(sent: SentDep, title: Title = "") -> Response:
     def change(writing: Session, found: Discussion) -> DiscussionEvent:
-        return discussions.rename(writing, viewer, repo, found, title)
+        return discussions.rename(writing, sent.viewer, sent.repo, found, title)
 
-    return _change(request, hub, session, viewer, repo, num, change)
+    return _change(sent, change)
 
 
 @router.post("/{namespace}/{name}/discussions/{num}/comments/{comment_id}/edit")
 @router.post("/datasets/{namespace}/{name}/discussions/{num}/comments/{comment_id}/edit")
-def edit(
-    request: Request,
-    viewer: WriterDep,
-    repo: RepoDep,
-    num: int,
-    comment_id: int,
-    hub: HubDep,
-    session: ReadSession,
-    text: Words = "",
-) -> Response:
+def edit(sent: SentDep, comment_id: int, text: Words = "") -> Response:
     def change(writing: Session, found: Discussion) -> DiscussionEvent:
-        return discussions.edit(writing, viewer, repo, found, comment_id, _lines(text))
+        return discussions.edit(writing, sent.viewer, sent.repo, found, comment_id, _lines(text))
 
-    return _change(request, hub, session, viewer, repo, num, change)
+    return _change(sent, change)
 
 
 @router.post("/{namespace}/{name}/discussions/{num}/comments/{comment_id}/hide")
 @router.post("/datasets/{namespace}/{name}/discussions/{num}/comments/{comment_id}/hide")
-def hide(
-    request: Request,
-    viewer: WriterDep,
-    repo: RepoDep,
-    num: int,
-    comment_id: int,
-    hub: HubDep,
-    session: ReadSession,
-) -> Response:
+def hide(sent: SentDep, comment_id: int) -> Response:
     def change(writing: Session, found: Discussion) -> DiscussionEvent:
-        return discussions.hide(writing, viewer, repo, found, comment_id)
+        return discussions.hide(writing, sent.viewer, sent.repo, found, comment_id)
 
-    return _change(request, hub, session, viewer, repo, num, change)
+    return _change(sent, change)
 
 
 @router.post("/{namespace}/{name}/discussions/{num}/merge")
 @router.post("/datasets/{namespace}/{name}/discussions/{num}/merge")
-def merge(
-    request: Request, viewer: WriterDep, repo: RepoDep, num: int, hub: HubDep, session: ReadSession
-) -> Response:
+def merge(sent: SentDep) -> Response:
     """One commit on the target, in the catalogue when the answer comes."""
 
     def change(writing: Session, found: Discussion) -> Commit:
-        return discussions.merge(writing, viewer, repo, found)
+        return discussions.merge(writing, sent.viewer, sent.repo, found)
 
-    answer = _change(request, hub, session, viewer, repo, num, change)
-    if answer.status_code == 303 and repo.id is not None:
-        try_to_project(hub, repo.id)
+    answer = _change(sent, change)
+    if answer.status_code == 303 and sent.repo.id is not None:
+        try_to_project(sent.hub, sent.repo.id)
     return answer
 
 
@@ -261,24 +234,19 @@ class Moment:
 
 
 def _change(
-    request: Request,
-    hub: Hub,
-    session: Session,
-    viewer: Viewer,
-    repo: Repo,
-    num: int,
-    change: Callable[[Session, Discussion], DiscussionEvent | Commit],
-    text: str = "",
+    sent: Sent, change: Callable[[Session, Discussion], DiscussionEvent | Commit], text: str = ""
 ) -> Response:
     """Do it and show what became of it; a refusal is shown with what was typed."""
     try:
-        with hub.db.write() as writing:
-            found = discussions.get(writing, repo, num)
+        with sent.hub.db.write() as writing:
+            found = discussions.get(writing, sent.repo, sent.num)
             made = change(writing, found)
             anchor = f"#{made.id:024x}" if isinstance(made, DiscussionEvent) else ""
     except HubError as error:
-        return _page(request, hub, session, viewer, repo, num, error, text)
-    return see_other(f"{url_of(repo)}/discussions/{num}{anchor}")
+        return _page(
+            sent.request, sent.hub, sent.session, sent.viewer, sent.repo, sent.num, error, text
+        )
+    return see_other(f"{url_of(sent.repo)}/discussions/{sent.num}{anchor}")
 
 
 def _page(
