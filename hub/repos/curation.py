@@ -42,6 +42,15 @@ MAX_NOTE = 500
 THEMES = ("orange", "blue", "green", "purple", "pink", "indigo")
 
 
+def require_keeper(session: Session, viewer: Viewer, namespace: str) -> User:
+    """Who may change the collections of a namespace; Unauthorized, Forbidden."""
+    viewer = users.recheck(session, viewer)
+    user = viewer.require_write()
+    if not users.may_write(session, viewer, namespace):
+        raise Forbidden(f"{user.name} may not change the collections of {namespace}")
+    return user
+
+
 def create(
     session: Session,
     viewer: Viewer,
@@ -52,7 +61,7 @@ def create(
     private: bool = False,
 ) -> Collection:
     """The last of its owner's. CollectionExists carries the slug of one with the same title."""
-    user = _require_keeper(session, viewer, check_namespace(namespace))
+    user = require_keeper(session, viewer, check_namespace(namespace))
     canonical = users.require_namespace(session, user, namespace, "namespace")
     key = key_of(namespace)
     _wait(session, key)
@@ -209,18 +218,10 @@ def _missing_item() -> CollectionNotFound:
     return CollectionNotFound("this collection has no such item")
 
 
-def _require_keeper(session: Session, viewer: Viewer, namespace: str) -> User:
-    viewer = users.recheck(session, viewer)
-    user = viewer.require_write()
-    if not users.may_write(session, viewer, namespace):
-        raise Forbidden(f"{user.name} may not change the collections of {namespace}")
-    return user
-
-
 def _locked(session: Session, viewer: Viewer, seen: Collection) -> tuple[User, Collection]:
     """Who may change it, and the row as it is now; CollectionNotFound, Forbidden."""
     _wait(session, seen.namespace_key)
-    user = _require_keeper(session, viewer, seen.namespace)
+    user = require_keeper(session, viewer, seen.namespace)
     found = _again(session, seen)
     if found is None:
         raise missing()

@@ -29,6 +29,11 @@ def unlike(session: Session, viewer: Viewer, repo: Repo) -> None:
         _count(session, repo)
 
 
+def is_liked(session: Session, viewer: Viewer, repo: Repo) -> bool:
+    """Whether the viewer likes it; nobody does who is not signed in."""
+    return viewer.user is not None and session.get(Like, (repo.id, viewer.user.id)) is not None
+
+
 def of_user(session: Session, viewer: Viewer, user: User) -> list[tuple[Like, Repo]]:
     """What a user likes, newest first, as far as the viewer may know of it."""
     query = (

@@ -226,6 +226,13 @@ def may_write(session: Session, viewer: Viewer, namespace: str, name: str | None
     )
 
 
+def writable_namespaces(session: Session, viewer: Viewer) -> list[str]:
+    """Where the viewer may write to every repo: their own place first, then their organisations."""
+    user = viewer.require_user()
+    names = [user.name, *(found.name for found, _ in organizations(session, user))]
+    return [name for name in names if may_write(session, viewer, name)]
+
+
 def may_manage(session: Session, viewer: Viewer, namespace: str) -> bool:
     """Whether the viewer may say who is a member of an organisation, and as what."""
     return (

@@ -1,6 +1,6 @@
 """Pages of collections: one with its items as cards, and the list of a namespace."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -14,9 +14,11 @@ from hub.adapters.models import Adapter, Card
 from hub.deps import ReadSession, ViewerDep
 from hub.repos import collections
 from hub.repos.collections import Shown, slug_of
-from hub.repos.models import Repo, RepoType
+from hub.repos.models import Repo
+from hub.users import service as users
 from hub.users.service import Viewer
 from hub.web.render import page
+from hub.web.repo_head import url_of
 
 router = APIRouter(include_in_schema=False, tags=["web"])
 
@@ -38,6 +40,7 @@ class Line:
 class Entry:
     """An item: the card of a repo that holds tensors, or name and kind of what else it is."""
 
+    id: int
     name: str
     url: str
     kind: str
@@ -63,6 +66,7 @@ def show_collection(
         collection=found,
         slug=address,
         entries=_entries(session, items),
+        may_change=users.may_write(session, viewer, found.namespace),
     )
 
 
@@ -101,16 +105,19 @@ def _entries(session: Session, items: Sequence[Shown]) -> list[Entry]:
     cards = {adapter.repo_id: item for (adapter, _), item in shown}
     said = session.exec(select(Card).where(col(Card.repo_id).in_(ids)))
     titles = {card.repo_id: card.title or card.summary for card in said}
-    return [_entry(each, cards, titles) for each in items]
+    return [entry_of(each, cards, titles) for each in items]
 
 
-def _entry(shown: Shown, cards: dict[int, AdapterItem], titles: dict[int, str | None]) -> Entry:
-    note = shown.item.note
+def entry_of(
+    shown: Shown, cards: Mapping[int, AdapterItem], titles: Mapping[int, str | None]
+) -> Entry:
+    """`cards` and `titles` by the id of a repo."""
+    number, note = shown.item.id or 0, shown.item.note
     if shown.child is not None:
-        url = f"/collections/{slug_of(shown.child)}"
-        return Entry(shown.child.title, url, "collection", shown.child.description, note, None)
+        child = shown.child
+        url = f"/collections/{slug_of(child)}"
+        return Entry(number, child.title, url, "collection", child.description, note, None)
     assert shown.repo is not None
     repo, repo_id = shown.repo, shown.repo.id or 0
-    folder = "/datasets" if repo.type == RepoType.DATASET else ""
-    url = f"{folder}/{repo.full_name}"
-    return Entry(repo.full_name, url, repo.type, titles.get(repo_id), note, cards.get(repo_id))
+    title, card = titles.get(repo_id), cards.get(repo_id)
+    return Entry(number, repo.full_name, url_of(repo), repo.type, title, note, card)

@@ -29,7 +29,7 @@ from hub.users import service as users
 from hub.users.models import Organization, User
 from hub.users.names import key_of
 from hub.users.service import Viewer
-from hub.web import facts
+from hub.web import curation_pages, facts
 from hub.web import origin as origins
 from hub.web.collection_pages import lines
 from hub.web.markdown import card_html
@@ -144,6 +144,7 @@ def show_repo(
         origin=_origin(session, viewer, adapter, entries),
         card_html=card_html(card.body, url_of(repo), {p.path: p for p in pictures}),
         card_problem=card.problem,
+        **curation_pages.for_repo(session, viewer, repo),
         **_gate(session, viewer, repo),
         **_facts(session, viewer, adapter),
     )

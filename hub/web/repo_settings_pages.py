@@ -66,9 +66,7 @@ def _members(session: Session, repo: Repo) -> str:
 
 def _namespaces(session: Session, viewer: Viewer, repo: Repo) -> list[str]:
     """Where the viewer may move it: its own place first."""
-    user = viewer.require_user()
-    others = [user.name, *(found.name for found, _ in users.organizations(session, user))]
-    places = [name for name in others if users.may_write(session, viewer, name)]
+    places = users.writable_namespaces(session, viewer)
     return list(dict.fromkeys([repo.namespace, *places]))
 
 

@@ -76,6 +76,7 @@ EVES_HOOK = HOOKS + "/$HOOK"
 PACKS = "/api/collections"
 PACK, PACKED = PACKS + "/{namespace}/{slug}", PACKS + "/{namespace}/{slug}/items/{item_id}"
 ACMES_PACK, PACKED_INK = PACKS + "/acme/$PACK", PACKS + "/acme/$PACK/items/$ITEM"
+PACK_PAGE, ACMES_PAGE = "/collections/{namespace}/{slug}", "/collections/acme/$PACK"
 OBJECT = {"oid": "$SHA", "size": 3}
 COMMIT = '{"key": "header", "value": {"summary": "x"}}\n'
 COMMIT += '{"key": "file", "value": {"path": "b.txt", "content": "aGk=", "encoding": "base64"}}\n'
@@ -294,7 +295,17 @@ TABLE: dict[str, Row] = {
     "GET /bench/adapters": Row(ALL),
     "POST /bench/merge": Row(WRITING),
     "POST /bench/bake": Row(WRITING),
-    "GET /collections/{namespace}/{slug}": Row(MEMBERS, "/collections/acme/$PACK"),
+    f"GET {PACK_PAGE}": Row(MEMBERS, ACMES_PAGE),
+    "GET /collections/new": Row(WRITING),
+    "POST /collections/new": Row(WRITERS, form={"namespace": "acme", "title": "More"}),
+    f"GET {PACK_PAGE}/edit": Row(WRITERS, f"{ACMES_PAGE}/edit"),
+    f"POST {PACK_PAGE}/edit": Row(
+        WRITERS, f"{ACMES_PAGE}/edit", form={"title": "Pack", "visibility": "public"}
+    ),
+    f"POST {PACK_PAGE}/delete": Row(WRITERS, f"{ACMES_PAGE}/delete", form={"confirm": "Pack"}),
+    f"POST {PACK_PAGE}/items/{{item_id}}/{{turn}}": Row(
+        WRITERS, f"{ACMES_PAGE}/items/$INSIDE/save", form={"note": "x"}
+    ),
     "GET /{namespace}": Row(ALL),
     "GET /{path:path}": Row(ALL, "/no/such/page"),
 }
@@ -326,6 +337,8 @@ for prefix, kind in (("/", "models"), ("/datasets/", "datasets")):
         f"GET {name}/blob/{{place:path}}": Row(MEMBERS, f"{there}/blob/main/a.txt"),
         f"GET {name}/commits/{{revision:path}}": Row(MEMBERS, f"{there}/commits/main"),
         f"POST {name}/ask-access": Row(PARTICIPANTS, f"{there}/ask-access"),
+        f"POST {name}/like": Row(PARTICIPANTS, f"{there}/like"),
+        f"POST {name}/collect": Row(WRITERS, f"{there}/collect", form={"collection": "acme/$PACK"}),
         f"GET {name}/discussions": Row(MEMBERS, f"{there}/discussions"),
         f"GET {name}/discussions/new": Row(PARTICIPANTS, f"{there}/discussions/new"),
         f"POST {name}/discussions/new": Row(
@@ -417,7 +430,7 @@ class World:
             method,
             self._filled(path),
             json=self._filled(row.json),
-            data=row.form,
+            data=self._filled(row.form),
             content=row.lines,
             headers=headers,
         )
@@ -519,6 +532,7 @@ class World:
             curation.add_repo(session, ada, pack, RepoType.MODEL, "acme/ink")
             (shown,) = collections.contents(session, ada, [pack])[pack.id or 0]
             self.values |= {"PACK": f"pack-{pack.key}", "ITEM": f"{shown.item.id:024x}"}
+            self.values["INSIDE"] = str(shown.item.id)
         with hub.db.write() as session:
             moment = "2026-01-01 00:00:00.000000"
             recipe = "INSERT INTO recipe VALUES ('d1', '{}', :at)"
