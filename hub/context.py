@@ -15,7 +15,7 @@ from hub.db import Database, wait_for_others
 from hub.errors import CannotStart, StoreFailed
 from hub.limits import quotas
 from hub.repos.downloads import Downloads
-from hub.repos.service import STORE
+from hub.repos.holds import STORE
 from hub.settings import Settings
 from hub.signing import Signer, secret_in, write_secret
 from hub.users import service as users

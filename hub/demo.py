@@ -8,6 +8,7 @@ from sqlmodel import select
 from hub.adapters.service import publish
 from hub.context import Hub
 from hub.db import wait_for_others
+from hub.repos import commits, refs
 from hub.repos import service as repos
 from hub.repos.models import Repo
 from hub.repos.operations import Add
@@ -36,7 +37,7 @@ def seed(
             if repos.is_unused(session, name):
                 repos.create_repo(session, viewer, namespace, repo_name)
             repo = session.exec(select(Repo).where(Repo.key == key_of(name))).first()
-            if repo is not None and not repos.entries(session, repos.resolve(session, repo)):
+            if repo is not None and not commits.entries(session, refs.resolve(session, repo)):
                 unfinished.append(name)
     for name in unfinished:
         if should_stop():

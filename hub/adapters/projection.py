@@ -35,7 +35,7 @@ from hub.adapters.profile import FLAT, profile_of
 from hub.blobs.store import Sha256
 from hub.context import Hub
 from hub.db import now
-from hub.repos import service as repos
+from hub.repos import commits
 from hub.repos.models import Commit, CommitEntry, Event, Repo
 from merge.errors import MergeError
 from merge.formats import metadata as keys
@@ -72,7 +72,7 @@ def project(hub: Hub, repo_id: int) -> None:
         with hub.db.read() as session:
             repo = session.get(Repo, repo_id)
             head = session.get(Commit, repo.head) if repo is not None and repo.head else None
-            entries = repos.entries(session, head) if head is not None else []
+            entries = commits.entries(session, head) if head is not None else []
             known = _known(session, entries)
         reading = _read(hub, repo_id, head, entries, known) if head is not None else None
         with hub.db.write() as session:

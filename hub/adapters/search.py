@@ -29,8 +29,7 @@ from sqlmodel import Session, col
 from hub.adapters import text
 from hub.adapters.models import Adapter, HashAlias, Tag
 from hub.errors import BadField, HashNotFound
-from hub.repos import collections
-from hub.repos import service as repos
+from hub.repos import collections, permissions
 from hub.repos.models import CollectionItem, Repo, RepoType
 from hub.users.names import key_of
 from hub.users.service import Viewer
@@ -146,7 +145,7 @@ def visible(session: Session, viewer: Viewer) -> ColumnElement[bool]:
 
 def readable(session: Session, viewer: Viewer) -> ColumnElement[bool]:
     """Condition on `repo`: one of any type that this viewer may read."""
-    return repos.visible_to(session, viewer)
+    return permissions.visible_to(session, viewer)
 
 
 # Inside

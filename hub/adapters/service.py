@@ -9,9 +9,11 @@ from hub.adapters import projection
 from hub.adapters.projection import project
 from hub.context import Hub
 from hub.failpoints import reach
+from hub.repos import commits
 from hub.repos import service as repos
 from hub.repos.models import Commit, Repo, RepoType
 from hub.repos.operations import Operation
+from hub.repos.refs import MAIN
 from hub.users.service import Viewer
 
 log = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ def publish(
     namespace: str,
     name: str,
     *,
-    branch: str = repos.MAIN,
+    branch: str = MAIN,
     operations: Sequence[Operation],
     message: str,
     description: str = "",
@@ -34,14 +36,14 @@ def publish(
 ) -> Commit:
     """Commit to a repo, then project it: readers see both when this returns.
 
-    Errors are those of `repos.commit`: what is committed stays committed. A process that dies
+    Errors are those of `commits.create`: what is committed stays committed. A process that dies
     between the two, or a repo that cannot be projected, leaves an event, and the next start
     tries again.
     """
 
     def steps(session: Session) -> tuple[Repo, Commit]:
         repo = repos.get_repo(session, viewer, namespace, name, type=type)
-        made = repos.commit(
+        made = commits.create(
             session,
             viewer,
             repo,

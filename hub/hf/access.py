@@ -7,8 +7,7 @@ from hub.errors import Forbidden
 from hub.hf import bodies, info
 from hub.hf.deps import RepoDep
 from hub.hf.routing import hf_router
-from hub.repos import access
-from hub.repos import service as repos
+from hub.repos import access, permissions
 from hub.repos.models import AccessRequest, AccessState
 from hub.users import service as users
 from hub.users.models import User
@@ -21,7 +20,7 @@ router = hf_router()
 @router.get(API + "/auth-check")
 def auth_check(session: ReadSession, viewer: ViewerDep, repo: RepoDep) -> dict[str, Any]:
     """200 if the viewer may have the files of the repo."""
-    repos.require_files(session, viewer, repo)
+    permissions.require_files(session, viewer, repo)
     return {}
 
 

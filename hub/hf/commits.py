@@ -20,8 +20,7 @@ from hub.hf.deps import RepoDep, TypeDep, find
 from hub.hf.ndjson import Line, read_lines
 from hub.hf.routing import OUR_COMMAND, UNLIMITED, hf_router
 from hub.limits import pending, quotas
-from hub.repos import discussions
-from hub.repos import service as repos
+from hub.repos import commits, discussions, holds, permissions, refs
 from hub.repos.models import Blob, Commit, Repo
 from hub.repos.operations import Add, Copy, Delete, DeleteFolder, Operation
 from hub.repos.paths import check_path
@@ -53,8 +52,8 @@ def preupload(
     So is the quota, because clients show what is said here and not what is said to hf_xet.
     """
     require_writable(session, viewer, repo, revision, create_pr)
-    head = repos.resolve(session, repo, revision)
-    before = {entry.path: entry for entry in repos.entries(session, head)}
+    head = refs.resolve(session, repo, revision)
+    before = {entry.path: entry for entry in commits.entries(session, head)}
     rule = attributes.lfs_rule(hub.store, before)
     limit = hub.settings.max_regular_bytes
     if request.headers.get(OUR_COMMAND) == "lfs":
@@ -102,8 +101,8 @@ async def commit(
         with hub.db.read() as session:
             repo = find(request, session, viewer, type, namespace, name)
             require_writable(session, viewer, repo, revision, create_pr)
-            head = repos.resolve(session, repo, revision)
-            before = {entry.path: entry for entry in repos.entries(session, head)}
+            head = refs.resolve(session, repo, revision)
+            before = {entry.path: entry for entry in commits.entries(session, head)}
             return repo, attributes.lfs_rule(hub.store, before)
 
     repo, rule = await to_thread.run_sync(writable)
@@ -157,7 +156,7 @@ async def _remembered(hub: Hub, viewer: Viewer) -> AsyncIterator[list[Stored]]:
 def _hold(hub: Hub, viewer: Viewer, kept: Sequence[Stored]) -> None:
     with hub.db.write() as session:
         for stored in sorted(set(kept), key=lambda stored: stored.sha256):
-            repos.hold(session, viewer, stored)
+            holds.hold(session, viewer, stored)
 
 
 def _propose(
@@ -174,7 +173,7 @@ def _propose(
         pull = discussions.propose(
             session, viewer, repo, title, text, branch=branch, parent=header.parentCommit
         )
-        made = repos.commit(
+        made = commits.create(
             session,
             viewer,
             repo,
@@ -195,8 +194,8 @@ def require_writable(
 ) -> User:
     """Anybody who reads a repo may propose something; the rest is for its writers."""
     if _is_set(create_pr):
-        return repos.require_participant(session, viewer, repo)
-    return repos.require_committer(session, viewer, repo, revision)
+        return permissions.require_participant(session, viewer, repo)
+    return permissions.require_committer(session, viewer, repo, revision)
 
 
 async def _read_commit(
@@ -246,7 +245,7 @@ async def _operation(hub: Hub, viewer: Viewer, line: Line[Stored], rule: LFSRule
 def _sent(hub: Hub, viewer: Viewer, file: bodies.LFSFile) -> Stored:
     """The blob, if this user has sent it or can read it: a digest alone is no right to bytes."""
     with hub.db.read() as session:
-        stored = repos.known(session, viewer, Sha256(file.oid))
+        stored = holds.known(session, viewer, Sha256(file.oid))
     if stored is None or file.size not in (None, stored.size):
         raise BadRequest(f"{file.path}: LFS pointer pointed to a file that does not exist")
     return stored

@@ -12,8 +12,7 @@ from hub.errors import BadRequest, NotImplementedHere, RevisionNotFound
 from hub.hf import bodies, info
 from hub.hf.deps import RepoDep
 from hub.hf.routing import hf_router
-from hub.repos import discussions
-from hub.repos import service as repos
+from hub.repos import commits, discussions, refs
 from hub.repos.models import (
     Commit,
     Discussion,
@@ -65,7 +64,7 @@ def _require_safe_to_list(session: Session, repo: Repo) -> None:
     """
     if repo.type != RepoType.MODEL:
         return
-    paths = [entry.path for entry in repos.entries(session, repos.resolve(session, repo))]
+    paths = [entry.path for entry in commits.entries(session, refs.resolve(session, repo))]
     is_pickled = any(path.endswith(".bin") for path in paths)
     if is_pickled and not any(path.endswith(".safetensors") for path in paths):
         raise NotImplementedHere("discussions are not listed for repos of pickled weights alone")

@@ -15,7 +15,7 @@ from hub.hf.content import BlobResponse
 from hub.hf.deps import RepoDep
 from hub.hf.ranges import RangeNotSatisfiable, parse_range
 from hub.hf.routing import hf_router
-from hub.repos import service as repos
+from hub.repos import commits, permissions, refs
 from hub.repos.models import Commit, CommitEntry, Repo
 
 # One download of each of these is one download of the repo.
@@ -45,10 +45,10 @@ def resolve(
     path: str,
 ) -> Response:
     """One file of a revision; X-Repo-Commit says what the revision meant."""
-    commit = repos.resolve(session, repo, revision)
+    commit = refs.resolve(session, repo, revision)
     if repo.gated is not None:
-        repos.require_files(session, viewer, repo)
-    entry = repos.entry(session, commit, path)
+        permissions.require_files(session, viewer, repo)
+    entry = commits.entry(session, commit, path)
     headers = _headers(repo, commit, entry)
     if request.headers.get("If-None-Match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)

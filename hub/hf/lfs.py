@@ -18,7 +18,7 @@ from hub.hf.deps import RepoDep
 from hub.hf.lfs_parts import LFS, LFS_OF_TYPE
 from hub.hf.routing import UNLIMITED, hf_router
 from hub.limits import pending, quotas
-from hub.repos import service as repos
+from hub.repos import holds, permissions
 from hub.users.service import Viewer
 
 MEDIA_TYPE = "application/vnd.git-lfs+json"
@@ -45,18 +45,18 @@ def batch(
     upload = body.operation == "upload"
     if upload:
         # Bytes for a pull request too, which whoever sees the repo may open; the commit says which.
-        repos.require_participant(session, viewer, repo)
+        permissions.require_participant(session, viewer, repo)
     base = (
         f"{public_url(request)}{request.scope['raw_path'].decode('ascii').removesuffix('/batch')}"
     )
     here = set()
     for item in body.objects:
-        stored = repos.known(session, viewer, Sha256(item.oid))
+        stored = holds.known(session, viewer, Sha256(item.oid))
         if stored is not None and stored.size == item.size:
             here.add(item.oid)
     if upload and here:
         with hub.db.write() as writing:
-            here = repos.hold_known(writing, viewer, here)
+            here = holds.hold_known(writing, viewer, here)
     # One transfer for the whole batch, as git-lfs expects.
     in_parts = upload and "multipart" in body.transfers and _is_large(hub, body.objects)
     if upload:
@@ -133,7 +133,7 @@ def verify(
     session: ReadSession, viewer: WriterDep, repo: RepoDep, oid: str, body: bodies.LFSObject
 ) -> dict[str, Any]:
     """200 if the object is here, whole, and the viewer's to commit."""
-    stored = repos.known(session, viewer, Sha256(body.oid))
+    stored = holds.known(session, viewer, Sha256(body.oid))
     if body.oid != oid or stored is None or stored.size != body.size:
         raise EntryNotFound(f"the object {oid[:64]} did not arrive")
     return {}
@@ -145,7 +145,7 @@ def download(
     hub: HubDep, session: ReadSession, viewer: ViewerDep, repo: RepoDep, oid: str
 ) -> Response:
     """An object by its digest, for those who can read it in some repo."""
-    stored = repos.known(session, viewer, Sha256(oid))
+    stored = holds.known(session, viewer, Sha256(oid))
     if stored is None:
         raise EntryNotFound(f"there is no object {oid[:64]}")
     headers = {"Cache-Control": "private, no-store"}

@@ -19,8 +19,7 @@ from hub.deps import HubDep, Signed
 from hub.errors import BadRequest, BadUpload, DigestMismatch, EntryNotFound, Unauthorized
 from hub.hf import bodies
 from hub.hf.routing import UNLIMITED, hf_router
-from hub.repos import service as repos
-from hub.repos import uploads
+from hub.repos import holds, uploads
 from hub.repos.models import Repo
 from hub.repos.uploads import Upload, UploadState
 from hub.users import service as users
@@ -132,7 +131,7 @@ def hold(hub: Hub, viewer: Viewer, stored: Stored) -> None:
 
 def hold_in(session: Session, viewer: Viewer, stored: Stored) -> None:
     users.recheck(session, viewer)
-    repos.hold(session, viewer, stored)
+    holds.hold(session, viewer, stored)
 
 
 def drop_expired(hub: Hub) -> int:

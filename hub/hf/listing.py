@@ -14,7 +14,7 @@ from sqlmodel import Session, col, select
 from hub.blobs.store import BlobStore
 from hub.errors import BadRequest
 from hub.hf.cards import card_at, card_tags
-from hub.repos import service as repos
+from hub.repos import permissions
 from hub.repos.models import CommitEntry, Repo, RepoType
 from hub.users.names import key_of
 from hub.users.service import Viewer
@@ -107,7 +107,7 @@ def _batch(
         wanted = wanted.where(Repo.namespace_key == key_of(query.author))
     if query.search:
         wanted = wanted.where(col(Repo.key).contains(query.search.lower(), autoescape=True))
-    wanted = wanted.where(repos.visible_to(session, viewer))
+    wanted = wanted.where(permissions.visible_to(session, viewer))
     order, number = col(_order_of(query)), col(Repo.id)
     ascending = query.direction == "1"
     if cursor is not None:

@@ -15,9 +15,11 @@ from hub.hf.attributes import GITATTRIBUTES
 from hub.hf.cards import card_at, validate
 from hub.hf.deps import TYPES, RepoDep, type_named
 from hub.hf.routing import OUR_COMMAND, hf_router, next_page
+from hub.repos import commits, refs
 from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry, RepoType
 from hub.repos.operations import Add
+from hub.repos.refs import MAIN
 from hub.users import service as users
 from hub.users.models import Scope, Token, User
 from hub.users.service import Viewer
@@ -199,12 +201,12 @@ def model_info(
     session: ReadSession,
     repo: RepoDep,
     wanted: ExpandDep,
-    revision: str = repos.MAIN,
+    revision: str = MAIN,
     blobs: str = "",
 ) -> Response:
     """A repo at a revision, with its files, its card and its tags."""
-    commit = repos.resolve(session, repo, revision)
-    entries = repos.entries(session, commit)
+    commit = refs.resolve(session, repo, revision)
+    entries = commits.entries(session, commit)
     answer = info.repo_info(
         repo,
         commit,
@@ -255,8 +257,8 @@ def list_repos(
     for repo in page.repos:
         item = info.repo_summary(repo, page.tags.get(repo.id or 0, []))
         if query.wants_files or "siblings" in wanted:
-            head = repos.resolve(session, repo)
-            entries = repos.entries(session, head)
+            head = refs.resolve(session, repo)
+            entries = commits.entries(session, head)
             item = info.repo_info(repo, head, entries, card_at(hub.store, entries), blobs=False)
         items.append(_expanded(item, wanted))
     headers = {}
@@ -283,8 +285,8 @@ def tree(
 ) -> Response:
     """Files and folders by path, in pages."""
     under = path.strip("/")
-    commit = repos.resolve(session, repo, revision)
-    entries = repos.entries(session, commit, under)
+    commit = refs.resolve(session, repo, revision)
+    entries = commits.entries(session, commit, under)
     last = _commits_of(session, entries) if flag(expand) else None
     items = info.tree(entries, under, recursive=flag(recursive), last=last)
     size = min(limit, EXPANDED_PAGE if last is not None else TREE_PAGE)
@@ -315,7 +317,7 @@ def paths_info(
     body: Annotated[bodies.PathsInfo, Depends(_paths_info)],
 ) -> Response:
     """The files and folders among `paths`; what is not there is left out."""
-    entries = repos.entries(session, repos.resolve(session, repo, revision))
+    entries = commits.entries(session, refs.resolve(session, repo, revision))
     last = _commits_of(session, entries) if body.expand else None
     wanted = {path.strip("/") for path in body.paths}
     items = info.tree(entries, recursive=True, last=last)
@@ -337,8 +339,8 @@ def _commits_of(session: Session, entries: list[CommitEntry]) -> dict[str, Commi
 
 
 @router.get(API + "/refs")
-def refs(session: ReadSession, repo: RepoDep, include_prs: str = "") -> dict[str, Any]:
-    found = repos.refs(session, repo)
+def list_refs(session: ReadSession, repo: RepoDep, include_prs: str = "") -> dict[str, Any]:
+    found = refs.of_repo(session, repo)
     answer: dict[str, Any] = {
         "branches": [_ref("heads", *item) for item in found.branches.items()],
         "tags": [_ref("tags", *item) for item in found.tags.items()],
@@ -361,8 +363,8 @@ def create_branch(
     branch: str,
     body: Annotated[bodies.CreateBranch | None, Body()] = None,
 ) -> dict[str, Any]:
-    start = (body.startingPoint if body else None) or repos.MAIN
-    repos.create_branch(session, viewer, repo, branch, start)
+    start = (body.startingPoint if body else None) or MAIN
+    refs.create_branch(session, viewer, repo, branch, start)
     return {}
 
 
@@ -370,7 +372,7 @@ def create_branch(
 def delete_branch(
     session: WriteSession, viewer: WriterDep, repo: RepoDep, branch: str
 ) -> dict[str, Any]:
-    repos.delete_branch(session, viewer, repo, branch)
+    refs.delete_branch(session, viewer, repo, branch)
     return {}
 
 
@@ -379,18 +381,18 @@ def create_tag(
     session: WriteSession, viewer: WriterDep, repo: RepoDep, revision: str, body: bodies.CreateTag
 ) -> dict[str, Any]:
     """The address names what is tagged, the body the tag."""
-    repos.create_tag(session, viewer, repo, body.tag, revision)
+    refs.create_tag(session, viewer, repo, body.tag, revision)
     return {}
 
 
 @router.delete(API + "/tag/{tag}")
 def delete_tag(session: WriteSession, viewer: WriterDep, repo: RepoDep, tag: str) -> dict[str, Any]:
-    repos.delete_tag(session, viewer, repo, tag)
+    refs.delete_tag(session, viewer, repo, tag)
     return {}
 
 
 @router.get(API + "/commits/{revision}")
-def commits(
+def list_commits(
     request: Request,
     session: ReadSession,
     repo: RepoDep,
@@ -400,8 +402,8 @@ def commits(
     cursor: str | None = None,
 ) -> Response:
     """History, newest first, in pages."""
-    commit = repos.resolve(session, repo, revision)
-    found, following = repos.commits(session, repo, commit, limit, cursor)
+    commit = refs.resolve(session, repo, revision)
+    found, following = commits.history(session, repo, commit, limit, cursor)
     headers = {}
     if following is not None:
         headers["Link"] = next_page(request, following)

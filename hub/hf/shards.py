@@ -10,7 +10,7 @@ from hub.deps import HubDep, ReadSession, ViewerDep
 from hub.errors import BadRequest, TooLarge
 from hub.hf.deps import RepoDep
 from hub.hf.routing import hf_router
-from hub.repos import service as repos
+from hub.repos import commits, permissions, refs
 from hub.repos.models import CommitEntry
 from merge.formats.header import PREFIX_BYTES, header_length, parse_header
 
@@ -27,16 +27,16 @@ def headers_of_shards(
     hub: HubDep, session: ReadSession, viewer: ViewerDep, repo: RepoDep, path: str
 ) -> Response:
     """Of the checkpoint at `main` whose index is at `path`; the index without its `weight_map`."""
-    repos.require_files(session, viewer, repo)
-    commit = repos.resolve(session, repo)
-    index = _index(hub.store, repos.entry(session, commit, path))
+    permissions.require_files(session, viewer, repo)
+    commit = refs.resolve(session, repo)
+    index = _index(hub.store, commits.entry(session, commit, path))
     names = sorted(set(index["weight_map"].values()))
     if len(names) > MAX_SHARDS:
         raise TooLarge(f"{path} names more than {MAX_SHARDS} files")
     left = MAX_BYTES
     found = []
     for name in names:
-        entry = repos.entry(session, commit, str(PurePosixPath(path).with_name(name)))
+        entry = commits.entry(session, commit, str(PurePosixPath(path).with_name(name)))
         header = _header(hub.store, entry, left)
         left -= len(header)
         found.append(json.dumps(name).encode() + b":" + header)

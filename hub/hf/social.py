@@ -13,8 +13,7 @@ from hub.errors import Forbidden
 from hub.hf import info
 from hub.hf.deps import RepoDep
 from hub.hf.routing import hf_router, next_page
-from hub.repos import likes
-from hub.repos import service as repos
+from hub.repos import likes, permissions
 from hub.repos.models import Commit, CommitEntry, Repo, RepoType
 from hub.users import organizations
 from hub.users import service as users
@@ -153,7 +152,7 @@ def _tag_counts(session: Session, viewer: Viewer, type: RepoType) -> dict[str, i
     query = (
         select(Tag.name, func.count())
         .join(Repo, col(Repo.id) == col(Tag.repo_id))
-        .where(Repo.type == type, repos.visible_to(session, viewer))
+        .where(Repo.type == type, permissions.visible_to(session, viewer))
         .group_by(col(Tag.name))
     )
     licenses = (
@@ -162,7 +161,7 @@ def _tag_counts(session: Session, viewer: Viewer, type: RepoType) -> dict[str, i
         .where(
             Repo.type == type,
             col(Card.license).is_not(None),
-            repos.visible_to(session, viewer),
+            permissions.visible_to(session, viewer),
         )
         .group_by(col(Card.license))
     )
@@ -222,7 +221,7 @@ def _person(user: User) -> dict[str, Any]:
 def _numbers(session: Session, viewer: Viewer, key: str) -> dict[str, int]:
     query = (
         select(Repo.type, func.count())
-        .where(Repo.namespace_key == key, repos.visible_to(session, viewer))
+        .where(Repo.namespace_key == key, permissions.visible_to(session, viewer))
         .group_by(col(Repo.type))
     )
     counts = dict(session.exec(query).all())

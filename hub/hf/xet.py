@@ -28,7 +28,7 @@ from hub.hf import routing
 from hub.hf.commits import require_writable
 from hub.hf.deps import RepoDep
 from hub.hf.routing import HFRoute, hf_router
-from hub.repos import service as repos
+from hub.repos import permissions
 from hub.repos.models import Repo
 from hub.users import service as users
 from hub.users.service import Viewer
@@ -94,7 +94,7 @@ def sender(request: Request, hub: HubDep) -> Sender:
     with hub.db.read() as session:
         viewer = users.viewer_of_signed(session, token_id, signed_at)
         repo = session.get(Repo, repo_id)
-        if repo is None or not repos.may_read(session, viewer, repo):
+        if repo is None or not permissions.may_read(session, viewer, repo):
             raise RepoNotFound("Repository not found")
         require_writable(session, viewer, repo, revision, create_pr)
     return Sender(viewer, repo)

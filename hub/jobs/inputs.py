@@ -11,6 +11,7 @@ from sqlmodel import Session, col, select
 
 from hub.blobs.store import BlobStore, Sha256
 from hub.errors import GatedRepo, Invalid, NotFound
+from hub.repos import commits, permissions, refs
 from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry, Repo
 from hub.users.service import Viewer
@@ -96,13 +97,13 @@ def _resolve(
     namespace, _, name = match["repo"].partition("/")
     try:
         repo = repos.get_repo(session, viewer, namespace, name)
-        repos.require_files(session, viewer, repo)
-        commit = repos.resolve(session, repo, match["revision"] or "main")
+        permissions.require_files(session, viewer, repo)
+        commit = refs.resolve(session, repo, match["revision"] or "main")
         if match["file"] is not None:
-            repos.entry(session, commit, match["file"])
+            commits.entry(session, commit, match["file"])
     except (NotFound, Invalid, GatedRepo) as error:
         raise BadRecipe(f"{param}.ref", error.message) from error
-    files = {item.path: item.sha256 for item in repos.entries(session, commit)}
+    files = {item.path: item.sha256 for item in commits.entries(session, commit)}
     if match["file"] is not None:
         main = match["file"]
     elif param in _CHECKPOINTS and (parts := files_of_base(files)) is not None:
@@ -135,7 +136,7 @@ def _by_digest(
         select(main.commit_id, main.path)
         .join(Commit, col(Commit.id) == col(main.commit_id))
         .join(Repo, col(Repo.id) == col(Commit.repo_id))
-        .where(main.sha256 == source.sha256, repos.files_visible_to(session, viewer))
+        .where(main.sha256 == source.sha256, permissions.files_visible_to(session, viewer))
     )
     found = session.exec(places.order_by(col(Commit.created_at).desc())).all()
     if not found:
@@ -155,7 +156,7 @@ def _by_digest(
     if any(configs.values()) and _takes_config(store, source.sha256, chosen[1]):
         chosen = _with_config(configs, param, source)
     commit = session.get_one(Commit, chosen[0])
-    files = {item.path: item.sha256 for item in repos.entries(session, commit)}
+    files = {item.path: item.sha256 for item in commits.entries(session, commit)}
     repo = session.get_one(Repo, commit.repo_id)
     return _resolved(store, source.name, repo, commit.id, chosen[1], files)
 

@@ -6,7 +6,7 @@ from sqlmodel import Session, col, select
 
 from hub.jobs.inputs import Resolved
 from hub.jobs.models import Edge, Relation
-from hub.repos import service as repos
+from hub.repos import permissions
 from hub.repos.models import Repo
 from hub.users.service import Viewer
 from merge.recipe import Recipe
@@ -63,7 +63,7 @@ def children(session: Session, viewer: Viewer, sha256: str) -> list[Edge]:
 def may_read(session: Session, viewer: Viewer, repo_id: int) -> bool:
     """False also for a repo that is gone."""
     repo = session.get(Repo, repo_id)
-    return repo is not None and repos.may_read(session, viewer, repo)
+    return repo is not None and permissions.may_read(session, viewer, repo)
 
 
 def _edges(session: Session, repo_id: int, commit: str, path: str) -> Sequence[Edge]:

@@ -27,6 +27,7 @@ from hub.jobs.inputs import Resolved, is_closed
 from hub.jobs.models import Job, JobKind
 from hub.jobs.queue import Claim
 from hub.jobs.schemas import Publish
+from hub.repos import commits, refs
 from hub.repos import service as repos
 from hub.repos.models import CommitEntry, Repo
 from hub.repos.operations import Add, Delete
@@ -199,12 +200,12 @@ def _commit(
             private=_is_private(session, target, resolved),
             exist_ok=True,
         )
-        present = repos.entries(session, repos.resolve(session, repo))
+        present = commits.entries(session, refs.resolve(session, repo))
         if head is None and present:
             raise StaleParent(f"{target.repo} was made by someone else meanwhile")
         _check_still_secret(session, repo, resolved)
         stale = [] if target.path else _stale(stored, [entry.path for entry in present])
-        made = repos.commit(
+        made = commits.create(
             session,
             viewer,
             repo,
@@ -280,8 +281,8 @@ def _present(
     with hub.db.read() as session:
         try:
             repo = repos.get_repo(session, viewer, namespace, name)
-            head = repos.resolve(session, repo)
-            return head.id, repos.entry(session, head, _CARD)
+            head = refs.resolve(session, repo)
+            return head.id, commits.entry(session, head, _CARD)
         except RepoNotFound:
             return None, None
         except EntryNotFound:

@@ -13,6 +13,7 @@ from hub.blobs.store import Sha256
 from hub.context import Hub
 from hub.errors import BadField, Busy, DigestMismatch, NameTaken, RepoNotFound
 from hub.mirror.upstream import RemoteFile, Upstream
+from hub.repos import commits, holds, refs
 from hub.repos import operations as ops
 from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry, Repo
@@ -145,7 +146,7 @@ class Mirror:
         if expected is None and stored.git_oid != file.git_oid:
             raise DigestMismatch(f"{full_name}: {file.path} arrived damaged")
         with self._hub.db.write() as session:
-            repos.hold(session, viewer, stored)
+            holds.hold(session, viewer, stored)
         return ops.Add(file.path, stored, lfs=expected is not None)
 
     def _viewer(self) -> Viewer:
@@ -182,8 +183,8 @@ def _here(session: Session, full_name: str) -> tuple[Commit | None, Mapping[str,
     repo = session.exec(query).first()
     if repo is None:
         return None, {}
-    head = repos.resolve(session, repo)
-    return head, {entry.path: entry for entry in repos.entries(session, head)}
+    head = refs.resolve(session, repo)
+    return head, {entry.path: entry for entry in commits.entries(session, head)}
 
 
 def _is_same(file: RemoteFile, present: CommitEntry | None) -> bool:

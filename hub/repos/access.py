@@ -5,7 +5,8 @@ from sqlmodel import Session, col, select
 from hub.audit import record
 from hub.db import now
 from hub.errors import AccessRequestNotFound, BadRequest, Forbidden
-from hub.repos import service as repos
+from hub.repos import permissions
+from hub.repos.changes import locked
 from hub.repos.models import AccessRequest, AccessState, Gate, Repo
 from hub.users import service as users
 from hub.users.models import User
@@ -19,8 +20,8 @@ def ask(session: Session, viewer: Viewer, repo: Repo) -> AccessRequest:
 
     Asking again changes nothing: who was rejected stays so.
     """
-    user = repos.require_participant(session, viewer, repo)
-    repo = repos.locked(session, repo)
+    user = permissions.require_participant(session, viewer, repo)
+    repo = locked(session, repo)
     _require_gated(repo)
     present = _of(session, repo, user)
     if present is not None:
@@ -32,7 +33,7 @@ def ask(session: Session, viewer: Viewer, repo: Repo) -> AccessRequest:
 def grant(session: Session, viewer: Viewer, repo: Repo, name: str) -> AccessRequest:
     """Let a user in who did not ask. BadRequest if they are in already; UserNotFound."""
     by = _require_manager(session, viewer, repo)
-    repo = repos.locked(session, repo)
+    repo = locked(session, repo)
     _require_gated(repo)
     user = users.find_user(session, name)
     present = _of(session, repo, user)
@@ -62,7 +63,7 @@ def decide(
     in that state already.
     """
     by = _require_manager(session, viewer, repo)
-    repo = repos.locked(session, repo)
+    repo = locked(session, repo)
     _require_gated(repo)
     if request_id is not None:
         found = session.get(AccessRequest, request_id)

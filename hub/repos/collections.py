@@ -16,7 +16,7 @@ from sqlalchemy.orm import aliased
 from sqlmodel import Session, col, select
 
 from hub.errors import CollectionNotFound
-from hub.repos import service as repos
+from hub.repos import permissions
 from hub.repos.models import Collection, CollectionItem, Repo
 from hub.users import service as users
 from hub.users.names import key_of
@@ -125,7 +125,7 @@ def contents(
         .where(
             col(CollectionItem.collection_id).in_([found.id for found in collections]),
             or_(
-                and_(col(Repo.id).is_not(None), repos.visible_to(session, viewer)),
+                and_(col(Repo.id).is_not(None), permissions.visible_to(session, viewer)),
                 and_(col(child.id).is_not(None), _visible_to(session, viewer, child)),
             ),
         )
@@ -184,7 +184,7 @@ def _holds(session: Session, viewer: Viewer, item: str) -> ColumnElement[bool]:
         .where(
             Repo.type == kind.removesuffix("s"),
             Repo.key == key_of(name),
-            repos.visible_to(session, viewer),
+            permissions.visible_to(session, viewer),
         )
     )
     return col(Collection.id).in_(query)

@@ -19,6 +19,7 @@ from hub.errors import (
     RepoNotFound,
 )
 from hub.repos import service as repos
+from hub.repos.changes import locked
 from hub.repos.collections import (
     MAX_ITEMS,
     MAX_OF_NAMESPACE,
@@ -148,7 +149,7 @@ def add_repo(
         if moved is None:
             raise
         repo = moved
-    repo = repos.locked(session, repo)
+    repo = locked(session, repo)
     _add(session, user, collection, repo.full_name, note, repo_id=repo.id)
     return collection
 

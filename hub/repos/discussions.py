@@ -14,9 +14,10 @@ from sqlmodel import Session, col, select
 
 from hub.db import now
 from hub.errors import BadField, BadRequest, Conflict, DiscussionNotFound, Forbidden
-from hub.repos import history
+from hub.repos import history, permissions, refs
 from hub.repos import operations as ops
-from hub.repos import service as repos
+from hub.repos.changes import locked, tell
+from hub.repos.commits import advance, entries
 from hub.repos.models import (
     Commit,
     Discussion,
@@ -27,6 +28,7 @@ from hub.repos.models import (
     RefKind,
     Repo,
 )
+from hub.repos.refs import MAIN
 from hub.users import service as users
 from hub.users.models import User
 from hub.users.service import Viewer
@@ -39,8 +41,8 @@ PAGE = 50
 
 def start(session: Session, viewer: Viewer, repo: Repo, title: str, text: str = "") -> Discussion:
     """A new discussion, with its first comment."""
-    user = repos.require_participant(session, viewer, repo)
-    repo = repos.locked(session, repo)
+    user = permissions.require_participant(session, viewer, repo)
+    repo = locked(session, repo)
     made = _insert(session, repo, user, title, text, None)
     _announce(session, "discussion.created", repo, made)
     return made
@@ -53,7 +55,7 @@ def propose(
     title: str,
     text: str = "",
     *,
-    branch: str = repos.MAIN,
+    branch: str = MAIN,
     parent: str | None = None,
     is_draft: bool = False,
 ) -> Discussion:
@@ -61,12 +63,12 @@ def propose(
 
     RevisionNotFound without the branch.
     """
-    user = repos.require_participant(session, viewer, repo)
-    repo = repos.locked(session, repo)
-    target = repos.branch_ref(session, repo, branch)
+    user = permissions.require_participant(session, viewer, repo)
+    repo = locked(session, repo)
+    target = refs.branch(session, repo, branch)
     if target.kind != RefKind.BRANCH:
         raise BadRequest("a pull request is made for a branch", "revision")
-    begins = repos.resolve(session, repo, parent).id if parent is not None else target.commit_id
+    begins = refs.resolve(session, repo, parent).id if parent is not None else target.commit_id
     made = _insert(session, repo, user, title, text, target.name)
     if is_draft:
         made.status = DiscussionStatus.DRAFT
@@ -165,7 +167,7 @@ def events(session: Session, discussion: Discussion) -> list[tuple[DiscussionEve
 def comment(
     session: Session, viewer: Viewer, repo: Repo, discussion: Discussion, text: str
 ) -> DiscussionEvent:
-    user = repos.require_participant(session, viewer, repo)
+    user = permissions.require_participant(session, viewer, repo)
     _lock(session, discussion)
     made = _tell(session, discussion, user, EventKind.COMMENT, _text(text))
     _announce(session, "comment.created", repo, discussion, made)
@@ -181,7 +183,7 @@ def edit(
     text: str,
 ) -> DiscussionEvent:
     """Forbidden for all but its author."""
-    user = repos.require_participant(session, viewer, repo)
+    user = permissions.require_participant(session, viewer, repo)
     event = _comment(session, discussion, event_id)
     if event.author_id != user.id:
         raise Forbidden("a comment is edited by its author alone")
@@ -195,7 +197,7 @@ def hide(
     session: Session, viewer: Viewer, repo: Repo, discussion: Discussion, event_id: int
 ) -> DiscussionEvent:
     """For its author and who may write to the repo; the text is gone for ever."""
-    user = repos.require_participant(session, viewer, repo)
+    user = permissions.require_participant(session, viewer, repo)
     event = _comment(session, discussion, event_id)
     _require_owner(session, viewer, repo, event.author_id, user)
     event.text, event.is_hidden = "", True
@@ -208,7 +210,7 @@ def rename(
     session: Session, viewer: Viewer, repo: Repo, discussion: Discussion, title: str
 ) -> DiscussionEvent:
     """For its author and who may write to the repo."""
-    user = repos.require_participant(session, viewer, repo)
+    user = permissions.require_participant(session, viewer, repo)
     _require_owner(session, viewer, repo, discussion.author_id, user)
     _lock(session, discussion)
     old, discussion.title = discussion.title, _title(title)
@@ -226,7 +228,7 @@ def set_status(
     text: str = "",
 ) -> DiscussionEvent:
     """Open or close; for its author and who may write to the repo. A merged one stays merged."""
-    user = repos.require_participant(session, viewer, repo)
+    user = permissions.require_participant(session, viewer, repo)
     _require_owner(session, viewer, repo, discussion.author_id, user)
     if status not in (DiscussionStatus.OPEN, DiscussionStatus.CLOSED):
         raise BadField("a discussion is opened or closed", "status")
@@ -252,8 +254,8 @@ class Proposal:
 
 def proposal(session: Session, repo: Repo, discussion: Discussion) -> Proposal:
     """The three-way merge of the pull request's branch into its target."""
-    pull = repos.branch_ref(session, repo, f"refs/pr/{discussion.num}")
-    target = repos.branch_ref(session, repo, discussion.target or "")
+    pull = refs.branch(session, repo, f"refs/pr/{discussion.num}")
+    target = refs.branch(session, repo, discussion.target or "")
     base = _common(session, target.commit_id, pull.commit_id)
     ours, theirs = _files(session, target.commit_id), _files(session, pull.commit_id)
     return Proposal(*history.merged(base=_files(session, base), ours=ours, theirs=theirs))
@@ -273,8 +275,8 @@ def changes(session: Session, repo: Repo, discussion: Discussion) -> list[Change
 
     RevisionNotFound if its target is gone.
     """
-    pull = repos.branch_ref(session, repo, f"refs/pr/{discussion.num}")
-    target = repos.branch_ref(session, repo, discussion.target or "")
+    pull = refs.branch(session, repo, f"refs/pr/{discussion.num}")
+    target = refs.branch(session, repo, discussion.target or "")
     before = _files(session, _common(session, target.commit_id, pull.commit_id))
     after = _files(session, pull.commit_id)
     return [
@@ -304,7 +306,7 @@ class Rights:
 
 
 def rights(session: Session, viewer: Viewer, repo: Repo, discussion: Discussion) -> Rights:
-    takes_part = repos.may_participate(viewer, repo)
+    takes_part = permissions.may_participate(viewer, repo)
     may_write = users.may_write(session, viewer, repo.namespace, repo.name)
     is_owner = takes_part and _is_owner(session, viewer, repo, discussion.author_id)
     return Rights(
@@ -321,8 +323,8 @@ def merge(
     session: Session, viewer: Viewer, repo: Repo, discussion: Discussion, text: str = ""
 ) -> Commit:
     """One new commit on the target with what the pull request changes; Conflict names a file."""
-    user = repos.require_writer(session, viewer, repo.namespace, repo.name)
-    repo = repos.locked(session, repo)
+    user = permissions.require_writer(session, viewer, repo.namespace, repo.name)
+    repo = locked(session, repo)
     _lock(session, discussion)
     if not discussion.is_pull_request:
         raise BadRequest(f"discussion {discussion.num} is no pull request")
@@ -331,13 +333,13 @@ def merge(
     found = proposal(session, repo, discussion)
     if found.conflicts:
         raise Conflict(f"{found.conflicts[0]} was changed in {discussion.target} too")
-    target = repos.branch_ref(session, repo, discussion.target or "")
+    target = refs.branch(session, repo, discussion.target or "")
     head = session.get_one(Commit, target.commit_id)
-    before = {entry.path: entry for entry in repos.entries(session, head)}
+    before = {entry.path: entry for entry in entries(session, head)}
     made = head
     if found.after != ops.files_of(before.values()):
         message = f"{discussion.title} (#{discussion.num})"
-        made = repos.advance(session, user, repo, target, before, found.after, message, text)
+        made = advance(session, user, repo, target, before, found.after, message, text)
     old, discussion.status = discussion.status, DiscussionStatus.MERGED
     discussion.merged_as = made.id
     session.add(discussion)
@@ -365,7 +367,7 @@ def _is_pull_request(wanted: bool) -> ColumnElement[bool]:
 def _files(session: Session, commit_id: str | None) -> ops.Files:
     if commit_id is None:
         return {}
-    return ops.files_of(repos.entries(session, session.get_one(Commit, commit_id)))
+    return ops.files_of(entries(session, session.get_one(Commit, commit_id)))
 
 
 def _common(session: Session, one: str, other: str) -> str | None:
@@ -460,7 +462,7 @@ def _announce(
             "id": comment.id,
             "author": comment.author_id,
         }
-    event = repos.tell(session, kind, repo, discussion=about, **said)
+    event = tell(session, kind, repo, discussion=about, **said)
     event.done_at = now()
 
 

@@ -9,9 +9,12 @@ from sqlmodel import Session, col, select
 
 from hub.audit import record
 from hub.errors import BadRequest, Conflict
+from hub.repos import commits, permissions, refs
 from hub.repos import operations as ops
 from hub.repos import service as repos
+from hub.repos.changes import locked
 from hub.repos.models import Commit, CommitEntry, Ref, RefKind, Repo
+from hub.repos.refs import MAIN
 from hub.users.service import Viewer
 
 
@@ -20,13 +23,13 @@ def squash(session: Session, viewer: Viewer, repo: Repo, branch: str, message: s
 
     The old commits stay readable by their ids, as those of a deleted branch do.
     """
-    user = repos.require_writer(session, viewer, repo.namespace, repo.name)
-    repo = repos.locked(session, repo)
-    ref = repos.branch_ref(session, repo, branch)
+    user = permissions.require_writer(session, viewer, repo.namespace, repo.name)
+    repo = locked(session, repo)
+    ref = refs.branch(session, repo, branch)
     head = session.get_one(Commit, ref.commit_id)
-    files = ops.files_of(repos.entries(session, head))
-    made = repos.insert_commit(session, repo, user.name, ref.name, None, {}, files, message, "")
-    repos.point(session, repo, ref, made)
+    files = ops.files_of(commits.entries(session, head))
+    made = commits.add(session, repo, user.name, ref.name, None, {}, files, message, "")
+    refs.point(session, repo, ref, made)
     record(session, user.id, "repo.squash", f"{repo.full_name}@{ref.name} {head.id} {made.id}")
     return made
 
@@ -36,23 +39,23 @@ def revert(session: Session, viewer: Viewer, repo: Repo, branch: str, revision: 
 
     Conflict names a file that was changed again since; the first commit cannot be reverted.
     """
-    user = repos.require_writer(session, viewer, repo.namespace, repo.name)
-    repo = repos.locked(session, repo)
-    ref = repos.branch_ref(session, repo, branch)
-    undone = repos.resolve(session, repo, revision)
+    user = permissions.require_writer(session, viewer, repo.namespace, repo.name)
+    repo = locked(session, repo)
+    ref = refs.branch(session, repo, branch)
+    undone = refs.resolve(session, repo, revision)
     if undone.parent_id is None:
         raise BadRequest(f"{undone.id} has nothing before it to go back to", "revision")
     before = {
         entry.path: entry
-        for entry in repos.entries(session, session.get_one(Commit, ref.commit_id))
+        for entry in commits.entries(session, session.get_one(Commit, ref.commit_id))
     }
-    was = ops.files_of(repos.entries(session, session.get_one(Commit, undone.parent_id)))
-    became = ops.files_of(repos.entries(session, undone))
+    was = ops.files_of(commits.entries(session, session.get_one(Commit, undone.parent_id)))
+    became = ops.files_of(commits.entries(session, undone))
     after, conflicts = merged(base=became, ours=ops.files_of(before.values()), theirs=was)
     if conflicts:
         raise Conflict(f"{conflicts[0]} was changed again after {undone.id}", "revision")
     message = f"Revert {undone.message!r}"[:1000]
-    return repos.advance(
+    return commits.advance(
         session, user, repo, ref, before, after, message, f"This takes back {undone.id}."
     )
 
@@ -95,20 +98,20 @@ def lfs_files(session: Session, repo: Repo) -> list[LFSFile]:
         .where(Commit.repo_id == repo.id, col(CommitEntry.lfs).is_(True))
         .order_by(col(Commit.created_at), col(CommitEntry.path))
     )
-    refs = {
+    named = {
         ref.commit_id: f"refs/{'heads' if ref.kind == RefKind.BRANCH else 'tags'}/{ref.name}"
         for ref in session.exec(
             # The branch main last, so that it wins where several refs have a commit.
             select(Ref)
             .where(Ref.repo_id == repo.id, Ref.kind != RefKind.PULL)
-            .order_by((col(Ref.name) == repos.MAIN), col(Ref.name).desc())
+            .order_by((col(Ref.name) == MAIN), col(Ref.name).desc())
         )
     }
     found: dict[str, LFSFile] = {}
     for entry, commit in session.exec(query):
         first = found.get(entry.sha256)
-        at = refs.get(commit.id)
-        if first is not None and (at is None or first.ref == f"refs/heads/{repos.MAIN}"):
+        at = named.get(commit.id)
+        if first is not None and (at is None or first.ref == f"refs/heads/{MAIN}"):
             continue
         pushed_at = first.pushed_at if first is not None else commit.created_at
         found[entry.sha256] = LFSFile(entry.sha256, entry.path, entry.size, pushed_at, at)
@@ -121,8 +124,8 @@ def forget(session: Session, viewer: Viewer, repo: Repo, digests: Sequence[str])
     Every commit from the first that had one of them on gets a new id, because what a commit id
     stands for never changes. Branches, tags and pull requests follow.
     """
-    user = repos.require_writer(session, viewer, repo.namespace, repo.name)
-    repo = repos.locked(session, repo)
+    user = permissions.require_writer(session, viewer, repo.namespace, repo.name)
+    repo = locked(session, repo)
     hit = set(
         session.exec(
             select(CommitEntry.commit_id)
@@ -141,7 +144,7 @@ def forget(session: Session, viewer: Viewer, repo: Repo, digests: Sequence[str])
             rewritten[commit.id] = _without(session, repo, commit, parent, set(digests))
     for ref in session.exec(select(Ref).where(Ref.repo_id == repo.id)).all():
         if (made := rewritten.get(ref.commit_id)) is not None:
-            repos.point(session, repo, ref, made)
+            refs.point(session, repo, ref, made)
     session.flush()
     for old in rewritten:
         session.execute(delete(Commit).where(col(Commit.id) == old))
@@ -152,12 +155,12 @@ def forget(session: Session, viewer: Viewer, repo: Repo, digests: Sequence[str])
 def _without(
     session: Session, repo: Repo, commit: Commit, parent: Commit | None, digests: set[str]
 ) -> Commit:
-    entries = repos.entries(session, commit)
+    entries = commits.entries(session, commit)
     left = ops.files_of(entry for entry in entries if entry.sha256 not in digests)
     if parent is None and commit.parent_id is not None:
         parent = session.get_one(Commit, commit.parent_id)
-    before = _by_path(repos.entries(session, parent)) if parent is not None else {}
-    return repos.insert_commit(
+    before = _by_path(commits.entries(session, parent)) if parent is not None else {}
+    return commits.add(
         session,
         repo,
         commit.author,
@@ -174,9 +177,9 @@ def _without(
 
 def _parents_first(session: Session, repo: Repo) -> list[Commit]:
     children: dict[str | None, list[Commit]] = {}
-    commits = session.exec(select(Commit).where(Commit.repo_id == repo.id)).all()
-    ids = {commit.id for commit in commits}
-    for commit in commits:
+    unsorted = session.exec(select(Commit).where(Commit.repo_id == repo.id)).all()
+    ids = {commit.id for commit in unsorted}
+    for commit in unsorted:
         parent = commit.parent_id if commit.parent_id in ids else None
         children.setdefault(parent, []).append(commit)
     found: list[Commit] = list(children.get(None, []))
@@ -202,7 +205,7 @@ def duplicate(
 
     As private as the source where `private` says nothing. RepoExists, GatedRepo, Forbidden.
     """
-    repos.require_files(session, viewer, repo)
+    permissions.require_files(session, viewer, repo)
     made = repos.create_repo(
         session,
         viewer,
@@ -212,9 +215,9 @@ def duplicate(
         type=repo.type,
     )
     made.gated = repo.gated
-    user = repos.require_writer(session, viewer, made.namespace, made.name)
-    files = ops.files_of(repos.entries(session, repos.resolve(session, repo)))
-    ref = repos.branch_ref(session, made, repos.MAIN)
+    user = permissions.require_writer(session, viewer, made.namespace, made.name)
+    files = ops.files_of(commits.entries(session, refs.resolve(session, repo)))
+    ref = refs.branch(session, made, MAIN)
     if files:
-        repos.advance(session, user, made, ref, {}, files, f"Duplicate from {repo.full_name}")
+        commits.advance(session, user, made, ref, {}, files, f"Duplicate from {repo.full_name}")
     return made

@@ -3,7 +3,8 @@
 from sqlalchemy import func
 from sqlmodel import Session, col, select
 
-from hub.repos import service as repos
+from hub.repos import permissions
+from hub.repos.changes import locked
 from hub.repos.models import Like, Repo
 from hub.users.models import User
 from hub.users.service import Viewer
@@ -11,8 +12,8 @@ from hub.users.service import Viewer
 
 def like(session: Session, viewer: Viewer, repo: Repo) -> None:
     """Liking twice is liking once."""
-    user = repos.require_participant(session, viewer, repo)
-    repo = repos.locked(session, repo)
+    user = permissions.require_participant(session, viewer, repo)
+    repo = locked(session, repo)
     assert repo.id is not None
     assert user.id is not None
     if session.get(Like, (repo.id, user.id)) is None:
@@ -21,8 +22,8 @@ def like(session: Session, viewer: Viewer, repo: Repo) -> None:
 
 
 def unlike(session: Session, viewer: Viewer, repo: Repo) -> None:
-    user = repos.require_participant(session, viewer, repo)
-    repo = repos.locked(session, repo)
+    user = permissions.require_participant(session, viewer, repo)
+    repo = locked(session, repo)
     present = session.get(Like, (repo.id, user.id))
     if present is not None:
         session.delete(present)
@@ -39,7 +40,7 @@ def of_user(session: Session, viewer: Viewer, user: User) -> list[tuple[Like, Re
     query = (
         select(Like, Repo)
         .join(Repo, col(Repo.id) == col(Like.repo_id))
-        .where(Like.user_id == user.id, repos.visible_to(session, viewer))
+        .where(Like.user_id == user.id, permissions.visible_to(session, viewer))
         .order_by(col(Like.created_at).desc(), col(Like.repo_id).desc())
     )
     return list(session.exec(query))

@@ -5,7 +5,7 @@ present ── condemned ── deleting ── (row gone)
 A run condemns what nothing refers to and what is older than the grace, and deletes what an earlier
 run has condemned, if still nothing refers to it.
 Whoever refers to a condemned blob meanwhile takes it back in its own transaction
-(`hub.repos.service`). Bytes are removed only while the row is locked; the row stays a day longer,
+(`hub.repos.holds`). Bytes are removed only while the row is locked; the row stays a day longer,
 so that a writer that sent the same bytes before their removal is told to send them again.
 Bytes without a row get a row first and go the same way.
 """

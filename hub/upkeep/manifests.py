@@ -18,7 +18,7 @@ from sqlmodel import Field, Session, SQLModel, col, select
 from hub.blobs.store import Stored
 from hub.context import Hub
 from hub.db import now
-from hub.repos import service as repos
+from hub.repos import commits, holds
 from hub.repos.models import Commit, Redirect, Ref, Repo
 from hub.users.models import NameTombstone, Organization, User
 
@@ -81,7 +81,7 @@ def _write(hub: Hub, subject: str, document: dict[str, Any]) -> bool:
     version = known.version + 1 if known is not None else 1
     stored: Stored = hub.store.put([pack(hub, document | {"version": version})])
     with hub.db.write() as session:
-        repos.keep(session, stored)
+        holds.keep(session, stored)
         row = session.get(Manifest, subject)
         if row is not None and row.version >= version:
             return False
@@ -122,7 +122,7 @@ def _of_commit(session: Session, commit: Commit) -> dict[str, Any]:
         "created_at": commit.created_at.isoformat(),
         "files": [
             [e.path, e.sha256, e.git_oid, e.size, e.lfs, e.last_commit_id]
-            for e in repos.entries(session, commit)
+            for e in commits.entries(session, commit)
         ],
     }
 

@@ -15,8 +15,7 @@ from hub.adapters.service import try_to_project
 from hub.context import Hub
 from hub.deps import HubDep, ReadSession, ViewerDep, WriterDep
 from hub.errors import HubError, RevisionNotFound
-from hub.repos import discussions
-from hub.repos import service as repos
+from hub.repos import discussions, permissions, refs
 from hub.repos.discussions import Rights
 from hub.repos.models import Commit, Discussion, DiscussionEvent, DiscussionStatus, EventKind, Repo
 from hub.users.models import User
@@ -70,7 +69,7 @@ def show_all(
         here_with=here,
         older=here(p=p + 1) if found.start + len(found.discussions) < found.total else None,
         newer=here(p=p - 1) if p else None,
-        may_start=repos.may_participate(viewer, repo),
+        may_start=permissions.may_participate(viewer, repo),
     )
 
 
@@ -78,7 +77,7 @@ def show_all(
 @router.get("/datasets/{namespace}/{name}/discussions/new")
 def new(request: Request, repo: RepoDep, session: ReadSession, viewer: ViewerDep) -> Response:
     """The form; whoever is not signed in is asked to."""
-    repos.require_participant(session, viewer, repo)
+    permissions.require_participant(session, viewer, repo)
     return _new_page(request, session, viewer, repo)
 
 
@@ -346,7 +345,7 @@ def _proposal(hub: Hub, session: Session, repo: Repo, found: Discussion) -> dict
 
 
 def _head(session: Session, viewer: Viewer, repo: Repo) -> dict[str, Any]:
-    commit = repos.resolve(session, repo)
+    commit = refs.resolve(session, repo)
     return head_of(session, viewer, repo, commit, None, tab="discussions")
 
 

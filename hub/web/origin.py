@@ -16,7 +16,7 @@ from hub.adapters.models import Adapter
 from hub.jobs import lineage
 from hub.jobs.models import Edge
 from hub.reports.service import MAX_INPUTS
-from hub.repos import service as repos
+from hub.repos import permissions
 from hub.repos.models import Repo
 from hub.users.service import Viewer
 from hub.web.bench_state import METHODS, Bench, Row
@@ -182,7 +182,7 @@ class _Places:
         query = (
             select(Adapter, Repo)
             .join(Repo, col(Repo.id) == col(Adapter.repo_id))
-            .where(Adapter.sha256 == sha256, repos.visible_to(self._session, self._viewer))
+            .where(Adapter.sha256 == sha256, permissions.visible_to(self._session, self._viewer))
             .order_by(col(Adapter.id))
         )
         row = self._session.exec(query).first()
@@ -198,7 +198,7 @@ class _Places:
         made = select(Edge.child_repo_id).where(Edge.child_sha256 == digest)
         for repo_id in [*self._session.exec(query), *self._session.exec(made)]:
             repo = self._session.get(Repo, repo_id) if repo_id is not None else None
-            if repo is not None and repos.may_read(self._session, self._viewer, repo):
+            if repo is not None and permissions.may_read(self._session, self._viewer, repo):
                 return repo.full_name, f"/{repo.full_name}", repo.full_name
         return None
 

@@ -11,9 +11,10 @@ from sqlmodel import Session, func, select
 from hub.adapters.models import Adapter, Card
 from hub.deps import ReadSession, ViewerDep
 from hub.errors import RepoNotFound
-from hub.repos import access, discussions
+from hub.repos import access, discussions, refs
 from hub.repos import service as repos
 from hub.repos.models import AccessState, Commit, CommitEntry, Repo, RepoType
+from hub.repos.refs import MAIN
 from hub.users import service as users
 from hub.users.service import Viewer
 
@@ -64,7 +65,7 @@ def head_of(
     entries: Sequence[CommitEntry] | None,
     *,
     tab: str,
-    revision: str = repos.MAIN,
+    revision: str = MAIN,
 ) -> dict[str, Any]:
     """The context of `repo_base.html`; without `entries` the files of `commit` are counted."""
     card = session.get(Card, repo.id)
@@ -72,9 +73,9 @@ def head_of(
         select(Adapter.title).where(Adapter.repo_id == repo.id, Adapter.position == 0)
     ).first()
     n_files = len(entries) if entries is not None else _n_files(session, commit)
-    named = repos.refs(session, repo)
-    refs = [{"kind": "branch", "name": name} for name in named.branches]
-    refs += [{"kind": "tag", "name": name} for name in named.tags]
+    named = refs.of_repo(session, repo)
+    shown = [{"kind": "branch", "name": name} for name in named.branches]
+    shown += [{"kind": "tag", "name": name} for name in named.tags]
     n_commits = session.exec(select(func.count()).where(Commit.repo_id == repo.id)).one()
     may_write = users.may_write(session, viewer, repo.namespace, repo.name)
     n_requests = 0
@@ -97,7 +98,7 @@ def head_of(
         "tab": tab,
         "revision": revision,
         "revision_label": revision[:8] if len(revision) == 40 else revision,
-        "refs": refs,
+        "refs": shown,
         "n_files": n_files,
         "n_commits": n_commits,
         "n_discussions": discussions.counts(session, repo).open,

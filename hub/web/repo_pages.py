@@ -22,7 +22,7 @@ from hub.blobs.store import Sha256
 from hub.context import Hub
 from hub.deps import HubDep, ReadSession, ViewerDep, WriterDep, WriteSession, public_url
 from hub.errors import RepoNotFound
-from hub.repos import access
+from hub.repos import access, commits, permissions, refs
 from hub.repos import service as repos
 from hub.repos.models import Commit, CommitEntry, Repo
 from hub.users import service as users
@@ -117,8 +117,8 @@ def show_repo(
     file: Annotated[str | None, Query(max_length=1024)] = None,
 ) -> Response:
     """Pictures, what to do with it, the card, and the facts of one file."""
-    commit = repos.resolve(session, repo)
-    entries = repos.entries(session, commit)
+    commit = refs.resolve(session, repo)
+    entries = commits.entries(session, commit)
     files = catalogue.of_repo(session, repo)
     chosen = file or (files[0].file if files else None)
     adapter = catalogue.details(session, repo, chosen) if chosen is not None else None
@@ -152,7 +152,7 @@ def show_repo(
 
 def _gate(session: Session, viewer: Viewer, repo: Repo) -> dict[str, Any]:
     """What stands between the viewer and the files, and why; None where nothing does."""
-    if repos.may_read_files(session, viewer, repo):
+    if permissions.may_read_files(session, viewer, repo):
         return {"gate": None, "gate_reason": None}
     if viewer.user is None:
         return {"gate": "sign in", "gate_reason": None}
@@ -169,8 +169,8 @@ def show_tree(
 ) -> Response:
     """The files of one folder at a revision."""
     revision, folder = _split(session, repo, place)
-    commit = repos.resolve(session, repo, revision)
-    entries = repos.entries(session, commit, folder)
+    commit = refs.resolve(session, repo, revision)
+    entries = commits.entries(session, commit, folder)
     return page(
         request,
         "tree.html",
@@ -182,7 +182,7 @@ def show_tree(
             revision,
             folder,
             entries,
-            is_closed=not repos.may_read_files(session, viewer, repo),
+            is_closed=not permissions.may_read_files(session, viewer, repo),
         ),
         path_parts=_parts(repo, revision, folder, "tree"),
         total_size=sum(entry.size for entry in entries),
@@ -202,9 +202,9 @@ def show_file(
 ) -> Response:
     """One file at a revision: text as text, pictures as pictures."""
     revision, path = _split(session, repo, place)
-    commit = repos.resolve(session, repo, revision)
-    entry = repos.entry(session, commit, path)
-    is_closed = not repos.may_read_files(session, viewer, repo)
+    commit = refs.resolve(session, repo, revision)
+    entry = commits.entry(session, commit, path)
+    is_closed = not permissions.may_read_files(session, viewer, repo)
     text = None if is_closed else _text(hub, entry)
     preview = next((p for p in catalogue.previews(session, repo) if p.sha256 == entry.sha256), None)
     adapter = session.exec(
@@ -252,8 +252,8 @@ def show_commits(
     after: Annotated[str | None, Query(max_length=40)] = None,
 ) -> Response:
     """The history of a revision, newest first."""
-    commit = repos.resolve(session, repo, revision)
-    found, cursor = repos.commits(session, repo, commit, PAGE_OF_COMMITS, after)
+    commit = refs.resolve(session, repo, revision)
+    found, cursor = commits.history(session, repo, commit, PAGE_OF_COMMITS, after)
     here = f"{url_of(repo)}/commits/{quote(revision)}"
     return page(
         request,
@@ -319,7 +319,7 @@ def _facts(
 
 def _split(session: Session, repo: Repo, place: str) -> tuple[str, str]:
     """Revision and path: names of branches may have slashes, so the longest that fits is meant."""
-    named = repos.refs(session, repo)
+    named = refs.of_repo(session, repo)
     pulls = [f"refs/pr/{number}" for number in named.pulls]
     for name in sorted((*named.branches, *named.tags, *pulls), key=len, reverse=True):
         if place == name or place.startswith(f"{name}/"):

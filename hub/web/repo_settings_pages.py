@@ -8,7 +8,7 @@ from sqlmodel import Session, select
 
 from hub.deps import HubDep, ReadSession, ViewerDep, WriterDep
 from hub.errors import BadField, HubError
-from hub.repos import access
+from hub.repos import access, permissions, refs
 from hub.repos import service as repos
 from hub.repos.models import AccessState, Gate, Repo
 from hub.users import service as users
@@ -39,13 +39,13 @@ def show(request: Request, repo: RepoDep, session: ReadSession, viewer: ViewerDe
 def _settings_page(
     request: Request, session: Session, viewer: Viewer, repo: Repo, error: HubError | None = None
 ) -> Response:
-    repos.require_writer(session, viewer, repo.namespace, repo.name)
+    permissions.require_writer(session, viewer, repo.namespace, repo.name)
     return refused_page(
         request,
         "repo_settings.html",
         viewer,
         error,
-        **head_of(session, viewer, repo, repos.resolve(session, repo), None, tab="settings"),
+        **head_of(session, viewer, repo, refs.resolve(session, repo), None, tab="settings"),
         visibilities={
             "public": "everybody who reaches this hub",
             "private": _members(session, repo),
@@ -154,7 +154,7 @@ def _access_page(
         "repo_access.html",
         viewer,
         error,
-        **head_of(session, viewer, repo, repos.resolve(session, repo), None, tab="access"),
+        **head_of(session, viewer, repo, refs.resolve(session, repo), None, tab="access"),
         lists=lists,
         members=_members(session, repo),
         gates=GATES,

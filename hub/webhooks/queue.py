@@ -22,7 +22,7 @@ from sqlmodel import Session, col, delete, select
 
 from hub.context import Hub
 from hub.db import now, wait_for_others
-from hub.repos import service as repos
+from hub.repos import permissions
 from hub.repos.models import Event, Repo
 from hub.users import service as users
 from hub.users.models import Scope, User
@@ -201,7 +201,7 @@ def may_hear(session: Session, user: User, repo_id: int, said: dict[str, Any]) -
         return False
     viewer = Viewer(user=user, scope=Scope.READ)
     repo = session.get(Repo, repo_id)
-    if repo is not None and not repos.may_read(session, viewer, repo):
+    if repo is not None and not permissions.may_read(session, viewer, repo):
         return False
     namespace, name = said["namespace"], said["name"]
     return not said["private"] or users.may_read_private(session, viewer, namespace, name)

@@ -22,7 +22,7 @@ from hub.db import insert_once, now
 from hub.errors import BadUpload, TooLarge
 from hub.failpoints import reach
 from hub.limits import pending, quotas
-from hub.repos import service as repos
+from hub.repos import holds
 from hub.repos.models import Blob, Hold
 from hub.users import service as users
 from hub.users.models import User
@@ -153,7 +153,7 @@ def _present(hub: Hub, viewer: Viewer, name: XetHash) -> tuple[Stored | None, bo
 def _record(hub: Hub, viewer: Viewer, name: XetHash, stored: Stored, check: XorbCheck) -> None:
     with hub.db.write() as session:
         users.recheck(session, viewer)
-        repos.hold(session, viewer, stored, KEEP_XORBS)
+        holds.hold(session, viewer, stored, KEEP_XORBS)
         if session.get(Xorb, stored.sha256) is None:
             session.add(Xorb(sha256=stored.sha256, hash=name, chunks=check.index.data))
         reach("X2")
@@ -162,7 +162,7 @@ def _record(hub: Hub, viewer: Viewer, name: XetHash, stored: Stored, check: Xorb
 def _hold(hub: Hub, viewer: Viewer, xorb: Stored) -> None:
     with hub.db.write() as session:
         users.recheck(session, viewer)
-        repos.hold(session, viewer, xorb, KEEP_XORBS)
+        holds.hold(session, viewer, xorb, KEEP_XORBS)
 
 
 def register_shard(hub: Hub, viewer: Viewer, shard: BinaryIO, namespace_key: str) -> bool:
@@ -189,7 +189,7 @@ def register_shard(hub: Hub, viewer: Viewer, shard: BinaryIO, namespace_key: str
             is_new = True
         with hub.db.write() as session:
             users.recheck(session, viewer)
-            repos.hold(session, viewer, known)
+            holds.hold(session, viewer, known)
             reach("X5")
     return is_new
 
@@ -198,7 +198,7 @@ def _known(hub: Hub, viewer: Viewer, file: ShardFile) -> Stored | None:
     if file.sha256 is None:
         return None
     with hub.db.read() as session:
-        return repos.known(session, viewer, file.sha256)
+        return holds.known(session, viewer, file.sha256)
 
 
 def _rebuild(hub: Hub, viewer: Viewer, file: ShardFile) -> Stored:

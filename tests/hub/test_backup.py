@@ -26,6 +26,7 @@ from hub.db import now
 from hub.deps import SESSION_COOKIE, session_cookie
 from hub.errors import CannotStart
 from hub.jobs.models import Job, JobState, Recipe
+from hub.repos import commits, refs
 from hub.repos import service as repos
 from hub.repos.operations import Add
 from hub.settings import Settings
@@ -54,10 +55,10 @@ def commit(hub: Hub, admin: Viewer, path: str, content: bytes) -> str:
 
 def files(hub: Hub, admin: Viewer) -> dict[str, bytes]:
     with hub.db.read() as session:
-        head = repos.resolve(session, repos.get_repo(session, admin, "admin", "ink"))
+        head = refs.resolve(session, repos.get_repo(session, admin, "admin", "ink"))
         return {
             entry.path: b"".join(hub.store.open(Sha256(entry.sha256)))
-            for entry in repos.entries(session, head)
+            for entry in commits.entries(session, head)
         }
 
 
@@ -245,7 +246,7 @@ def test_what_the_hub_has_lost_is_named_and_not_called_a_backup(
     commit(hub, admin, "a.txt", b"a")
     with hub.db.read() as session:
         repo = repos.get_repo(session, admin, "admin", "ink")
-        (entry,) = repos.entries(session, repos.resolve(session, repo))
+        (entry,) = commits.entries(session, refs.resolve(session, repo))
     path = hub.store.path(Sha256(entry.sha256))
     assert path is not None
     path.chmod(0o600)

@@ -28,6 +28,7 @@ from hub.blobs.s3 import S3BlobStore, key_of
 from hub.blobs.store import BlobStore, Sha256, lfs_pointer_oid
 from hub.context import open_hub
 from hub.errors import BadUpload, DigestMismatch, NoSpace, StoreFailed
+from hub.repos import commits
 from hub.repos import service as repos
 from hub.repos.operations import Add
 from hub.settings import Settings
@@ -395,7 +396,7 @@ def test_a_large_download_goes_by_the_stores_address_if_that_is_as_good(
         repo = repos.create_repo(session, viewer, "admin", "large")
         files = {"large.bin": LARGE, "small.bin": b"small", "large.png": LARGE}
         adds = [Add(path, hub.store.put([data]), lfs=True) for path, data in files.items()]
-        repos.commit(session, viewer, repo, operations=adds, message="files")
+        commits.create(session, viewer, repo, operations=adds, message="files")
     with TestClient(create_app(settings), base_url="http://127.0.0.1") as browser:
         for path, data in files.items():
             address = f"/admin/large/resolve/main/{path}"

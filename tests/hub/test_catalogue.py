@@ -18,6 +18,7 @@ from hub.adapters.models import Adapter, Card, Fact, HashAlias, Identification, 
 from hub.adapters.service import catch_up, publish, reindex
 from hub.app import create_app
 from hub.context import Hub
+from hub.repos import commits, refs
 from hub.repos import service as repos
 from hub.repos.models import Event, Repo, RepoType
 from hub.repos.operations import Add, Delete
@@ -179,7 +180,7 @@ def test_another_branch_changes_nothing(
     publish_files(hub, admin, "admin/ink", ink)
     with hub.db.write() as session:
         repo = repos.get_repo(session, admin, "admin", "ink")
-        repos.create_branch(session, admin, repo, "try")
+        refs.create_branch(session, admin, repo, "try")
     gone = [Delete("ink.safetensors")]
     publish(hub, admin, "admin", "ink", operations=gone, message="gone", branch="try")
     assert get(client, "/api/adapters")["total"] == 2
@@ -330,7 +331,7 @@ def test_a_commit_that_lands_while_another_is_read_wins(
             with hub.db.write() as session:
                 repo = session.get_one(Repo, repo_id)
                 operation = Add("a.safetensors", stored, lfs=False)
-                repos.commit(session, admin, repo, operations=[operation], message="race")
+                commits.create(session, admin, repo, operations=[operation], message="race")
         return reading
 
     monkeypatch.setattr(projection, "_read", slow)

@@ -14,6 +14,7 @@ import httpx2
 import pytest
 
 from hub.context import Hub, open_hub
+from hub.repos import commits, refs
 from hub.repos import service as repos
 from hub.upkeep.fsck import fsck, is_sound
 from hub.users import service as users
@@ -77,11 +78,11 @@ def check_repo(hub: Hub, name: str, acknowledged: dict[str, str]) -> None:
     token = (hub.settings.data_dir / "admin.token").read_text().strip()
     with hub.db.read() as session:
         repo = repos.get_repo(session, users.viewer_of(session, token), "admin", name)
-        head = repos.resolve(session, repo)
-        found = {entry.path: entry.sha256 for entry in repos.entries(session, head)}
+        head = refs.resolve(session, repo)
+        found = {entry.path: entry.sha256 for entry in commits.entries(session, head)}
         assert found.items() >= acknowledged.items()
         assert len(found) <= len(acknowledged) + WRITERS
-        history, more = repos.commits(session, repo, head, limit=100_000)
+        history, more = commits.history(session, repo, head, limit=100_000)
         assert more is None
         assert history[-1].message == "initial commit"
         assert len(found) == len(history) - 1

@@ -24,6 +24,7 @@ from hub.context import Hub, look_into_hub, open_hub
 from hub.db import Database
 from hub.errors import CannotStart, NameTaken
 from hub.migrations import is_declared, metadata
+from hub.repos import holds
 from hub.repos import service as repos
 from hub.repos.operations import Add
 from hub.settings import Settings
@@ -127,7 +128,7 @@ def test_those_who_send_the_same_files_at_once_all_succeed(hub: Hub, admin: View
         adds = [Add(f"{i}.safetensors", item, lfs=False) for i, item in enumerate(order)]
         together.wait()
         with hub.db.write() as session:
-            repos.hold(session, admin, order[0])
+            holds.hold(session, admin, order[0])
         return publish(hub, admin, "admin", names[n], operations=adds, message="m").repo_id
 
     def read_anew(repo_id: int) -> None:

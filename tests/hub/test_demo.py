@@ -11,6 +11,7 @@ from cli.serve import demo_folders
 from hub.context import Hub, open_hub
 from hub.demo import seed
 from hub.errors import CannotStart
+from hub.repos import commits, refs
 from hub.repos import service as repos
 from hub.settings import Settings
 from hub.users.service import ANONYMOUS, Viewer
@@ -27,13 +28,13 @@ def demo_folder(folder: Path) -> Path:
 def paths(hub: Hub, namespace: str, name: str) -> list[str]:
     with hub.db.read() as session:
         repo = repos.get_repo(session, ANONYMOUS, namespace, name)
-        return [entry.path for entry in repos.entries(session, repos.resolve(session, repo))]
+        return [entry.path for entry in commits.entries(session, refs.resolve(session, repo))]
 
 
-def commits(hub: Hub, namespace: str, name: str) -> list[str]:
+def messages(hub: Hub, namespace: str, name: str) -> list[str]:
     with hub.db.read() as session:
         repo = repos.get_repo(session, ANONYMOUS, namespace, name)
-        found, _ = repos.commits(session, repo, repos.resolve(session, repo))
+        found, _ = commits.history(session, repo, refs.resolve(session, repo))
         return [commit.message for commit in found]
 
 
@@ -42,7 +43,7 @@ def test_seeding_twice_is_seeding_once(hub: Hub, tmp_path: Path) -> None:
     seed(hub, folders)
     seed(hub, folders)
     assert paths(hub, "demo", "ink") == ["README.md", "images/a.png"]
-    assert commits(hub, "demo", "ink") == ["Demo catalogue", "initial commit"]
+    assert messages(hub, "demo", "ink") == ["Demo catalogue", "initial commit"]
 
 
 def test_a_deleted_demo_repo_stays_deleted(hub: Hub, admin: Viewer, tmp_path: Path) -> None:

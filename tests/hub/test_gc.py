@@ -24,6 +24,7 @@ from hub.blobs.store import Sha256, Stored
 from hub.context import Hub, StoreIdentity
 from hub.db import now
 from hub.errors import Busy, RepoNotFound
+from hub.repos import commits, holds, refs
 from hub.repos import service as repos
 from hub.repos.models import Blob, BlobState, Hold
 from hub.repos.operations import Add
@@ -148,7 +149,7 @@ def test_what_is_referred_to_is_never_a_candidate(hub: Hub, admin: Viewer) -> No
     sent, stored = hub.store.put([b"sent"]), hub.store.put([INK])
     commit(hub, admin, "ink", stored)
     with hub.db.write() as session:
-        repos.hold(session, admin, sent)
+        holds.hold(session, admin, sent)
     assert gc.plan(hub, days(100)).n == 0
 
 
@@ -422,6 +423,6 @@ def test_commits_beside_collections_without_any_grace_lose_nothing(hub: Hub, adm
                 repo = repos.get_repo(session, admin, "admin", name)
             except RepoNotFound:
                 continue  # Its commit was refused: the bytes were just collected.
-            (entry,) = repos.entries(session, repos.resolve(session, repo))
+            (entry,) = commits.entries(session, refs.resolve(session, repo))
             assert b"".join(hub.store.open(Sha256(entry.sha256))) == content
     assert is_sound(fsck(hub, full=True))

@@ -11,6 +11,7 @@ from hub.adapters.service import publish
 from hub.blobs.store import Stored
 from hub.context import Hub
 from hub.hf import content
+from hub.repos import commits, refs
 from hub.repos import service as repos
 from hub.repos.operations import Add
 from hub.users.service import Viewer
@@ -141,7 +142,7 @@ def test_a_commit_of_no_header_of_too_much_or_of_something_else(
     assert post(LINES[0], copy) == (200, "")
     with hub.db.read() as session:
         repo = repos.get_repo(session, admin, "admin", "a")
-        paths = [entry.path for entry in repos.entries(session, repos.resolve(session, repo))]
+        paths = [entry.path for entry in commits.entries(session, refs.resolve(session, repo))]
     assert paths == ["README.md", "a.safetensors", "c.txt", "x.txt"]
 
 

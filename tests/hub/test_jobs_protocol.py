@@ -24,6 +24,7 @@ from hub.jobs.inputs import pin, resolve
 from hub.jobs.models import Edge, Job, JobKind, JobState
 from hub.jobs.queue import Claim, LeaseLost, Progress
 from hub.jobs.schemas import JobRequest, Publish
+from hub.repos import commits, refs
 from hub.repos import service as repos
 from hub.repos.models import Commit, Gate
 from hub.repos.operations import Add
@@ -55,7 +56,7 @@ def make_repo(hub: Hub, viewer: Viewer, name: str, content: bytes = ANY_FILE) ->
     with hub.db.write() as session:
         repo = repos.create_repo(session, viewer, "admin", name)
         add = Add(f"{name}.safetensors", stored, lfs=False)
-        repos.commit(session, viewer, repo, operations=[add], message="add")
+        commits.create(session, viewer, repo, operations=[add], message="add")
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def nothing_is_left(hub: Hub) -> bool:
 def commits_of(hub: Hub, viewer: Viewer, name: str) -> list[Commit]:
     with hub.db.read() as session:
         repo = repos.get_repo(session, viewer, "admin", name)
-        found, _ = repos.commits(session, repo, repos.resolve(session, repo))
+        found, _ = commits.history(session, repo, refs.resolve(session, repo))
     return found
 
 
@@ -320,7 +321,7 @@ def test_a_finished_job_is_one_commit_with_its_card_and_lineage(
     assert first.message == "initial commit"
     assert job.result["commit"] == made.id
     with hub.db.read() as session:
-        files = {item.path: item for item in repos.entries(session, made)}
+        files = {item.path: item for item in commits.entries(session, made)}
         edges = session.exec(select(Edge)).all()
         ink = repos.get_repo(session, admin, "admin", "ink")
     assert set(files) == {"merged.safetensors", "README.md"}
@@ -571,9 +572,9 @@ def test_two_jobs_into_one_repo_both_keep_their_files(
         assert wait_for(hub, two, is_over).state == "succeeded"
     with hub.db.read() as session:
         repo = repos.get_repo(session, admin, "admin", "result")
-        head = repos.resolve(session, repo)
-        paths = {item.path for item in repos.entries(session, head)}
-        card = repos.entry(session, head, "README.md")
+        head = refs.resolve(session, repo)
+        paths = {item.path for item in commits.entries(session, head)}
+        card = commits.entry(session, head, "README.md")
     assert paths == {"one.safetensors", "two.safetensors", "README.md"}
     text = b"".join(hub.store.open(Sha256(card.sha256))).decode()
     assert "one.safetensors" in text
@@ -599,7 +600,7 @@ def test_a_commit_that_comes_between_is_kept(
             with hub.db.write() as session:
                 repo = repos.create_repo(session, admin, "admin", "result", exist_ok=True)
                 add = Add("README.md", stored, lfs=False)
-                repos.commit(session, admin, repo, operations=[add], message="meanwhile")
+                commits.create(session, admin, repo, operations=[add], message="meanwhile")
         return write_card(*given)
 
     monkeypatch.setattr("hub.jobs.results.write_card", write_card_late)
@@ -608,7 +609,7 @@ def test_a_commit_that_comes_between_is_kept(
     newest, before, *_ = commits_of(hub, admin, "result")
     assert before.message == "meanwhile"
     with hub.db.read() as session:
-        card = repos.entry(session, newest, "README.md")
+        card = commits.entry(session, newest, "README.md")
     text = b"".join(hub.store.open(Sha256(card.sha256))).decode()
     assert "# Written meanwhile\n" in text
     assert "merged.safetensors" in text

@@ -20,6 +20,7 @@ from starlette.testclient import TestClient
 from hub.blobs.store import Sha256
 from hub.context import Hub
 from hub.db import now
+from hub.repos import holds
 from hub.repos import service as repos
 from hub.repos.models import Blob, Hold
 from hub.repos.uploads import Upload, UploadPart
@@ -271,7 +272,7 @@ def test_parts_become_an_object_its_sender_may_commit(
     body = {"oid": OID, "parts": send_all(client, action)}
     assert client.post(action["href"], json=body).status_code == 200
     with hub.db.read() as session:
-        stored = repos.known(session, admin, Sha256(OID))
+        stored = holds.known(session, admin, Sha256(OID))
         assert stored is not None
         assert stored.size == len(CONTENT)
         assert stored.git_oid is not None

@@ -19,6 +19,7 @@ from hub.adapters.service import catch_up
 from hub.app import create_app
 from hub.audit import broken_link
 from hub.context import Hub, open_hub
+from hub.repos import commits, refs
 from hub.repos import service as repos
 from hub.repos.models import Commit
 from hub.settings import Settings
@@ -105,7 +106,7 @@ def commit_body(content: bytes) -> bytes:
 def history(hub: Hub) -> list[str]:
     with hub.db.read() as session:
         repo = repos.get_repo(session, ANONYMOUS, "admin", "ink")
-        found, _ = repos.commits(session, repo, repos.resolve(session, repo))
+        found, _ = commits.history(session, repo, refs.resolve(session, repo))
         assert broken_link(session) is None
         assert session.exec(select(func.count()).select_from(Commit)).one() == len(found)
     return [commit.id for commit in found]

@@ -28,7 +28,7 @@ from hub.demo import seed
 from hub.errors import Conflict
 from hub.hf.lfs_parts import drop_expired
 from hub.jobs.models import Job
-from hub.repos import access, discussions, likes, uploads
+from hub.repos import access, commits, discussions, likes, refs, uploads
 from hub.repos import service as repos
 from hub.repos.downloads import Downloads
 from hub.repos.models import Discussion, DiscussionStatus, Gate, Hold, Repo
@@ -152,7 +152,7 @@ def test_the_demo_catalogue_is_made_once(hub: Hub, tmp_path: Path) -> None:
     at_once(lambda _: seed(hub, {"demo/ink": folder}))
     with hub.db.read() as session:
         (repo,) = session.exec(select(Repo))
-        history, _ = repos.commits(session, repo, repos.resolve(session, repo))
+        history, _ = commits.history(session, repo, refs.resolve(session, repo))
     assert [commit.message for commit in history] == ["Demo catalogue", "initial commit"]
 
 

@@ -32,6 +32,7 @@ from hub.blobs.store import Sha256
 from hub.context import Hub, open_hub
 from hub.db import now
 from hub.errors import Forbidden, HubError, NameTaken, RefExists, RepoExists, RevisionNotFound
+from hub.repos import commits, holds, refs
 from hub.repos import service as repos
 from hub.repos.models import Hold
 from hub.repos.operations import Add, Delete, Operation
@@ -198,14 +199,14 @@ class Machine(RuleBasedStateMachine):
             # Made once more first, which is refused and changes nothing.
             with self._refused(RefExists), self.hub.db.write() as session:
                 there = self._real(session, repo.name)
-                repos.create_branch(session, self.viewers["admin"], there, "dev")
+                refs.create_branch(session, self.viewers["admin"], there, "dev")
         with self.hub.db.write() as session:
             there = self._real(session, repo.name)
             if "dev" in repo.branches:
-                repos.delete_branch(session, self.viewers["admin"], there, "dev")
+                refs.delete_branch(session, self.viewers["admin"], there, "dev")
                 del repo.branches["dev"]
             else:
-                repos.create_branch(session, self.viewers["admin"], there, "dev")
+                refs.create_branch(session, self.viewers["admin"], there, "dev")
                 repo.branches["dev"] = dict(repo.branches["main"])
 
     @rule(by=SOME_VIEWER, content=st.sampled_from(CONTENTS))
@@ -213,9 +214,9 @@ class Machine(RuleBasedStateMachine):
         stored = self.hub.store.put([content], size=len(content))
         with self.hub.db.write() as session:
             # The clock of the model is ahead of the hub's.
-            keep = self.moment - now() + repos.HOLD_FOR
-            repos.hold(session, self.viewers[by], stored, keep)
-        self.held[by, content] = self.moment + repos.HOLD_FOR
+            keep = self.moment - now() + holds.HOLD_FOR
+            holds.hold(session, self.viewers[by], stored, keep)
+        self.held[by, content] = self.moment + holds.HOLD_FOR
 
     @precondition(lambda self: self.repos)
     @rule(by=SOME_VIEWER, content=st.sampled_from(CONTENTS), data=st.data())
@@ -223,7 +224,7 @@ class Machine(RuleBasedStateMachine):
         """What a client does that was told it need not send the bytes again."""
         key = self._any_repo(data)
         with self.hub.db.read() as session:
-            stored = repos.known(session, self.viewers[by], digest(content))
+            stored = holds.known(session, self.viewers[by], digest(content))
         is_mine = (by, content) in self.held
         assert (stored is not None) == (
             is_mine or any(content in r.ever for r in self.repos.values())
@@ -279,12 +280,12 @@ class Machine(RuleBasedStateMachine):
             assert sorted(listed) == sorted(repo.name for repo in self.repos.values())
             for repo in self.repos.values():
                 there = self._real(session, repo.name)
-                refs = repos.refs(session, there)
+                named = refs.of_repo(session, there)
                 found = {}
-                for name in refs.branches:
-                    head = repos.resolve(session, there, f"refs/heads/{name}")
-                    found[name] = {e.path: e.sha256 for e in repos.entries(session, head)}
-                assert there.head == refs.branches["main"]
+                for name in named.branches:
+                    head = refs.resolve(session, there, f"refs/heads/{name}")
+                    found[name] = {e.path: e.sha256 for e in commits.entries(session, head)}
+                assert there.head == named.branches["main"]
                 assert found == {
                     name: {path: digest(content) for path, content in files.items()}
                     for name, files in repo.branches.items()

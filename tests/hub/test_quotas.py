@@ -22,6 +22,7 @@ from hub.context import Hub
 from hub.errors import QuotaExceeded
 from hub.limits import quotas
 from hub.limits.models import UNLIMITED, Quota
+from hub.repos import refs
 from hub.repos import service as repos
 from hub.repos.operations import Add, Delete
 from hub.users.service import Viewer
@@ -76,8 +77,8 @@ def test_a_commit_beyond_the_quota_is_refused_and_changes_nothing(hub: Hub, admi
     limit(hub, "ada", 0)
     with hub.db.write() as session:
         repo = repos.get_repo(session, ada, "ada", "a")
-        assert repos.resolve(session, repo).message == "m"
-        repos.create_branch(session, ada, repo, "other")
+        assert refs.resolve(session, repo).message == "m"
+        refs.create_branch(session, ada, repo, "other")
 
 
 @both_databases

@@ -13,6 +13,7 @@ from hub.adapters.service import publish
 from hub.blobs.store import Sha256
 from hub.context import Hub, open_hub
 from hub.limits.models import Quota
+from hub.repos import commits, refs
 from hub.repos import service as repos
 from hub.repos.models import Blob, Redirect, Ref
 from hub.repos.operations import Add
@@ -40,18 +41,20 @@ def state(hub: Hub, viewer: Viewer) -> object:
         history = {
             repo.full_name: [
                 (made.id, made.message, made.author, made.created_at, [
-                    entry.model_dump() for entry in repos.entries(session, made)
+                    entry.model_dump() for entry in commits.entries(session, made)
                 ])
-                for made in repos.commits(session, repo, repos.resolve(session, repo))[0]
+                for made in commits.history(session, repo, refs.resolve(session, repo))[0]
             ]
             for repo in there
         }  # fmt: skip
         names = [(repo.id, repo.full_name, repo.private, repo.head) for repo in there]
-        refs = sorted((r.repo_id, r.kind, r.name, r.commit_id) for r in session.exec(select(Ref)))
+        pointing = sorted(
+            (r.repo_id, r.kind, r.name, r.commit_id) for r in session.exec(select(Ref))
+        )
         stones = select(NameTombstone.type, NameTombstone.key, User.name)
         reserved = sorted(session.exec(stones.join(User)).all())
         moved = sorted((r.type, r.key, r.repo_id) for r in session.exec(select(Redirect)))
-        return names, history, refs, reserved, moved
+        return names, history, pointing, reserved, moved
 
 
 def lose_catalogue(hub: Hub) -> None:
@@ -83,8 +86,8 @@ def full(hub: Hub, admin: Viewer) -> Hub:
     write_missing(hub)
     with hub.db.write() as session:
         ink = repos.get_repo(session, admin, "admin", "ink")
-        repos.create_tag(session, admin, ink, "v1", first)
-        repos.create_branch(session, admin, ink, "dev")
+        refs.create_tag(session, admin, ink, "v1", first)
+        refs.create_branch(session, admin, ink, "dev")
         oil = repos.get_repo(session, ada, "ada", "oil")
         repos.update_settings(session, ada, oil, private=True)
         repos.move_repo(session, ada, oil, "ada", "water")
@@ -125,7 +128,7 @@ def test_manifests_are_written_once_and_follow_changes(hub: Hub, admin: Viewer) 
     assert write_recent(hub) == 3
     assert write_missing(hub) == 0
     with hub.db.write() as session:
-        repos.create_tag(session, admin, repos.get_repo(session, admin, "admin", "ink"), "v1")
+        refs.create_tag(session, admin, repos.get_repo(session, admin, "admin", "ink"), "v1")
     assert write_missing(hub) == 1
     with hub.db.write() as session:
         repos.delete_repo(session, admin, repos.get_repo(session, admin, "admin", "ink"))
@@ -157,8 +160,8 @@ def test_a_commit_without_its_bytes_is_left_out_and_named(full: Hub, admin: View
     write_missing(full)
     with full.db.read() as session:
         water = repos.get_repo(session, admin, "ada", "water")
-        head = repos.resolve(session, water)
-        (entry,) = repos.entries(session, head)
+        head = refs.resolve(session, water)
+        (entry,) = commits.entries(session, head)
     lose_catalogue(full)
     full.store.delete(Sha256(entry.sha256))
     with open_hub(full.settings) as again:

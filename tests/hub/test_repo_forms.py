@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from hub.adapters.service import publish
 from hub.app import create_app
 from hub.context import Hub
-from hub.repos import discussions
+from hub.repos import discussions, refs
 from hub.repos import service as repos
 from hub.repos.operations import Add, Delete
 from hub.users.service import Viewer
@@ -217,9 +217,9 @@ def test_a_pull_request_whose_branch_is_gone_can_still_be_read(
 ) -> None:
     with hub.db.write() as session:
         repo = repos.get_repo(session, admin, "admin", "ink")
-        repos.create_branch(session, admin, repo, "side")
+        refs.create_branch(session, admin, repo, "side")
         discussions.propose(session, admin, repo, "Late", branch="side")
-        repos.delete_branch(session, admin, repo, "side")
+        refs.delete_branch(session, admin, repo, "side")
     page = people.owner.see(f"{INK}/discussions/1")
     assert "The branch <code>side</code> is gone" in page
     assert "Merge into" not in page

@@ -25,7 +25,7 @@ from hub.errors import (
     StaleParent,
     Unauthorized,
 )
-from hub.repos import discussions
+from hub.repos import commits, discussions, holds, refs
 from hub.repos import service as repos
 from hub.repos.models import Blob, Commit, CommitEntry, Event, Hold, Ref, Repo
 from hub.repos.operations import Add, Copy, Delete, DeleteFolder, Operation
@@ -56,10 +56,10 @@ def test_a_commit_is_read_back_with_the_commit_that_last_changed_each_path(
     with hub.db.read() as session:
         repo = repos.get_repo(session, admin, "Admin", "INK")
         assert repo.head == second.id
-        found = {e.path: e.last_commit_id for e in repos.entries(session, second)}
+        found = {e.path: e.last_commit_id for e in commits.entries(session, second)}
         assert found == {"a": first.id, "b/c": second.id}
-        assert [e.path for e in repos.entries(session, second, "b")] == ["b/c"]
-        history, more = repos.commits(session, repo, second)
+        assert [e.path for e in commits.entries(session, second, "b")] == ["b/c"]
+        history, more = commits.history(session, repo, second)
         assert [c.message for c in history] == ["two", "one", "initial commit"]
         assert more is None
         assert len(session.exec(select(Event).where(Event.kind == "repo.committed")).all()) == 2
@@ -98,7 +98,7 @@ def test_a_commit_whose_answer_was_lost_is_made_once(hub: Hub, admin: Viewer) ->
         operations = [Delete("a"), put(hub, "c", b"3")]
         return publish(hub, admin, "admin", "ink", operations=operations, **named).id
 
-    def commits() -> int:
+    def n_commits() -> int:
         with hub.db.read() as session:
             return len(session.exec(select(Commit)).all())
 
@@ -108,7 +108,7 @@ def test_a_commit_whose_answer_was_lost_is_made_once(hub: Hub, admin: Viewer) ->
     # Others went on meanwhile.
     publish(hub, admin, "admin", "ink", operations=[put(hub, "d", b"4")], message="3")
     assert upload(message="2", parent=base.id) == made
-    assert commits() == 4
+    assert n_commits() == 4
     for other in ({"message": "another", "parent": base.id}, {"message": "2", "parent": made}):
         with pytest.raises(StaleParent):
             upload(**other)
@@ -120,7 +120,7 @@ def test_a_commit_whose_answer_was_lost_is_made_once(hub: Hub, admin: Viewer) ->
         head.created_at -= timedelta(hours=2)
     with pytest.raises(StaleParent):
         upload(message="2", parent=base.id)
-    assert commits() == 4
+    assert n_commits() == 4
 
 
 def head_of(hub: Hub, viewer: Viewer, name: str = "ink") -> str | None:
@@ -131,7 +131,7 @@ def head_of(hub: Hub, viewer: Viewer, name: str = "ink") -> str | None:
 
 def paths_of(hub: Hub, commit: Commit) -> list[str]:
     with hub.db.read() as session:
-        return [entry.path for entry in repos.entries(session, commit)]
+        return [entry.path for entry in commits.entries(session, commit)]
 
 
 # Names
@@ -245,7 +245,7 @@ def test_a_private_repo_answers_like_a_missing_one(hub: Hub, admin: Viewer) -> N
 def test_everything_that_changes_a_repo_needs_the_right_to(hub: Hub, admin: Viewer) -> None:
     make_repo(hub, admin)
     with hub.db.write() as session:
-        repos.create_tag(session, admin, repos.get_repo(session, admin, "admin", "ink"), "v1")
+        refs.create_tag(session, admin, repos.get_repo(session, admin, "admin", "ink"), "v1")
     head = head_of(hub, admin)
     eve, _ = make_user(hub, "eve")
     reader = Viewer(admin.user, Scope.READ, admin.token_id)
@@ -254,11 +254,11 @@ def test_everything_that_changes_a_repo_needs_the_right_to(hub: Hub, admin: View
         "settings": lambda s, v, r: repos.update_settings(s, v, r, private=True),
         "move": lambda s, v, r: repos.move_repo(s, v, r, "eve", "ink"),
         "delete": lambda s, v, r: repos.delete_repo(s, v, r),
-        "commit": lambda s, v, r: repos.commit(s, v, r, operations=[], message="x"),
-        "branch": lambda s, v, r: repos.create_branch(s, v, r, "b"),
-        "tag": lambda s, v, r: repos.create_tag(s, v, r, "t"),
-        "delete branch": lambda s, v, r: repos.delete_branch(s, v, r, "b"),
-        "delete tag": lambda s, v, r: repos.delete_tag(s, v, r, "v1"),
+        "commit": lambda s, v, r: commits.create(s, v, r, operations=[], message="x"),
+        "branch": lambda s, v, r: refs.create_branch(s, v, r, "b"),
+        "tag": lambda s, v, r: refs.create_tag(s, v, r, "t"),
+        "delete branch": lambda s, v, r: refs.delete_branch(s, v, r, "b"),
+        "delete tag": lambda s, v, r: refs.delete_tag(s, v, r, "v1"),
     }
     for what, change in changes.items():
         for viewer, expected in (
@@ -384,7 +384,7 @@ def test_who_had_a_repo_does_not_change_it_where_it_was_moved_to(hub: Hub, admin
     for change in (
         lambda session: repos.delete_repo(session, eve, seen),
         lambda session: repos.update_settings(session, eve, seen, private=True),
-        lambda session: repos.create_tag(session, eve, seen, "v1"),
+        lambda session: refs.create_tag(session, eve, seen, "v1"),
     ):
         with pytest.raises(RepoNotFound), hub.db.write() as session:
             change(session)
@@ -401,7 +401,7 @@ def test_nobody_takes_part_in_a_repo_that_was_closed_meanwhile(hub: Hub, admin: 
         discussions.propose(session, eve, seen, "another")
     branch, added = f"refs/pr/{number}", [put(hub, "a", b"1")]
     with pytest.raises(RepoNotFound), hub.db.write() as session:
-        repos.commit(session, eve, seen, branch=branch, operations=added, message="m")
+        commits.create(session, eve, seen, branch=branch, operations=added, message="m")
     with hub.db.write() as session:
         assert discussions.start(session, admin, seen, "ours").num == 2
 
@@ -417,9 +417,9 @@ def test_many_writers_at_once_lose_no_commit(hub: Hub, admin: Viewer) -> None:
         made = set(pool.map(one, range(24)))
     with hub.db.read() as session:
         repo = repos.get_repo(session, admin, "admin", "ink")
-        head = repos.resolve(session, repo)
-        assert len(repos.entries(session, head)) == 24
-        history, _ = repos.commits(session, repo, head, limit=100)
+        head = refs.resolve(session, repo)
+        assert len(commits.entries(session, head)) == 24
+        history, _ = commits.history(session, repo, head, limit=100)
         assert {commit.id for commit in history[:-1]} == made
         assert broken_link(session) is None
 
@@ -433,10 +433,10 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub, admin: Viewer) -> No
     second = publish(hub, admin, "admin", "ink", operations=[put(hub, "a", b"2")], message="2")
     with hub.db.write() as session:
         repo = repos.get_repo(session, admin, "admin", "ink")
-        repos.create_tag(session, admin, repo, "v1", first.id[:9])
-        repos.create_branch(session, admin, repo, "dev", "v1")
-        repos.create_branch(session, admin, repo, "both", "main")
-        repos.create_tag(session, admin, repo, "both", "v1")
+        refs.create_tag(session, admin, repo, "v1", first.id[:9])
+        refs.create_branch(session, admin, repo, "dev", "v1")
+        refs.create_branch(session, admin, repo, "both", "main")
+        refs.create_tag(session, admin, repo, "both", "v1")
     on_dev = publish(
         hub, admin, "admin", "ink", branch="dev", operations=[put(hub, "b", b"3")], message="3"
     )
@@ -447,15 +447,15 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub, admin: Viewer) -> No
             "dev": on_dev, "both": second, "refs/tags/both": first, first.id: first,
             first.id[:7]: first, first.id.upper(): first,
         }  # fmt: skip
-        assert {r: repos.resolve(session, repo, r).id for r in expected} == {
+        assert {r: refs.resolve(session, repo, r).id for r in expected} == {
             r: c.id for r, c in expected.items()
         }
         for revision in ("nope", "", first.id[:6], "0" * 40, "refs/heads/v1", "refs/pr/1", "%"):
             with pytest.raises(RevisionNotFound):
-                repos.resolve(session, repo, revision)
-        refs = repos.refs(session, repo)
-        assert refs.branches == {"both": second.id, "dev": on_dev.id, "main": second.id}
-        assert refs.tags == {"both": first.id, "v1": first.id}
+                refs.resolve(session, repo, revision)
+        named = refs.of_repo(session, repo)
+        assert named.branches == {"both": second.id, "dev": on_dev.id, "main": second.id}
+        assert named.tags == {"both": first.id, "v1": first.id}
         assert repo.head == second.id
 
 
@@ -466,7 +466,7 @@ def test_a_commit_of_another_repo_is_not_a_revision_of_this_one(hub: Hub, admin:
     with hub.db.read() as session:
         repo = repos.get_repo(session, ANONYMOUS, "admin", "b")
         with pytest.raises(RevisionNotFound):
-            repos.resolve(session, repo, secret.id)
+            refs.resolve(session, repo, secret.id)
 
 
 def test_a_ref_is_made_once_and_main_stays(hub: Hub, admin: Viewer) -> None:
@@ -474,24 +474,24 @@ def test_a_ref_is_made_once_and_main_stays(hub: Hub, admin: Viewer) -> None:
     with hub.db.write() as session:
         repo = repos.get_repo(session, admin, "admin", "ink")
         with pytest.raises(RefExists, match="Reference refs/heads/main already exists"):
-            repos.create_branch(session, admin, repo, "main")
+            refs.create_branch(session, admin, repo, "main")
         with pytest.raises(BadName, match="Cannot delete refs/heads/main"):
-            repos.delete_branch(session, admin, repo, "main")
+            refs.delete_branch(session, admin, repo, "main")
         with pytest.raises(BadName):
-            repos.create_branch(session, admin, repo, "refs/pr/5")
+            refs.create_branch(session, admin, repo, "refs/pr/5")
         with pytest.raises(RevisionNotFound):
-            repos.delete_tag(session, admin, repo, "main")
-        repos.create_branch(session, admin, repo, "b")
-        repos.delete_branch(session, admin, repo, "b")
-        assert repos.refs(session, repo).branches.keys() == {"main"}
+            refs.delete_tag(session, admin, repo, "main")
+        refs.create_branch(session, admin, repo, "b")
+        refs.delete_branch(session, admin, repo, "b")
+        assert refs.of_repo(session, repo).branches.keys() == {"main"}
 
 
 def test_what_is_not_there_names_the_commit_that_was_looked_in(hub: Hub, admin: Viewer) -> None:
     make_repo(hub, admin)
     head = publish(hub, admin, "admin", "ink", operations=[put(hub, "a/b", b"1")], message="1")
     with hub.db.read() as session:
-        assert repos.entry(session, head, "a/b").size == 1
-        for look in (repos.entry, repos.entries):
+        assert commits.entry(session, head, "a/b").size == 1
+        for look in (commits.entry, commits.entries):
             with pytest.raises(EntryNotFound) as refused:
                 look(session, head, "A")
             assert refused.value.commit == head.id
@@ -506,17 +506,17 @@ def test_knowing_a_digest_is_no_right_to_the_bytes(hub: Hub, admin: Viewer) -> N
     publish(hub, admin, "admin", "secret", operations=[added], message="m")
     eve, _ = make_user(hub, "eve")
     with hub.db.write() as session:
-        assert repos.known(session, admin, added.stored.sha256) == added.stored
-        assert repos.known(session, eve, added.stored.sha256) is None
-        assert repos.known(session, ANONYMOUS, added.stored.sha256) is None
-        repos.hold(session, eve, added.stored)
-        repos.hold(session, eve, added.stored)
+        assert holds.known(session, admin, added.stored.sha256) == added.stored
+        assert holds.known(session, eve, added.stored.sha256) is None
+        assert holds.known(session, ANONYMOUS, added.stored.sha256) is None
+        holds.hold(session, eve, added.stored)
+        holds.hold(session, eve, added.stored)
     with hub.db.write() as session:
-        assert repos.known(session, eve, added.stored.sha256) == added.stored
+        assert holds.known(session, eve, added.stored.sha256) == added.stored
         assert len(session.exec(select(Hold)).all()) == 1
         repo = repos.get_repo(session, admin, "admin", "secret")
         repos.update_settings(session, admin, repo, private=False)
-        assert repos.known(session, ANONYMOUS, added.stored.sha256) == added.stored
+        assert holds.known(session, ANONYMOUS, added.stored.sha256) == added.stored
 
 
 def test_downloads_are_added_up(hub: Hub, admin: Viewer) -> None:

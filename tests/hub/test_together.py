@@ -6,7 +6,7 @@ from sqlmodel import Session, select
 from hub.blobs.store import Stored
 from hub.context import Hub
 from hub.errors import AccessRequestNotFound, Conflict, Forbidden, GatedRepo
-from hub.repos import access, discussions, history, likes
+from hub.repos import access, commits, discussions, history, likes, permissions, refs
 from hub.repos import service as repos
 from hub.repos.models import AccessState, Commit, CommitEntry, Gate, Repo
 from hub.repos.operations import Add, Delete
@@ -19,7 +19,7 @@ def put(hub: Hub, content: bytes) -> Stored:
 
 
 def commit(session: Session, viewer: Viewer, repo: Repo, branch: str, *what: Add | Delete) -> str:
-    return repos.commit(
+    return commits.create(
         session, viewer, repo, branch=branch, operations=what, message=f"on {branch}"
     ).id
 
@@ -33,15 +33,15 @@ def test_a_gate_opens_for_one_and_closes_again(hub: Hub, admin: Viewer) -> None:
         assert access.ask(session, ben, repo).state == AccessState.PENDING
         assert access.ask(session, ben, repo).state == AccessState.PENDING
         with pytest.raises(GatedRepo):
-            repos.require_files(session, ben, repo)
+            permissions.require_files(session, ben, repo)
         with pytest.raises(Forbidden):
             access.decide(session, ben, repo, AccessState.ACCEPTED, name="ben")
         access.decide(session, admin, repo, AccessState.ACCEPTED, name="BEN")
-        repos.require_files(session, ben, repo)
+        permissions.require_files(session, ben, repo)
         with pytest.raises(AccessRequestNotFound):
             access.decide(session, admin, repo, AccessState.ACCEPTED, name="ben")
         access.decide(session, admin, repo, AccessState.REJECTED, name="ben")
-        assert repos.may_read_files(session, ben, repo) is False
+        assert permissions.may_read_files(session, ben, repo) is False
         other = repos.create_repo(session, admin, "admin", "other")
         repos.update_settings(session, admin, other, gated=Gate.AUTO)
         (request, _), *_ = access.requests(session, admin, repo, AccessState.REJECTED)
@@ -75,11 +75,11 @@ def test_a_pull_request_is_merged_and_history_is_rewritten(hub: Hub, admin: View
         page = discussions.listed(session, repo, author="Ben", is_pull_request=True)
         assert [(found.num, found.status) for found, _ in page.discussions] == [(1, "merged")]
         assert history.forget(session, admin, repo, [secret.sha256]) == 4
-        paths = [entry.path for entry in repos.entries(session, repos.resolve(session, repo))]
+        paths = [entry.path for entry in commits.entries(session, refs.resolve(session, repo))]
         assert paths == ["a", "b"]
         left = select(CommitEntry.path).where(CommitEntry.sha256 == secret.sha256)
         assert session.exec(left).all() == []
-        found = repos.commits(session, repo, repos.resolve(session, repo))[0]
+        found = commits.history(session, repo, refs.resolve(session, repo))[0]
         assert [item.message for item in found] == ["mine (#1)", "on main", "initial commit"]
         assert found[-1].id == root
         assert session.get(Commit, made.id) is None

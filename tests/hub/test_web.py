@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 from hub.adapters.service import publish
 from hub.context import Hub
 from hub.deps import SESSION_COOKIE
+from hub.repos import refs
 from hub.repos import service as repos
 from hub.repos.models import Repo, RepoType
 from hub.repos.operations import Delete
@@ -195,7 +196,7 @@ def test_revisions_with_slashes_and_commits_are_found(
     with hub.db.write() as session:
         repo = repos.get_repo(session, admin, "admin", "ink")
         before = repo.head
-        repos.create_branch(session, admin, repo, "try/train")
+        refs.create_branch(session, admin, repo, "try/train")
     gone = [Delete("train/c.yaml")]
     publish(hub, admin, "admin", "ink", operations=gone, message="Drop it", branch="try/train")
     assert "c.yaml" in visit(client, f"{ink}/tree/{before}/train")

@@ -24,7 +24,7 @@ from hub.context import Hub
 from hub.db import now
 from hub.errors import BadField
 from hub.mirror import upstream
-from hub.repos import discussions
+from hub.repos import discussions, refs
 from hub.repos import service as repos
 from hub.users import organizations
 from hub.users import service as users
@@ -343,11 +343,11 @@ def test_branches_and_tags_are_told_and_a_moved_repo_stays_watched(
     with hub.db.write() as session:
         repo = repos.get_repo(session, admin, "admin", "ink")
         head = repo.head
-        repos.create_branch(session, admin, repo, "next")
-        repos.create_tag(session, admin, repo, "v1")
-        repos.delete_branch(session, admin, repo, "next")
+        refs.create_branch(session, admin, repo, "next")
+        refs.create_tag(session, admin, repo, "v1")
+        refs.delete_branch(session, admin, repo, "next")
         repos.move_repo(session, admin, repo, "admin", "oil")
-        repos.delete_tag(session, admin, repo, "v1")
+        refs.delete_tag(session, admin, repo, "v1")
     while send_due(hub):
         pass
     told = receiver.payloads()

@@ -23,6 +23,7 @@ from hub.adapters.service import publish
 from hub.app import create_app
 from hub.blobs.store import Sha256
 from hub.context import Hub
+from hub.repos import commits, refs
 from hub.repos import service as repos
 from hub.repos.models import Repo
 from hub.repos.operations import Add
@@ -203,7 +204,7 @@ def test_a_file_that_lost_bytes_ends_the_connection(
     hub: Hub, admin: Viewer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with hub.db.read() as session:
-        found = repos.entry(session, repos.resolve(session, _repo(hub, admin)), "a.safetensors")
+        found = commits.entry(session, refs.resolve(session, _repo(hub, admin)), "a.safetensors")
     path = hub.store.path(Sha256(found.sha256))
     assert path is not None
     path.chmod(0o600)
