@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from hub.context import Hub
 from hub.db import UNREACHABLE, why
 from hub.errors import UpstreamFailed
-from hub.mirror.upstream import Pinned, pinned
+from hub.mirror.upstream import Pinned, certificates, pinned
 from hub.webhooks import queue
 from hub.webhooks.queue import Outcome, Sending
 
@@ -67,7 +67,9 @@ async def post(sending: Sending, allow_private: bool, resolvers: CapacityLimiter
                     pinned, url, abandon_on_cancel=True, limiter=resolvers
                 )
             async with (
-                httpx2.AsyncClient(timeout=DEADLINE_S, trust_env=False) as client,
+                httpx2.AsyncClient(
+                    timeout=DEADLINE_S, trust_env=False, verify=certificates()
+                ) as client,
                 client.stream(
                     "POST",
                     to.url,
