@@ -12,8 +12,7 @@ from sqlmodel import Session
 
 from hub.deps import HubDep, ReadSession, WriterDep, WriteSession
 from hub.errors import BadField, HubError, ItemExists
-from hub.repos import collections, curation, likes
-from hub.repos import service as repos
+from hub.repos import collections, curation, likes, permissions
 from hub.repos.collections import slug_of
 from hub.repos.models import Collection, Repo, RepoType
 from hub.users import service as users
@@ -275,7 +274,7 @@ class Choice:
 
 def for_repo(session: Session, viewer: Viewer, repo: Repo) -> dict[str, Any]:
     """What the page of a repo offers who is signed in: to like it, and to put it somewhere."""
-    if viewer.user is None or not repos.may_participate(viewer, repo):
+    if viewer.user is None or not permissions.may_participate(viewer, repo):
         return {"liked": None, "choices": None, "new_collection": None}
     liked = likes.is_liked(session, viewer, repo)
     owners = users.writable_namespaces(session, viewer)
