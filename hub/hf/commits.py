@@ -20,7 +20,7 @@ from hub.hf.deps import RepoDep, TypeDep, find
 from hub.hf.ndjson import Line, read_lines
 from hub.hf.routing import OUR_COMMAND, UNLIMITED, hf_router
 from hub.limits import pending, quotas
-from hub.repos import commits, discussions, holds, permissions, refs
+from hub.repos import commits, discussions, holds, permissions, pulls, refs
 from hub.repos.models import Blob, Commit, Repo
 from hub.repos.operations import Add, Copy, Delete, DeleteFolder, Operation
 from hub.repos.paths import check_path
@@ -170,7 +170,7 @@ def _propose(
     """A new pull request with this one commit, and its number."""
     title, text = header.summary[: discussions.MAX_TITLE], header.description
     with hub.db.write() as session:
-        pull = discussions.propose(
+        pull = pulls.propose(
             session, viewer, repo, title, text, branch=branch, parent=header.parentCommit
         )
         made = commits.create(

@@ -12,7 +12,7 @@ from hub.errors import BadRequest, NotImplementedHere, RevisionNotFound
 from hub.hf import bodies, info
 from hub.hf.deps import RepoDep
 from hub.hf.routing import hf_router
-from hub.repos import commits, discussions, refs
+from hub.repos import commits, discussions, pulls, refs
 from hub.repos.models import (
     Commit,
     Discussion,
@@ -76,14 +76,14 @@ def read(session: ReadSession, repo: RepoDep, num: int) -> dict[str, Any]:
     found = discussions.get(session, repo, num)
     author = session.get(User, found.author_id) if found.author_id is not None else None
     events = [_event(event, user) for event, user in discussions.events(session, found)]
-    events += [_commit_event(item) for item in discussions.commits(session, repo, found)]
+    events += [_commit_event(item) for item in pulls.commits(session, repo, found)]
     answer = _item(repo, found, author) | {"events": sorted(events, key=lambda e: e["createdAt"])}
     if not found.is_pull_request:
         return answer
     conflicts: list[str] = []
     if found.status in (DiscussionStatus.OPEN, DiscussionStatus.DRAFT):
         with suppress(RevisionNotFound):  # of a target that was deleted
-            conflicts = discussions.proposal(session, repo, found).conflicts
+            conflicts = pulls.proposal(session, repo, found).conflicts
     changes: dict[str, Any] = {"base": f"refs/heads/{found.target}"}
     if found.merged_as is not None:
         changes["mergeCommitId"] = found.merged_as
@@ -97,9 +97,7 @@ def create(
 ) -> dict[str, Any]:
     """A pull request starts as a draft, without commits."""
     if body.pullRequest:
-        made = discussions.propose(
-            session, viewer, repo, body.title, body.description, is_draft=True
-        )
+        made = pulls.propose(session, viewer, repo, body.title, body.description, is_draft=True)
     else:
         made = discussions.start(session, viewer, repo, body.title, body.description)
     return {"num": made.num, "pullRequest": made.is_pull_request}
@@ -168,7 +166,7 @@ def merge(
     text = (body.comment if body is not None else None) or ""
     with hub.db.write() as session:
         found = discussions.get(session, repo, num)
-        made = discussions.merge(session, viewer, repo, found, text)
+        made = pulls.merge(session, viewer, repo, found, text)
     try_to_project(hub, made.repo_id)
     return {"mergeCommitId": made.id}
 

@@ -1,39 +1,32 @@
-"""Conversations about a repo, and pull requests: a branch of their own with a proposal in it.
+"""Conversations about a repo and, as far as they are conversations, its pull requests.
 
 Whoever may read a repo may open one, comment and push to their own pull request; merging, and
 closing what others opened, is for those who may write to the repo.
 """
 
-import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, literal
+from sqlalchemy import ColumnElement, func
 from sqlmodel import Session, col, select
 
 from hub.db import now
-from hub.errors import BadField, BadRequest, Conflict, DiscussionNotFound, Forbidden
-from hub.repos import history, permissions, refs
-from hub.repos import operations as ops
+from hub.errors import BadField, Conflict, DiscussionNotFound, Forbidden
+from hub.repos import permissions
 from hub.repos.changes import locked, tell
-from hub.repos.commits import advance, entries
 from hub.repos.models import (
-    Commit,
     Discussion,
     DiscussionEvent,
     DiscussionStatus,
     EventKind,
-    Ref,
-    RefKind,
     Repo,
 )
-from hub.repos.refs import MAIN
 from hub.users import service as users
 from hub.users.models import User
 from hub.users.service import Viewer
 
-_OPEN = (DiscussionStatus.OPEN, DiscussionStatus.DRAFT)
+OPEN = (DiscussionStatus.OPEN, DiscussionStatus.DRAFT)
 MAX_TITLE = 300
 MAX_TEXT = 2**16
 PAGE = 50
@@ -43,40 +36,8 @@ def start(session: Session, viewer: Viewer, repo: Repo, title: str, text: str = 
     """A new discussion, with its first comment."""
     user = permissions.require_participant(session, viewer, repo)
     repo = locked(session, repo)
-    made = _insert(session, repo, user, title, text, None)
-    _announce(session, "discussion.created", repo, made)
-    return made
-
-
-def propose(
-    session: Session,
-    viewer: Viewer,
-    repo: Repo,
-    title: str,
-    text: str = "",
-    *,
-    branch: str = MAIN,
-    parent: str | None = None,
-    is_draft: bool = False,
-) -> Discussion:
-    """A new pull request for a branch: `refs/pr/<num>` begins at its head, or at `parent`.
-
-    RevisionNotFound without the branch.
-    """
-    user = permissions.require_participant(session, viewer, repo)
-    repo = locked(session, repo)
-    target = refs.branch(session, repo, branch)
-    if target.kind != RefKind.BRANCH:
-        raise BadRequest("a pull request is made for a branch", "revision")
-    begins = refs.resolve(session, repo, parent).id if parent is not None else target.commit_id
-    made = _insert(session, repo, user, title, text, target.name)
-    if is_draft:
-        made.status = DiscussionStatus.DRAFT
-    assert repo.id is not None
-    pull = Ref(repo_id=repo.id, kind=RefKind.PULL, name=str(made.num), commit_id=begins)
-    session.add(pull)
-    session.flush()
-    _announce(session, "discussion.created", repo, made)
+    made = insert(session, repo, user, title, text, None)
+    announce(session, "discussion.created", repo, made)
     return made
 
 
@@ -107,7 +68,7 @@ def listed(
     if is_pull_request is not None:
         query = query.where(_is_pull_request(is_pull_request))
     if status is not None:
-        is_open = col(Discussion.status).in_(_OPEN)
+        is_open = col(Discussion.status).in_(OPEN)
         query = query.where(is_open if status == DiscussionStatus.OPEN else ~is_open)
     if author is not None:
         query = query.where(func.lower(User.name) == author.lower())
@@ -130,7 +91,7 @@ def counts(session: Session, repo: Repo, *, is_pull_request: bool | None = None)
     if is_pull_request is not None:
         query = query.where(_is_pull_request(is_pull_request))
     found = dict(session.exec(query.group_by(Discussion.status)).all())
-    n_open = sum(n for status, n in found.items() if status in _OPEN)
+    n_open = sum(n for status, n in found.items() if status in OPEN)
     return Counts(n_open, sum(found.values()) - n_open)
 
 
@@ -168,9 +129,9 @@ def comment(
     session: Session, viewer: Viewer, repo: Repo, discussion: Discussion, text: str
 ) -> DiscussionEvent:
     user = permissions.require_participant(session, viewer, repo)
-    _lock(session, discussion)
-    made = _tell(session, discussion, user, EventKind.COMMENT, _text(text))
-    _announce(session, "comment.created", repo, discussion, made)
+    lock(session, discussion)
+    made = add_event(session, discussion, user, EventKind.COMMENT, _text(text))
+    announce(session, "comment.created", repo, discussion, made)
     return made
 
 
@@ -189,7 +150,7 @@ def edit(
         raise Forbidden("a comment is edited by its author alone")
     event.text, event.is_edited = _text(text), True
     session.add(event)
-    _announce(session, "comment.updated", repo, discussion, event)
+    announce(session, "comment.updated", repo, discussion, event)
     return event
 
 
@@ -202,7 +163,7 @@ def hide(
     _require_owner(session, viewer, repo, event.author_id, user)
     event.text, event.is_hidden = "", True
     session.add(event)
-    _announce(session, "comment.updated", repo, discussion, event)
+    announce(session, "comment.updated", repo, discussion, event)
     return event
 
 
@@ -212,11 +173,11 @@ def rename(
     """For its author and who may write to the repo."""
     user = permissions.require_participant(session, viewer, repo)
     _require_owner(session, viewer, repo, discussion.author_id, user)
-    _lock(session, discussion)
+    lock(session, discussion)
     old, discussion.title = discussion.title, _title(title)
     session.add(discussion)
-    _announce(session, "discussion.updated", repo, discussion)
-    return _tell(session, discussion, user, EventKind.TITLE, discussion.title, before=old)
+    announce(session, "discussion.updated", repo, discussion)
+    return add_event(session, discussion, user, EventKind.TITLE, discussion.title, before=old)
 
 
 def set_status(
@@ -232,58 +193,16 @@ def set_status(
     _require_owner(session, viewer, repo, discussion.author_id, user)
     if status not in (DiscussionStatus.OPEN, DiscussionStatus.CLOSED):
         raise BadField("a discussion is opened or closed", "status")
-    _lock(session, discussion)
+    lock(session, discussion)
     if discussion.status == DiscussionStatus.MERGED:
         raise Conflict(f"discussion {discussion.num} was merged")
     if text:
-        said = _tell(session, discussion, user, EventKind.COMMENT, _text(text))
-        _announce(session, "comment.created", repo, discussion, said)
+        said = add_event(session, discussion, user, EventKind.COMMENT, _text(text))
+        announce(session, "comment.created", repo, discussion, said)
     old, discussion.status = discussion.status, status
     session.add(discussion)
-    _announce(session, "discussion.updated", repo, discussion)
-    return _tell(session, discussion, user, EventKind.STATUS, status, before=old)
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """What a pull request would do: the files after it, and the paths that cannot be merged."""
-
-    after: ops.Files
-    conflicts: list[str]
-
-
-def proposal(session: Session, repo: Repo, discussion: Discussion) -> Proposal:
-    """The three-way merge of the pull request's branch into its target."""
-    pull = refs.branch(session, repo, f"refs/pr/{discussion.num}")
-    target = refs.branch(session, repo, discussion.target or "")
-    base = _common(session, target.commit_id, pull.commit_id)
-    ours, theirs = _files(session, target.commit_id), _files(session, pull.commit_id)
-    return Proposal(*history.merged(base=_files(session, base), ours=ours, theirs=theirs))
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A file that a pull request adds (no `before`), removes (no `after`) or changes."""
-
-    path: str
-    before: ops.File | None
-    after: ops.File | None
-
-
-def changes(session: Session, repo: Repo, discussion: Discussion) -> list[Change]:
-    """What a pull request changes since it left its target, by path.
-
-    RevisionNotFound if its target is gone.
-    """
-    pull = refs.branch(session, repo, f"refs/pr/{discussion.num}")
-    target = refs.branch(session, repo, discussion.target or "")
-    before = _files(session, _common(session, target.commit_id, pull.commit_id))
-    after = _files(session, pull.commit_id)
-    return [
-        Change(path, before.get(path), after.get(path))
-        for path in sorted(before.keys() | after.keys())
-        if before.get(path) != after.get(path)
-    ]
+    announce(session, "discussion.updated", repo, discussion)
+    return add_event(session, discussion, user, EventKind.STATUS, status, before=old)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,49 +233,9 @@ def rights(session: Session, viewer: Viewer, repo: Repo, discussion: Discussion)
         may_comment=takes_part,
         may_rename=is_owner,
         may_close=is_owner and discussion.status != DiscussionStatus.MERGED,
-        may_merge=may_write and discussion.is_pull_request and discussion.status in _OPEN,
+        may_merge=may_write and discussion.is_pull_request and discussion.status in OPEN,
         may_write=may_write,
     )
-
-
-def merge(
-    session: Session, viewer: Viewer, repo: Repo, discussion: Discussion, text: str = ""
-) -> Commit:
-    """One new commit on the target with what the pull request changes; Conflict names a file."""
-    user = permissions.require_writer(session, viewer, repo.namespace, repo.name)
-    repo = locked(session, repo)
-    _lock(session, discussion)
-    if not discussion.is_pull_request:
-        raise BadRequest(f"discussion {discussion.num} is no pull request")
-    if discussion.status not in _OPEN:
-        raise Conflict(f"pull request {discussion.num} is {discussion.status}")
-    found = proposal(session, repo, discussion)
-    if found.conflicts:
-        raise Conflict(f"{found.conflicts[0]} was changed in {discussion.target} too")
-    target = refs.branch(session, repo, discussion.target or "")
-    head = session.get_one(Commit, target.commit_id)
-    before = {entry.path: entry for entry in entries(session, head)}
-    made = head
-    if found.after != ops.files_of(before.values()):
-        message = f"{discussion.title} (#{discussion.num})"
-        made = advance(session, user, repo, target, before, found.after, message, text)
-    old, discussion.status = discussion.status, DiscussionStatus.MERGED
-    discussion.merged_as = made.id
-    session.add(discussion)
-    _tell(session, discussion, user, EventKind.STATUS, DiscussionStatus.MERGED, before=old)
-    _announce(session, "discussion.updated", repo, discussion)
-    return made
-
-
-def commits(session: Session, repo: Repo, discussion: Discussion) -> list[Commit]:
-    """What was pushed to the pull request, oldest first."""
-    pull = session.get(Ref, (repo.id, RefKind.PULL, str(discussion.num)))
-    target = session.get(Ref, (repo.id, RefKind.BRANCH, discussion.target or ""))
-    if pull is None:
-        return []
-    known = set(_history(session, target.commit_id)) if target is not None else set()
-    own = itertools.takewhile(lambda c: c not in known, _history(session, pull.commit_id))
-    return [session.get_one(Commit, commit_id) for commit_id in own][::-1]
 
 
 def _is_pull_request(wanted: bool) -> ColumnElement[bool]:
@@ -364,30 +243,10 @@ def _is_pull_request(wanted: bool) -> ColumnElement[bool]:
     return target.is_not(None) if wanted else target.is_(None)
 
 
-def _files(session: Session, commit_id: str | None) -> ops.Files:
-    if commit_id is None:
-        return {}
-    return ops.files_of(entries(session, session.get_one(Commit, commit_id)))
-
-
-def _common(session: Session, one: str, other: str) -> str | None:
-    """The newest commit that both histories have."""
-    ancestors = set(_history(session, one))
-    return next((commit for commit in _history(session, other) if commit in ancestors), None)
-
-
-def _history(session: Session, commit_id: str) -> list[str]:
-    """The commit and all before it, newest first."""
-    newest = select(Commit.id, Commit.parent_id, literal(0).label("depth"))
-    line = newest.where(Commit.id == commit_id).cte(recursive=True)
-    older = select(Commit.id, Commit.parent_id, line.c.depth + 1)
-    line = line.union_all(older.join(line, col(Commit.id) == line.c.parent_id))
-    return list(session.exec(select(line.c.id).order_by(line.c.depth)))
-
-
-def _insert(
+def insert(
     session: Session, repo: Repo, user: User, title: str, text: str, target: str | None
 ) -> Discussion:
+    """A new one of a locked repo, with the next number and its first comment, if it has one."""
     assert repo.id is not None
     last = session.exec(
         select(func.max(Discussion.num)).where(Discussion.repo_id == repo.id)
@@ -403,18 +262,18 @@ def _insert(
     session.add(made)
     session.flush()
     if text:
-        _tell(session, made, user, EventKind.COMMENT, _text(text))
+        add_event(session, made, user, EventKind.COMMENT, _text(text))
     return made
 
 
-def _lock(session: Session, discussion: Discussion) -> None:
+def lock(session: Session, discussion: Discussion) -> None:
     """Read the row as it is now; others who would change it wait from here on."""
     key = (discussion.repo_id, discussion.num)
     if session.get(Discussion, key, with_for_update=True, populate_existing=True) is None:
         raise DiscussionNotFound(f"there is no discussion {discussion.num} any more", "num")
 
 
-def _tell(
+def add_event(
     session: Session,
     discussion: Discussion,
     user: User,
@@ -423,6 +282,7 @@ def _tell(
     *,
     before: str = "",
 ) -> DiscussionEvent:
+    """What happened, as a row of the conversation."""
     event = DiscussionEvent(
         repo_id=discussion.repo_id,
         num=discussion.num,
@@ -437,7 +297,7 @@ def _tell(
     return event
 
 
-def _announce(
+def announce(
     session: Session,
     kind: str,
     repo: Repo,

@@ -15,7 +15,7 @@ from hub.adapters.service import try_to_project
 from hub.context import Hub
 from hub.deps import HubDep, ReadSession, ViewerDep, WriterDep
 from hub.errors import HubError, RevisionNotFound
-from hub.repos import discussions, permissions, refs
+from hub.repos import discussions, permissions, pulls, refs
 from hub.repos.discussions import Rights
 from hub.repos.models import Commit, Discussion, DiscussionEvent, DiscussionStatus, EventKind, Repo
 from hub.users.models import User
@@ -201,7 +201,7 @@ def merge(sent: SentDep) -> Response:
     """One commit on the target, in the catalogue when the answer comes."""
 
     def change(writing: Session, found: Discussion) -> Commit:
-        return discussions.merge(writing, sent.viewer, sent.repo, found)
+        return pulls.merge(writing, sent.viewer, sent.repo, found)
 
     answer = _change(sent, change)
     if answer.status_code == 303 and sent.repo.id is not None:
@@ -309,7 +309,7 @@ def _moments(session: Session, repo: Repo, found: Discussion, rights: Rights) ->
             before=commit.id[:8],
             url=f"{url_of(repo)}/tree/{commit.id}",
         )
-        for commit in discussions.commits(session, repo, found)
+        for commit in pulls.commits(session, repo, found)
     ]
     return sorted(moments, key=lambda moment: moment.at)
 
@@ -328,8 +328,8 @@ def _proposal(hub: Hub, session: Session, repo: Repo, found: Discussion) -> dict
     conflicts: list[str] = []
     gone = False
     try:
-        changes = discussions.changes(session, repo, found)
-        conflicts = discussions.proposal(session, repo, found).conflicts if is_open else []
+        changes = pulls.changes(session, repo, found)
+        conflicts = pulls.proposal(session, repo, found).conflicts if is_open else []
         files = changed_files(
             hub, session, changes, conflicts, f"{url_of(repo)}/blob/refs/pr/{found.num}"
         )

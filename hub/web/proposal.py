@@ -13,8 +13,8 @@ from sqlmodel import Session, select
 from hub.adapters.models import Identification
 from hub.blobs.store import Sha256
 from hub.context import Hub
-from hub.repos.discussions import Change
 from hub.repos.operations import File
+from hub.repos.pulls import Change
 from hub.web import facts
 from merge.errors import MergeError
 from merge.formats.header import PREFIX_BYTES, header_length

@@ -28,7 +28,7 @@ from hub.demo import seed
 from hub.errors import Conflict
 from hub.hf.lfs_parts import drop_expired
 from hub.jobs.models import Job
-from hub.repos import access, commits, discussions, likes, refs, uploads
+from hub.repos import access, commits, discussions, likes, pulls, refs, uploads
 from hub.repos import service as repos
 from hub.repos.downloads import Downloads
 from hub.repos.models import Discussion, DiscussionStatus, Gate, Hold, Repo
@@ -101,11 +101,11 @@ def test_the_second_of_two_who_do_the_same_thing_sees_what_the_first_has_done(
     hub: Hub, admin: Viewer
 ) -> None:
     new_repo(hub, admin, "a")
-    pulls = []
+    numbers = []
     with hub.db.write() as session:
         repo = repos.get_repo(session, admin, "admin", "a")
         repos.update_settings(session, admin, repo, gated=Gate.AUTO)
-        pulls = [discussions.propose(session, admin, repo, f"Pull {n}").num for n in range(3)]
+        numbers = [pulls.propose(session, admin, repo, f"Pull {n}").num for n in range(3)]
 
     def on(number: int, step: Callable[[Session, Discussion], object]) -> Step:
         return lambda session, repo: step(session, discussions.get(session, repo, number))
@@ -124,13 +124,13 @@ def test_the_second_of_two_who_do_the_same_thing_sees_what_the_first_has_done(
             return late.exception()
 
     def merge(session: Session, found: Discussion) -> object:
-        return discussions.merge(session, admin, repo, found)
+        return pulls.merge(session, admin, repo, found)
 
     def close(session: Session, found: Discussion) -> object:
         return discussions.set_status(session, admin, repo, found, DiscussionStatus.CLOSED)
 
     for number, (first, second) in zip(
-        pulls, ((merge, merge), (merge, close), (close, merge)), strict=True
+        numbers, ((merge, merge), (merge, close), (close, merge)), strict=True
     ):
         assert isinstance(after(on(number, first), on(number, second)), Conflict)
     for step in (likes.like, likes.unlike, access.ask):

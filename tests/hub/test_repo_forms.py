@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from hub.adapters.service import publish
 from hub.app import create_app
 from hub.context import Hub
-from hub.repos import discussions, refs
+from hub.repos import pulls, refs
 from hub.repos import service as repos
 from hub.repos.operations import Add, Delete
 from hub.users.service import Viewer
@@ -71,7 +71,7 @@ def propose(hub: Hub, who: Viewer, **files: bytes | None) -> int:
     """The number of a new pull request with these files; None removes one."""
     with hub.db.write() as session:
         repo = repos.get_repo(session, who, "admin", "ink")
-        number = discussions.propose(session, who, repo, "Rank 8").num
+        number = pulls.propose(session, who, repo, "Rank 8").num
     operations: list[Add | Delete] = []
     for name, content in files.items():
         path = name.replace("_", ".")
@@ -218,7 +218,7 @@ def test_a_pull_request_whose_branch_is_gone_can_still_be_read(
     with hub.db.write() as session:
         repo = repos.get_repo(session, admin, "admin", "ink")
         refs.create_branch(session, admin, repo, "side")
-        discussions.propose(session, admin, repo, "Late", branch="side")
+        pulls.propose(session, admin, repo, "Late", branch="side")
         refs.delete_branch(session, admin, repo, "side")
     page = people.owner.see(f"{INK}/discussions/1")
     assert "The branch <code>side</code> is gone" in page

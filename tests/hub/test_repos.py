@@ -25,7 +25,7 @@ from hub.errors import (
     StaleParent,
     Unauthorized,
 )
-from hub.repos import commits, discussions, holds, refs
+from hub.repos import commits, discussions, holds, pulls, refs
 from hub.repos import service as repos
 from hub.repos.models import Blob, Commit, CommitEntry, Event, Hold, Ref, Repo
 from hub.repos.operations import Add, Copy, Delete, DeleteFolder, Operation
@@ -395,10 +395,10 @@ def test_nobody_takes_part_in_a_repo_that_was_closed_meanwhile(hub: Hub, admin: 
     with hub.db.write() as session:
         seen = repos.create_repo(session, admin, "admin", "ink")
     with hub.db.write() as session:
-        number = discussions.propose(session, eve, seen, "mine").num
+        number = pulls.propose(session, eve, seen, "mine").num
         repos.update_settings(session, admin, seen, private=True)
     with pytest.raises(RepoNotFound), hub.db.write() as session:
-        discussions.propose(session, eve, seen, "another")
+        pulls.propose(session, eve, seen, "another")
     branch, added = f"refs/pr/{number}", [put(hub, "a", b"1")]
     with pytest.raises(RepoNotFound), hub.db.write() as session:
         commits.create(session, eve, seen, branch=branch, operations=added, message="m")

@@ -6,7 +6,7 @@ from sqlmodel import Session, select
 from hub.blobs.store import Stored
 from hub.context import Hub
 from hub.errors import AccessRequestNotFound, Conflict, Forbidden, GatedRepo
-from hub.repos import access, commits, discussions, history, likes, permissions, refs
+from hub.repos import access, commits, discussions, history, likes, permissions, pulls, refs
 from hub.repos import service as repos
 from hub.repos.models import AccessState, Commit, CommitEntry, Gate, Repo
 from hub.repos.operations import Add, Delete
@@ -57,21 +57,19 @@ def test_a_pull_request_is_merged_and_history_is_rewritten(hub: Hub, admin: View
         repo = repos.create_repo(session, admin, "admin", "ink")
         root = repo.head
         commit(session, admin, repo, "main", Add("a", one, False), Add("s", secret, True))
-        pull = discussions.propose(session, ben, repo, "mine", "text")
+        pull = pulls.propose(session, ben, repo, "mine", "text")
         commit(session, ben, repo, "refs/pr/1", Add("b", two, False))
-        assert [item.message for item in discussions.commits(session, repo, pull)] == [
-            "on refs/pr/1"
-        ]
+        assert [item.message for item in pulls.commits(session, repo, pull)] == ["on refs/pr/1"]
         with pytest.raises(Forbidden):
-            discussions.merge(session, ben, repo, pull)
-        other = discussions.propose(session, admin, repo, "other")
+            pulls.merge(session, ben, repo, pull)
+        other = pulls.propose(session, admin, repo, "other")
         commit(session, admin, repo, "refs/pr/2", Add("b", one, False))
         with pytest.raises(Forbidden):
             commit(session, ben, repo, "refs/pr/2", Delete("a"))
-        made = discussions.merge(session, admin, repo, pull)
+        made = pulls.merge(session, admin, repo, pull)
         assert repo.head == made.id
         with pytest.raises(Conflict, match="b was changed in main too"):
-            discussions.merge(session, admin, repo, other)
+            pulls.merge(session, admin, repo, other)
         page = discussions.listed(session, repo, author="Ben", is_pull_request=True)
         assert [(found.num, found.status) for found, _ in page.discussions] == [(1, "merged")]
         assert history.forget(session, admin, repo, [secret.sha256]) == 4
